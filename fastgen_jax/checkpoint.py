@@ -1,0 +1,308 @@
+"""What lies on disk: finds a model's files, reads its configs, and fills an NNX model from safetensors.
+
+The only place that knows on-disk formats. Weights are read only from safetensors, never from pickles. A family's WEIGHTS
+says where each Hugging Face tensor goes; before anything is read, every disagreement between files and model (missing,
+unused, wrong shape, unreadable) is found and all are reported at once.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+
+from fastgen_jax import models
+from fastgen_jax.config import ModelConfig
+from fastgen_jax.errors import CheckpointError, ConfigError
+from fastgen_jax.layers import Policy
+from fastgen_jax.sharding import parameter_sharding
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
+MAX_JSON_BYTES = 64 * 2**20
+
+
+class Source(NamedTuple):
+    """One tensor of a file and the part of a parameter that it fills."""
+
+    name: str
+    path: str  # of our parameter, dotted
+    part: str  # plain, linear, q, k, v, gate or up
+
+
+class Stored(NamedTuple):
+    file: Path
+    shape: tuple[int, ...]
+
+
+def locate(model: str) -> Path:
+    """The directory of a model: a path as it is, a hub id downloaded (with a progress bar) on first use.
+
+    Raises:
+        CheckpointError: neither a directory nor a repository that can be downloaded.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    looks_like_id = model.count("/") <= 1 and not model.startswith((".", "/", "~"))
+    if not looks_like_id:
+        raise CheckpointError(f"no directory {model!r}; give a Hugging Face directory or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{model!r} is no directory here and could not be downloaded ({first_line}); check the "
+            "name, the network, or give the path of a downloaded directory"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError names what is wrong with it."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.name} is missing in {str(path.parent)!r}; is this a Hugging Face model directory?"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """The ModelConfig of a checkpoint directory."""
+    hf = read_json(directory / "config.json")
+    if "model_type" not in hf:
+        raise ConfigError("config.json has no model_type")
+    try:
+        return models.family(hf["model_type"]).config(hf)
+    except KeyError as error:
+        raise ConfigError(f"config.json lacks {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"config.json has a value of the wrong type: {error}") from error
+
+
+def read_generation_config(directory: Path) -> dict[str, Any]:
+    """generation_config.json, or {} where there is none."""
+    path = directory / "generation_config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def abstract_model(config: ModelConfig, policy: Policy) -> nnx.Module:
+    """The model with shapes in place of arrays."""
+    family = models.family(config.family)
+    return nnx.eval_shape(lambda: family.Model(config, policy=policy, rngs=nnx.Rngs(0)))
+
+
+def flat_params(model: nnx.Module) -> dict[str, Any]:
+    """Dotted path -> variable."""
+    return {
+        ".".join(map(str, path)): variable
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+
+
+def random_model(config: ModelConfig, policy: Policy, mesh: Mesh, seed: int) -> nnx.Module:
+    """A model of random weights (load_format="dummy"), made on the devices."""
+    family = models.family(config.family)
+    graphdef, abstract = nnx.split(abstract_model(config, policy))
+    shardings = _tree_shardings(abstract, mesh)
+
+    def init():
+        return nnx.state(family.Model(config, policy=policy, rngs=nnx.Rngs(seed)))
+
+    return nnx.merge(graphdef, jax.jit(init, out_shardings=shardings)())
+
+
+def _tree_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    flat = {
+        path: parameter_sharding(".".join(map(str, path)), mesh)
+        for path, _ in nnx.to_flat_state(state)
+    }
+    paths = [path for path, _ in nnx.to_flat_state(state)]
+    treedef = jax.tree.structure(state)
+    return jax.tree.unflatten(treedef, [flat[path] for path in paths])
+
+
+def load_model(
+    directory: Path,
+    config: ModelConfig,
+    policy: Policy,
+    mesh: Mesh,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> nnx.Module:
+    """The model of a Hugging Face directory, on the devices of the mesh.
+
+    Raises:
+        CheckpointError: lists every tensor that is missing, unused, of the wrong shape or unreadable.
+    """
+    family = models.family(config.family)
+    model = abstract_model(config, policy)
+    params = flat_params(model)
+    stored = read_headers(weight_files(directory))
+    sources = plan_sources(family, config, policy, params, stored)
+    by_path: dict[str, list[Source]] = {path: [] for path in params}
+    for source in sources:
+        by_path[source.path].append(source)
+    graphdef, state = nnx.split(model)
+    leaves = []
+    for n_done, (path, _) in enumerate(nnx.to_flat_state(state)):
+        dotted = ".".join(map(str, path))
+        on_progress(n_done, len(params))
+        array = _assemble(by_path[dotted], params[dotted], stored, config, policy)
+        leaves.append(jax.device_put(array, parameter_sharding(dotted, mesh)))
+    on_progress(len(params), len(params))
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, or its only one.
+
+    Raises:
+        CheckpointError: none, a missing shard, an index that points outside the directory, or pickles only.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        escaping = [n for n in names if not isinstance(n, str) or Path(n).name != n or "\0" in n]
+        if escaping or not names:
+            raise CheckpointError(f"{index.name} names no file of this directory: {escaping[:3]}")
+        missing = [n for n in names if not (directory / n).is_file()]
+        if missing:
+            raise CheckpointError(f"shards named in {index.name} are missing: {', '.join(missing)}")
+        return [directory / n for n in names]
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(
+            p.name for p in directory.glob("*.pt*")
+        )
+        why = (
+            f"; {pickles[0]} is a pickle, which can run code when read: convert it to safetensors"
+            if pickles
+            else ""
+        )
+        raise CheckpointError(f"no .safetensors file in {str(directory)!r}{why}")
+    return files
+
+
+def read_headers(files: list[Path]) -> dict[str, Stored]:
+    """Name -> file and shape of every tensor; CheckpointError lists the files that cannot be read."""
+    stored, problems = {}, []
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    if name in stored:
+                        problems.append(f"{name}: in {stored[name].file.name} and in {file.name}")
+                    stored[name] = Stored(file, tuple(opened.get_slice(name).get_shape()))
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file.name}: {error}")
+    if problems:
+        raise CheckpointError("damaged checkpoint:\n  " + "\n  ".join(problems))
+    return stored
+
+
+def plan_sources(
+    family, config: ModelConfig, policy: Policy, params: dict[str, Any], stored: dict[str, Stored]
+) -> list[Source]:
+    """Which tensor fills which part of which parameter; CheckpointError lists all that does not fit."""
+    expected = [s for s in _expand(family.WEIGHTS, config.n_layers) if s.path in params]
+    # With tied embeddings some checkpoints repeat the table as lm_head: known, not needed.
+    known = {s.name for s in _expand(family.WEIGHTS, config.n_layers)}
+    known |= {name.format(i) for name in family.IGNORED for i in range(config.n_layers)}
+    problems = [f"missing: {s.name}" for s in expected if s.name not in stored]
+    problems += [
+        f"unused: {name} (in {stored[name].file.name})" for name in stored if name not in known
+    ]
+    has_bias = {s.name for s in expected}
+    problems += [
+        f"unused: {name} (the config says there is no such parameter)"
+        for name in stored
+        if name in known and name not in has_bias and name.endswith(".bias")
+    ]
+    for source in expected:
+        if source.name in stored:
+            want = _source_shape(source, params[source.path].shape, config, policy)
+            if stored[source.name].shape != want:
+                have = stored[source.name].shape
+                problems.append(f"shape: {source.name} is {have}, the config wants {want}")
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint does not fit its config.json ({len(problems)} problems):\n  "
+            + "\n  ".join(problems[:50])
+        )
+    return expected
+
+
+def _expand(weights: dict[str, tuple[str, str]], n_layers: int) -> list[Source]:
+    """WEIGHTS with layers filled in; an entry that is a whole linear stands for its weight and bias."""
+    sources = []
+    for name, (path, part) in weights.items():
+        for i in range(n_layers if "{}" in name else 1):
+            if part == "plain":
+                sources.append(Source(name.format(i), path.format(i), part))
+                continue
+            for kind in ("weight", "bias"):
+                full = f"{name.format(i)}.{kind}", f"{path.format(i)}.{kind}"
+                sources.append(Source(*full, part))
+    return sources
+
+
+def _columns(part: str, n_out: int, config: ModelConfig, policy: Policy):
+    """How the output columns of a product are laid out, and which of them `part` is."""
+    g = config.group_size
+    heads = (config.n_kv_heads, g + 2, config.head_dim)
+    pairs = (policy.n_shards, 2, config.ffn_size // policy.n_shards)
+    return {
+        "linear": ((n_out,), (slice(None),)),
+        "q": (heads, (slice(None), slice(0, g))),
+        "k": (heads, (slice(None), g)),
+        "v": (heads, (slice(None), g + 1)),
+        "gate": (pairs, (slice(None), 0)),
+        "up": (pairs, (slice(None), 1)),
+    }[part]
+
+
+def _source_shape(
+    source: Source, shape: tuple[int, ...], config: ModelConfig, policy: Policy
+) -> tuple[int, ...]:
+    """The shape that a tensor must have on disk, (out, in) for a product."""
+    if source.part == "plain":
+        return tuple(shape)
+    layout, index = _columns(source.part, shape[-1], config, policy)
+    n_out = math.prod(np.empty(layout, np.bool_)[index].shape)
+    return (n_out, *shape[:-1])
+
+
+def _assemble(
+    sources: list[Source], param, stored: dict[str, Stored], config: ModelConfig, policy: Policy
+) -> np.ndarray:
+    """One parameter on the host, in its dtype, from the tensors that fill it."""
+    if sources[0].part == "plain":
+        return _read(sources[0], stored).astype(param.dtype)
+    array = np.empty(param.shape, param.dtype)
+    for source in sources:
+        layout, index = _columns(source.part, param.shape[-1], config, policy)
+        into = array.reshape(*param.shape[:-1], *layout)
+        lead = (slice(None),) * (len(param.shape) - 1)
+        target = into[(*lead, *index)]
+        target[...] = _read(source, stored).T.reshape(target.shape)
+    return array
+
+
+def _read(source: Source, stored: dict[str, Stored]) -> np.ndarray:
+    with safe_open(stored[source.name].file, framework="numpy") as opened:
+        return opened.get_tensor(source.name)

@@ -1,0 +1,289 @@
+"""Frozen configuration: of a model, of the engine, of one request's sampling.
+
+Every value is validated in `__post_init__`, so that a config that exists is valid. A field's help text is
+part of the field (`metadata["help"]`): command-line flags and the README's table are generated from it.
+"""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastgen_jax.errors import ConfigError, InvalidRequest
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1024  # characters
+MAX_STOP_TOKEN_IDS = 32
+MAX_LOGIT_BIAS = 300
+MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
+
+
+def option(default: Any, help: str, group: str = "engine") -> Any:
+    """A dataclass field that carries its own documentation."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+
+
+def check_known(kwargs: dict[str, Any], config_class: type) -> None:
+    """Raises ConfigError for keys that are no field of `config_class`, naming the nearest one."""
+    known = [f.name for f in dataclasses.fields(config_class)]
+    for name in kwargs:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise ConfigError(f"unknown option {name!r}{hint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding: base frequency and context-extension scaling, named as transformers names them."""
+
+    kind: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self):
+        if self.kind not in ROPE_KINDS:
+            raise ConfigError(
+                f"rope type {self.kind!r} is not supported; known: {', '.join(ROPE_KINDS)}"
+            )
+        if not (math.isfinite(self.theta) and self.theta > 0):
+            raise ConfigError(f"rope theta must be a positive number, got {self.theta}")
+        if not (math.isfinite(self.factor) and self.factor >= 1):
+            raise ConfigError(f"rope factor must be at least 1, got {self.factor}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder: what the layers need, whatever family the checkpoint belongs to."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    max_position: int
+    norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "n_layers", "n_heads", "n_kv_heads", "head_dim",
+                     "ffn_size", "max_position"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"model config: {name} must be a positive integer, got {value!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(
+                f"model config: {self.n_heads} query heads do not divide into {self.n_kv_heads} KV heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"model config: head_dim must be even for rotary, got {self.head_dim}"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head, G = N/K."""
+        return self.n_heads // self.n_kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that shapes an engine. None means: chosen from the model and the machine."""
+
+    model: str = option("", "directory of a Hugging Face checkpoint, or a hub id", "model")
+    tokenizer: str | None = option(
+        None, "tokenizer directory or hub id (default: the model's)", "model"
+    )
+    dtype: str = option(
+        "auto",
+        "float32, bfloat16 or float16; auto: float32 on CPU, bfloat16 on GPU and TPU",
+        "model",
+    )
+    max_model_len: int | None = option(
+        None,
+        "longest sequence, prompt and output together, in tokens (default: the model's)",
+        "model",
+    )
+    load_format: str = option(
+        "auto", "auto: read weights; dummy: random weights from config.json", "model"
+    )
+    seed: int = option(
+        0, "seed of sampling for requests that bring none, and of dummy weights", "model"
+    )
+    block_size: int | None = option(
+        None, "tokens per KV cache block (default: the backend's)", "cache"
+    )
+    num_kv_blocks: int | None = option(
+        None, "KV cache blocks (default: fill memory_fraction of the free memory)", "cache"
+    )
+    memory_fraction: float | None = option(
+        None,
+        "share of the memory left after loading that the KV cache may take (default: 0.9, CPU 0.25)",
+        "cache",
+    )
+    enable_prefix_caching: bool = option(
+        True, "reuse the KV blocks of prompts that start alike", "cache"
+    )
+    max_num_batched_tokens: int | None = option(
+        None,
+        "token budget of one step, the SplitFuse budget (default: 512 on CPU, else 768)",
+        "scheduler",
+    )
+    max_num_seqs: int | None = option(
+        None, "sequences that may run at once (default: 64 on CPU, else 256)", "scheduler"
+    )
+    max_queued_requests: int = option(
+        256, "requests running and waiting at once; more are refused (HTTP 429)", "scheduler"
+    )
+    tensor_parallel_size: int = option(1, "devices over which the model is sharded", "parallelism")
+    attention_backend: str = option(
+        "auto", "attention implementation: auto, xla, reference", "parallelism"
+    )
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.load_format not in LOAD_FORMATS:
+            raise ConfigError(
+                f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}"
+            )
+        for name in ("max_model_len", "block_size", "num_kv_blocks", "max_num_batched_tokens",
+                     "max_num_seqs", "max_queued_requests", "tensor_parallel_size"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be in [0, 2**32), got {self.seed}")
+
+
+def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raises InvalidRequest unless `value` is a finite number in [low, high] ((low, high] if open_low)."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value > high or value < low or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise InvalidRequest(
+            f"{name} must be in {bracket}{low}, {high}], got {value!r}", param=name
+        )
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise InvalidRequest(
+            f"{name} must be an integer from {low} to {high}, got {value!r}", param=name
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen; names and defaults are vLLM's.
+
+    temperature 0 is greedy. top_k 0 or -1 keeps all tokens. `logprobs=k` returns the k most likely tokens
+    of each step and the sampled one. Seeded output depends on (prompt, params, seed) alone, never on the batch.
+
+    Raises:
+        InvalidRequest: a value out of range, naming the field and the range.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self):
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        _integer("n", self.n, 1, MAX_SAMPLES)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}",
+                param="min_tokens",
+            )
+        _number("temperature", self.temperature, 0.0, 100.0)
+        _integer("top_k", self.top_k, -1, 2**31 - 1)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, -(2**63), 2**63 - 1)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        self._check_stops()
+        self._check_bias()
+
+    def _check_stops(self):
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise InvalidRequest(
+                f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS}", param="stop"
+            )
+        for text in self.stop:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+                raise InvalidRequest(
+                    f"each stop must be a string of 1 to {MAX_STOP_LENGTH} characters, got {text!r:.80}",
+                    param="stop",
+                )
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequest(
+                f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS}",
+                param="stop_token_ids",
+            )
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, 0, 2**31 - 1)
+
+    def _check_bias(self):
+        bias = self.logit_bias or {}
+        if len(bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequest(
+                f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS}", param="logit_bias"
+            )
+        for token, value in bias.items():
+            _integer("logit_bias", token, 0, 2**31 - 1)
+            _number("logit_bias", value, -100.0, 100.0)

@@ -1,0 +1,78 @@
+"""The demo's tokenizer: byte-level BPE over the corpus, so that any text encodes and decodes back; each digit is a token."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+
+from fastgen_jax.demo import corpus, stories
+from fastgen_jax.demo.stories import Person
+
+VOCAB_SIZE = 1024
+BOS, EOS, USER, ASSISTANT, SYSTEM, END = SPECIAL = (
+    "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>",
+)  # fmt: skip
+BOS_ID, EOS_ID, END_ID = 0, 1, 5
+SPLIT = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('roles are system, user and assistant, got ' + message['role']) }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def _texts() -> Iterator[str]:
+    """Text to learn merges from. Syllables of names come apart, so that no merge joins two of them."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        yield " ".join(stories.tell(rng, Person("", rng.random() < 0.5), Person("", True)))
+    for text in [*corpus.QUESTIONS, *corpus.STORY_REQUESTS, *corpus.SYSTEM_PROMPTS]:
+        yield from [f" {text}", text] * 20
+    for said, reply in corpus.SMALL_TALK:
+        yield from [said, reply] * 20
+    yield from ["The code of", " code", "Question:", "\nAnswer:", "\n\n", "What"] * 2000
+    for syllable in [*corpus.STARTS, *corpus.CLASSIC_GIRLS, *corpus.CLASSIC_BOYS]:
+        yield from [f" {syllable}"] * 2000
+    for syllable in [*corpus.GIRL_ENDS, *corpus.BOY_ENDS]:
+        yield from [syllable] * 2000
+
+
+def build() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(SPLIT, "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(), trainer)
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
+    )
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json as transformers reads them."""
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "additional_special_tokens": [USER, ASSISTANT, SYSTEM, END],
+        "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

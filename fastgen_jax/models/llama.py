@@ -1,0 +1,116 @@
+"""Llama 1, 2 and 3 (Touvron et al., 2023; Dubey et al., 2024) and models of the same shape."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fastgen_jax.config import ModelConfig
+from fastgen_jax.layers import (
+    Attend,
+    Attention,
+    Cache,
+    Embedding,
+    GatedMLP,
+    Linear,
+    Policy,
+    RMSNorm,
+    Rotation,
+)
+from fastgen_jax.models import hf_rope, token_ids
+
+# HF tensor name -> (path of our parameter, which part of it); {} is the layer.
+WEIGHTS = {
+    "model.embed_tokens.weight": ("embed.weight", "plain"),
+    "model.layers.{}.input_layernorm.weight": ("layers.{}.attention_norm.weight", "plain"),
+    "model.layers.{}.self_attn.q_proj": ("layers.{}.attention.qkv", "q"),
+    "model.layers.{}.self_attn.k_proj": ("layers.{}.attention.qkv", "k"),
+    "model.layers.{}.self_attn.v_proj": ("layers.{}.attention.qkv", "v"),
+    "model.layers.{}.self_attn.o_proj": ("layers.{}.attention.out", "linear"),
+    "model.layers.{}.post_attention_layernorm.weight": ("layers.{}.mlp_norm.weight", "plain"),
+    "model.layers.{}.mlp.gate_proj": ("layers.{}.mlp.gate_up", "gate"),
+    "model.layers.{}.mlp.up_proj": ("layers.{}.mlp.gate_up", "up"),
+    "model.layers.{}.mlp.down_proj": ("layers.{}.mlp.down", "linear"),
+    "model.norm.weight": ("norm.weight", "plain"),
+    "lm_head": ("lm_head", "linear"),
+}
+# Tensors that checkpoints carry and nothing needs.
+IGNORED = ("model.layers.{}.self_attn.rotary_emb.inv_freq",)
+
+
+def config(hf: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig of a Hugging Face config.json."""
+    n_heads = hf["num_attention_heads"]
+    return ModelConfig(
+        family="llama",
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        n_layers=hf["num_hidden_layers"],
+        n_heads=n_heads,
+        n_kv_heads=hf.get("num_key_value_heads") or n_heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // n_heads,
+        ffn_size=hf["intermediate_size"],
+        max_position=hf.get("max_position_embeddings", 2048),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope=hf_rope(hf),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        qkv_bias=hf.get("attention_bias", False),
+        out_bias=hf.get("attention_bias", False),
+        mlp_bias=hf.get("mlp_bias", False),
+        activation=hf.get("hidden_act", "silu"),
+        eos_token_ids=token_ids(hf.get("eos_token_id")),
+        bos_token_id=hf.get("bos_token_id"),
+    )
+
+
+class Layer(nnx.Module):
+    def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, policy=policy)
+        self.attention = Attention(config, policy=policy, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, policy=policy)
+        self.mlp = GatedMLP(config, policy=policy, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "T D"], rotation: Rotation, cache: Cache, attend: Attend
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        attended, cache = self.attention(self.attention_norm(x), rotation, cache, attend)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Model(nnx.Module):
+    """Token ids to final hidden states; `unembed` turns the rows that are sampled into logits."""
+
+    def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, policy=policy, rngs=rngs)
+        self.layers = nnx.List(
+            [Layer(config, policy=policy, rngs=rngs) for _ in range(config.n_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, policy=policy)
+        self.lm_head = None if config.tie_embeddings else self._head(policy, rngs)
+
+    def _head(self, policy: Policy, rngs: nnx.Rngs) -> Linear:
+        policy = dataclasses.replace(policy, activations="float32")
+        size, vocab_size = self.config.hidden_size, self.config.vocab_size
+        return Linear(size, vocab_size, bias=False, policy=policy, rngs=rngs)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "T"],
+        positions: Int[Array, "T"],
+        caches: tuple[Cache, ...],
+        attend: Attend,
+    ) -> tuple[Float[Array, "T D"], tuple[Cache, ...]]:
+        x = self.embed(token_ids)
+        rotation = Rotation(positions, self.config.head_dim, self.config.rope)
+        updated = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer(x, rotation, cache, attend)
+            updated.append(cache)
+        return self.norm(x), tuple(updated)
+
+    def unembed(self, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
+        """Logits in float32."""
+        return self.embed.unembed(hidden) if self.lm_head is None else self.lm_head(hidden)

@@ -1,0 +1,67 @@
+"""ServerConfig: everything that shapes the HTTP server, validated on construction."""
+
+import math
+from dataclasses import dataclass
+
+from fastgen_jax.config import option
+from fastgen_jax.errors import ConfigError
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Options of the HTTP server; those of the engine are EngineConfig's."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every interface", "server")
+    port: int = option(8000, "port to listen on; 0 takes a free one", "server")
+    served_model_name: tuple[str, ...] = option(
+        (), "model id that clients see; may be repeated (default: the model's name)", "server"
+    )
+    chat_template: str | None = option(
+        None, "file with a Jinja chat template (default: the tokenizer's)", "server"
+    )
+    api_key: tuple[str, ...] = option(
+        (), "key that clients must send (Authorization: Bearer KEY); may be repeated", "server"
+    )
+    allowed_host: tuple[str, ...] = option(
+        (),
+        "further Host header accepted while listening on loopback; may be repeated",
+        "server",
+    )
+    log_level: str = option("info", "debug, info, warning or error", "server")
+    max_body_bytes: int = option(2_000_000, "largest request body (HTTP 413 above)", "limits")
+    max_prompts: int = option(256, "most prompts in one request body", "limits")
+    queue_timeout: float = option(
+        600.0, "seconds that a request may wait for its first token (HTTP 504 after)", "limits"
+    )
+    request_timeout: float | None = option(
+        None, "seconds that a request may take in all (default: no limit)", "limits"
+    )
+    stream_timeout: float = option(
+        60.0, "seconds that a client may leave its stream unread before it is cut", "limits"
+    )
+    step_timeout: float = option(
+        120.0, "seconds that a step may take before /health reports the engine stalled", "limits"
+    )
+    drain_timeout: float = option(
+        30.0, "seconds that running requests may take to finish after SIGTERM", "limits"
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port must be in [0, 65535], got {self.port}")
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(
+                f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
+            )
+        for name in ("max_body_bytes", "max_prompts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {getattr(self, name)}")
+        for name in ("queue_timeout", "request_timeout", "stream_timeout", "step_timeout",
+                     "drain_timeout"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} must be a number of seconds, got {value}")
+        if any(not key for key in self.api_key):
+            raise ConfigError("api_key must not be empty; leave the flag out to need no key")

@@ -1,0 +1,108 @@
+"""What every HTTP request passes before its route: request id, Host, key, readiness, count of work in flight.
+
+Pure ASGI, so that streams pass through untouched. Refusing is the default: a path that is not in OPEN_PATHS, known
+to the router or not, needs a key when keys are set.
+"""
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.errors import ApiError
+from fastgen_jax.server.responses import send_error
+from fastgen_jax.server.service import Service
+
+OPEN_PATHS = frozenset({"/livez", "/health/live", "/health", "/ready", "/health/ready", "/ping"})
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class Gate:
+    """ASGI app around the routes. INVARIANT: service.n_inflight counts the POST requests inside."""
+
+    def __init__(self, app: ASGIApp, service: Service, config: ServerConfig):
+        self.app = app
+        self.service = service
+        self.key_digests = [_digest(key) for key in config.api_key]
+        self.checks_host = is_loopback(config.host)
+        self.allowed_hosts = frozenset(host.lower() for host in config.allowed_host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send):
+        if scope["type"] != "http":
+            return
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id", "")
+        if not REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+
+        async def send_with_id(message: Message):
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        scope.setdefault("state", {})["request_id"] = request_id
+        try:
+            self._check(scope, headers)
+        except ApiError as error:
+            await send_error(error, send_with_id)
+        else:
+            await self._pass(scope, receive, send_with_id)
+
+    def _check(self, scope: Scope, headers: Headers):
+        if self.checks_host and not self._is_known_host(headers.get("host", "")):
+            message = "this Host header is not accepted; add it with --allowed-host"
+            raise ApiError(403, message, type="permission_error", code="host_not_allowed")
+        if self.key_digests and scope["path"] not in OPEN_PATHS:
+            self._check_key(headers.get("authorization", ""))
+        refusal = self.service.refusal()
+        if scope["method"] == "POST" and refusal is not None:
+            raise refusal
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send):
+        if scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        self.service.n_inflight += 1
+        try:
+            return await self.app(scope, receive, send)
+        finally:
+            self.service.n_inflight -= 1
+
+    def _check_key(self, authorization: str):
+        scheme, _, key = authorization.partition(" ")
+        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        matches = [hmac.compare_digest(given, digest) for digest in self.key_digests]
+        if not any(matches):
+            raise ApiError(
+                401,
+                "a valid API key is needed: send 'Authorization: Bearer KEY'",
+                type="authentication_error",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+    def _is_known_host(self, host: str) -> bool:
+        """A browser that a foreign page points at loopback sends that page's name: refuse names, take addresses."""
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        name = name.strip("[]").lower()
+        return name in ("", "localhost") or name in self.allowed_hosts or _is_address(name)
+
+
+def is_loopback(host: str) -> bool:
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

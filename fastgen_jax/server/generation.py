@@ -1,0 +1,98 @@
+"""Generation: the text side of one HTTP request. Filled by the service, emptied by the response.
+
+Nothing here is bounded by the reader's speed: what a slow reader has not taken is merged into one larger
+piece, and its size is bounded by the output length that the engine admitted.
+"""
+
+import asyncio
+import time
+
+from fastgen_jax.server.errors import ApiError
+from fastgen_jax.tokenizer import TextStream
+from fastgen_jax.types import Output, TokenLogprobs
+
+
+class Choice:
+    """One sample: text and tokens that came and were not taken yet. Finished once finish_reason is set."""
+
+    __slots__ = (
+        "finish_reason", "index", "last_time", "n_tokens", "pending_ids", "pending_logprobs",
+        "pending_text", "stop_reason", "stream", "wants_logprobs",
+    )  # fmt: skip
+
+    def __init__(self, index: int, stream: TextStream, wants_logprobs: bool):
+        self.index = index
+        self.stream = stream
+        self.wants_logprobs = wants_logprobs
+        self.n_tokens = 0
+        self.last_time = 0.0
+        self.pending_text: list[str] = []
+        self.pending_ids: list[int] = []
+        self.pending_logprobs: list[TokenLogprobs] = []
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+
+    def push(self, output: Output):
+        """Takes in one event of the engine. INVARIANT: never called after finish_reason is set."""
+        delta = self.stream.push(output)
+        if output.token_id is not None:
+            self.n_tokens += 1
+            self.pending_ids.append(output.token_id)
+            if self.wants_logprobs and output.logprobs is not None:
+                self.pending_logprobs.append(output.logprobs)
+        if delta.text:
+            self.pending_text.append(delta.text)
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+    def take(self) -> tuple[str, list[int], list[TokenLogprobs]]:
+        """The text, token ids and logprobs since the last call."""
+        taken = "".join(self.pending_text), self.pending_ids, self.pending_logprobs
+        self.pending_text, self.pending_ids, self.pending_logprobs = [], [], []
+        return taken
+
+
+class Generation:
+    """All samples of one HTTP request: prompt i, sample j is choice i * n + j.
+
+    It ends when every choice is finished, or with `error`. Only the event loop touches it.
+    """
+
+    def __init__(self, choices: list[Choice], prompts: list[list[int]], *, is_streaming: bool):
+        self.choices = choices
+        self.prompts = prompts
+        self.is_streaming = is_streaming
+        self.arrival = time.monotonic()
+        self.n_open = len(choices)
+        self.error: ApiError | None = None
+        self.request_ids: list[int] = []
+        self.timers: list[asyncio.TimerHandle] = []
+        self.first_token_timer: asyncio.TimerHandle | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def is_done(self) -> bool:
+        return self.n_open == 0 or self.error is not None
+
+    @property
+    def n_prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(choice.n_tokens for choice in self.choices)
+
+    def notify(self):
+        """Wakes the reader: at each change if it streams, else at the end."""
+        if self.is_streaming or self.is_done:
+            self._changed.set()
+
+    async def changed(self):
+        """Returns after the next change.
+
+        Raises:
+            ApiError: the request failed.
+        """
+        await self._changed.wait()
+        self._changed.clear()
+        if self.error is not None:
+            raise self.error

@@ -1,0 +1,337 @@
+"""The request bodies of OpenAI's API, with vLLM's extras: parsing, refusals, and SamplingParams.
+
+Every check ends in an ApiError with status 400 that names the field. Nothing here allocates by an
+unchecked size, and no field is dropped silently: it acts, is refused, or is warned of once.
+"""
+
+import logging
+from typing import Annotated, Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+
+from fastgen_jax.config import MAX_LOGPROBS, SamplingParams
+from fastgen_jax.errors import InvalidRequest
+from fastgen_jax.server.errors import ApiError, from_engine, invalid, unsupported
+
+log = logging.getLogger("fastgen_jax.server")
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+TEMPLATE_KWARGS = ("enable_thinking", "thinking", "reasoning_effort")
+MAX_WARNED = 100  # distinct unknown keys that are worth a log line
+
+# Accepted because they change nothing here: bookkeeping of the caller, or hints.
+IGNORED = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "parallel_tool_calls", "priority", "request_id", "verbosity",
+    "spaces_between_special_tokens", "detokenize", "reasoning_effort",
+}  # fmt: skip
+
+# Refused unless they hold the value that asks for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "suffix": (None, ""),
+    "prompt_logprobs": (None,),
+    "allowed_token_ids": (None, []),
+    "bad_words": (None, []),
+    "use_beam_search": (None, False),
+    "length_penalty": (None, 1, 1.0),
+    "cache_salt": (None, ""),
+    "structured_outputs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "functions": (None, []),
+    "function_call": (None, "none"),
+    "audio": (None,),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "chat_template": (None,),
+    "logits_processors": (None, []),
+}
+
+SAMPLING_FIELDS = (
+    "n", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "ignore_eos",
+    "presence_penalty", "frequency_penalty", "repetition_penalty", "include_stop_str_in_output",
+    "skip_special_tokens",
+)  # fmt: skip
+
+_warned: set[str] = set()
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(BaseModel):
+    """The fields that completions and chat completions share. null means: not given."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    best_of: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | Annotated[list[str], FailFast()] | None = None
+    stop_token_ids: Annotated[list[int], FailFast()] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    response_format: dict[str, Any] | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        options = self.stream_options
+        return bool(options and options.include_usage and options.continuous_usage_stats)
+
+    @property
+    def output_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def check_supported(self):
+        """Raises ApiError for a field that asks for what this server cannot do."""
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options needs stream=true", "stream_options")
+        if self.best_of not in (None, self.n or 1):
+            raise unsupported("best_of", "leave it out or set it equal to n")
+        if (self.response_format or {"type": "text"}).get("type") != "text":
+            raise unsupported("response_format", "only {'type': 'text'} is")
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens < 1:
+            raise invalid("truncate_prompt_tokens must be at least 1", "truncate_prompt_tokens")
+        check_extras(self.model_extra or {})
+
+    def sampling_params(
+        self, defaults: dict[str, Any], *, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        """The request's parameters over the model's `defaults`.
+
+        Raises:
+            ApiError: a value out of range, naming the field.
+        """
+        given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        values = defaults | {name: value for name, value in given.items() if value is not None}
+        try:
+            return SamplingParams(
+                **values,
+                max_tokens=max_tokens,
+                logprobs=logprobs,
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                logit_bias=_logit_bias(self.logit_bias),
+            )
+        except InvalidRequest as error:
+            raise from_engine(error) from None
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: Any = None
+    echo: bool | None = None
+    logprobs: int | None = None
+
+    def check_supported(self):
+        super().check_supported()
+        if self.echo and self.logprobs is not None:
+            message = "echo with logprobs is not supported: this server scores no prompt tokens"
+            raise ApiError(400, message, param="echo", code="unsupported_parameter")
+
+    def prompts(self, max_prompts: int) -> list[str | list[int]]:
+        """The body's prompts, each a text or a list of token ids.
+
+        Raises:
+            ApiError: none, too many, or of the wrong type.
+        """
+        prompt = self.prompt
+        if isinstance(prompt, str) or is_ids(prompt):
+            return [prompt]
+        if not isinstance(prompt, list) or not prompt:
+            raise invalid("prompt must be a string, a list of strings, or token ids", "prompt")
+        if len(prompt) > max_prompts:
+            raise invalid(f"prompt has {len(prompt)} entries; at most {max_prompts}", "prompt")
+        for index, entry in enumerate(prompt):
+            if not (isinstance(entry, str) or is_ids(entry)):
+                raise invalid(f"prompt[{index}] must be a string or token ids", "prompt")
+        return prompt
+
+    def to_params(self, defaults: dict[str, Any]) -> SamplingParams:
+        limit = 16 if self.output_limit is None else self.output_limit
+        return self.sampling_params(defaults, max_tokens=limit, logprobs=self.logprobs)
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Any = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check_supported(self):
+        super().check_supported()
+        if self.tools and self.tool_choice != "none":
+            raise unsupported("tools", "leave them out or set tool_choice to 'none'")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise unsupported("tool_choice", "leave it out or set it to 'none'")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
+        if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
+            raise invalid(f"top_logprobs must be from 0 to {MAX_LOGPROBS}", "top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise invalid(
+                "continue_final_message excludes add_generation_prompt", "continue_final_message"
+            )
+
+    def template_kwargs(self) -> dict[str, Any]:
+        """What the chat template is given besides the messages."""
+        given = self.chat_template_kwargs or {}
+        for name in given:
+            if name not in TEMPLATE_KWARGS:
+                known = ", ".join(TEMPLATE_KWARGS)
+                raise invalid(
+                    f"chat_template_kwargs: {name!r:.80} is not one of {known}",
+                    "chat_template_kwargs",
+                )
+        kwargs = dict(given)
+        kwargs["add_generation_prompt"] = (
+            not self.continue_final_message
+            if self.add_generation_prompt is None
+            else self.add_generation_prompt
+        )
+        if self.continue_final_message:
+            kwargs["continue_final_message"] = True
+        return kwargs
+
+    def to_params(self, defaults: dict[str, Any]) -> SamplingParams:
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.sampling_params(defaults, max_tokens=self.output_limit, logprobs=logprobs)
+
+
+class TokenizeRequest(BaseModel):
+    """Body of POST /tokenize: a prompt or messages."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Any = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """Body of POST /detokenize."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+    tokens: Any = None
+
+
+def parse(model: type[Model], body: bytes) -> Model:
+    """The JSON `body` as a `model`.
+
+    Raises:
+        ApiError: malformed JSON (NaN, nesting beyond 1024 and bad UTF-8 included) or a field of the wrong type.
+    """
+    try:
+        values = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"the body is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise invalid("the body must be a JSON object")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        path = ".".join(str(part) for part in first["loc"])
+        raise invalid(f"{path:.100}: {first['msg']}", str(first["loc"][0])) from None
+
+
+def parse_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages reduced to the keys that templates know; the tokenizer checks their content.
+
+    Raises:
+        ApiError: naming the message at fault.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise invalid("messages must be a list with at least one message", "messages")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def check_extras(extras: dict[str, Any]):
+    """Refuses extras that would change the answer, warns once of unknown ones."""
+    for name, value in extras.items():
+        if name in UNSUPPORTED:
+            if value not in UNSUPPORTED[name]:
+                raise unsupported(name)
+        elif name not in IGNORED and name not in _warned and len(_warned) < MAX_WARNED:
+            _warned.add(name)
+            log.warning("request field %.80r is unknown and ignored", name)
+
+
+def check_token_ids(ids: list[int], vocab_size: int, param: str):
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        raise invalid(f"{param}: token ids must be in [0, {vocab_size})", param)
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise invalid(f"{where} must be an object with role and content", "messages")
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise invalid(f"{where}.role must be one of {', '.join(ROLES)}", "messages")
+    kept = {key: message[key] for key in MESSAGE_KEYS if message.get(key) is not None}
+    return {"role": ROLES[role], "content": message.get("content"), **kept}
+
+
+def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
+    if not bias:
+        return None
+    if not all(key.isascii() and key.isdigit() and len(key) < 11 for key in bias):
+        raise invalid("logit_bias: keys must be token ids", "logit_bias")
+    return {int(key): value for key, value in bias.items()}
+
+
+def is_ids(value: Any) -> bool:
+    """Whether `value` is a list of plain integers (true and 1.0 are none)."""
+    return isinstance(value, list) and bool(value) and set(map(type, value)) == {int}

@@ -1,0 +1,368 @@
+"""Service: the one bridge between the event loop and the engine's thread.
+
+The engine's thread loads the model, then runs Engine.run; each step's outputs cross to the event loop in one
+call_soon_threadsafe. All else here runs on the event loop: detokenising, stop strings, deadlines, latencies.
+A request ends in exactly one of: its finish reasons, or one ApiError.
+"""
+
+import asyncio
+import contextlib
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from fastgen_jax.config import SamplingParams
+from fastgen_jax.errors import RequestError
+from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
+from fastgen_jax.server.generation import Choice, Generation
+from fastgen_jax.server.metrics import Metrics
+from fastgen_jax.tokenizer import TextStream, Tokenizer
+from fastgen_jax.types import Output, Request, Stats
+
+if TYPE_CHECKING:
+    from fastgen_jax.engine import Engine
+
+log = logging.getLogger("fastgen_jax.server")
+
+INLINE_CHARACTERS = 2000  # text up to this size is tokenised on the event loop: 0.5 ms at most
+LOAD_RETRY_AFTER = 5
+ENGINE_EXIT_TIMEOUT = 2.0
+
+Result = TypeVar("Result")
+OnPhase = Callable[[str, int, int], None]
+
+
+class Backend(NamedTuple):
+    """What a load yields: an engine that is compiled, and the text side of its model."""
+
+    engine: "Engine"
+    tokenizer: Tokenizer
+
+
+class Phase(NamedTuple):
+    """Where the server stands: starting, loading, compiling, ready, draining or failed."""
+
+    name: str
+    done: int = 0
+    total: int = 0
+
+
+class Service:
+    """Owns the engine thread and every live Generation.
+
+    INVARIANT: `_live` maps exactly the engine's request ids that are neither finished nor cancelled.
+
+    Args:
+        load: makes the backend; called in the engine's thread with a callback for its progress.
+        on_phase: called at each change of phase, in the thread where it happens.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[OnPhase], Backend],
+        config: ServerConfig,
+        *,
+        model_names: Sequence[str],
+        on_phase: OnPhase = lambda name, done, total: None,
+    ):
+        self.config = config
+        self.model_names = list(model_names)
+        self.metrics = Metrics(self.model_names[0])
+        self.backend: Backend | None = None
+        self.phase = Phase("starting")
+        self.load_error: BaseException | None = None
+        self.n_inflight = 0  # HTTP requests that may use the engine
+        self.created = int(time.time())
+        self._load = load
+        self._on_phase = on_phase
+        self._started = time.monotonic()
+        self._busy_since = 0.0
+        self._live: dict[int, tuple[Generation, int]] = {}  # request id -> its first choice
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._attached = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fastgen-engine", daemon=True)
+        self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="fastgen-tokenize")
+
+    def start(self):
+        """Begins to load, in the engine's thread."""
+        self._thread.start()
+
+    def attach(self, loop: asyncio.AbstractEventLoop):
+        """Names the event loop that outputs go to. Until then the engine does not run."""
+        self._loop = loop
+        self._attached.set()
+
+    def drain(self):
+        """Refuses new work from now on."""
+        self._set_phase("draining", 0, 0)
+
+    def abort_all(self, error: ApiError):
+        """Ends every live request with `error`."""
+        for generation in {id(g): g for g, _ in self._live.values()}.values():
+            self.fail(generation, error)
+
+    def stop(self) -> bool:
+        """Ends the engine's thread; False if it is still busy, in a compilation say."""
+        if self.backend is not None:
+            self.backend.engine.stop()
+        self._attached.set()
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        if self._thread.is_alive():
+            self._thread.join(ENGINE_EXIT_TIMEOUT)
+        return not self._thread.is_alive()
+
+    def _run(self):
+        """The engine's thread. The one broad except: whatever happens here, every waiter hears of it."""
+        try:
+            backend = self._load(self._set_phase)
+        except BaseException as error:
+            self.load_error = error
+            self._set_phase("failed", 0, 0)
+            return
+        self._attached.wait()
+        self._call(self._become_ready, backend)
+        error = None
+        try:
+            backend.engine.run(self._deliver)
+        except BaseException as caught:
+            error = caught
+            log.error("the engine failed: %s: %s", type(error).__name__, error, exc_info=error)
+        self._call(self._engine_ended, error)
+
+    def _deliver(self, outputs: list[Output]):
+        if outputs:
+            self._call(self._dispatch, outputs)
+
+    def _call(self, function: Callable, *args):
+        """Runs `function` on the event loop; nothing if that is closed already."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(function, *args)
+
+    def _set_phase(self, name: str, done: int, total: int):
+        if name == "ready":  # the engine is; the server is once its loop runs
+            return
+        if self.phase.name != "draining" or name == "failed":
+            self.phase = Phase(name, done, total)
+        self._on_phase(name, done, total)
+
+    def _become_ready(self, backend: Backend):
+        self.backend = backend
+        if self.phase.name != "draining":
+            self.phase = Phase("ready")
+        self._on_phase("ready", 0, 0)
+
+    def _engine_ended(self, error: BaseException | None):
+        """The engine's loop is over: after stop() that is the end, else a failure."""
+        if error is not None or self.phase.name != "draining":
+            self._set_phase("failed", 0, 0)
+        self.abort_all(internal("the engine stopped while it worked on this request"))
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether requests wait and no step has finished for step_timeout."""
+        stats = self.stats()
+        if stats is None or not self._live:
+            return False
+        newest = max(stats.last_step_time, self._busy_since)
+        return time.monotonic() - newest > self.config.step_timeout
+
+    def stats(self) -> Stats | None:
+        return self.backend.engine.stats() if self.backend is not None else None
+
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Whether the next request can be served, and the reason if not."""
+        name, done, total = self.phase
+        if name == "ready":
+            return not self.is_stalled, {"phase": "stalled" if self.is_stalled else "ready"}
+        elapsed = round(time.monotonic() - self._started, 1)
+        return False, {"phase": name, "done": done, "of": total, "elapsed_s": elapsed}
+
+    def refusal(self) -> ApiError | None:
+        """Why new work is refused now; None if it is welcome."""
+        name, done, total = self.phase
+        if name == "ready":
+            return None
+        if name == "draining":
+            return unavailable("the server is shutting down", "draining", 1, close=True)
+        if name == "failed":
+            return unavailable("the engine has failed; the server needs a restart", "failed", 30)
+        progress = f" ({done}/{total})" if total else ""
+        message = f"the model is not ready yet: {name}{progress}"
+        return unavailable(message, "loading", LOAD_RETRY_AFTER)
+
+    def require_backend(self) -> Backend:
+        """The backend.
+
+        Raises:
+            ApiError: new work is refused.
+        """
+        refusal = self.refusal()
+        if refusal is not None:
+            raise refusal
+        assert self.backend is not None, self.phase
+        return self.backend
+
+    async def run_text(self, n_characters: int, function: Callable[[], Result]) -> Result:
+        """Runs tokenizer work, off the event loop if there is much of it.
+
+        Raises:
+            ApiError: the tokenizer or the chat template refused the text.
+        """
+        try:
+            if n_characters <= INLINE_CHARACTERS:
+                return function()
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._tokenizing, function)
+        except RequestError as error:
+            raise from_engine(error) from None
+
+    def submit(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        *,
+        is_streaming: bool,
+        param: str = "prompt",
+    ) -> Generation:
+        """Hands the prompts, which the field `param` held, to the engine: all or none.
+
+        Raises:
+            ApiError: the engine refused.
+        """
+        backend = self.require_backend()
+        for prompt in prompts:
+            self._check_fits(len(prompt), params.max_tokens, param)
+        streams = [
+            TextStream(backend.tokenizer, prompt, params)
+            for prompt in prompts
+            for _ in range(params.n)
+        ]
+        wants_logprobs = params.logprobs is not None
+        choices = [Choice(i, stream, wants_logprobs) for i, stream in enumerate(streams)]
+        generation = Generation(choices, prompts, is_streaming=is_streaming)
+        try:
+            ids = backend.engine.submit_all([Request(prompt, params) for prompt in prompts])
+        except RequestError as error:
+            raise from_engine(error) from None
+        # Outputs reach _dispatch by the event loop, which runs here: none can come before this.
+        if not self._live:
+            self._busy_since = generation.arrival
+        generation.request_ids = list(ids)
+        for i, request_id in enumerate(ids):
+            self._live[request_id] = (generation, i * params.n)
+        self._set_deadlines(generation)
+        return generation
+
+    def fail(self, generation: Generation, error: ApiError):
+        """Ends the request with `error`, unless it has ended; the engine stops working on it."""
+        if not generation.is_done:
+            generation.error = error
+            reason = "abort" if error.status in (CLIENT_GONE, 503) else "error"
+            self.metrics.finished[reason] += generation.n_open
+            generation.notify()
+        self.release(generation)
+
+    def release(self, generation: Generation):
+        """Forgets the request and cancels what the engine still does for it. Idempotent."""
+        for request_id in self._forget(generation):
+            if self.backend is not None:
+                self.backend.engine.cancel(request_id)
+
+    def _forget(self, generation: Generation) -> list[int]:
+        """Ends the request's bookkeeping; returns its ids that were live."""
+        for timer in generation.timers:
+            timer.cancel()
+        live = [id for id in generation.request_ids if id in self._live]
+        for request_id in live:
+            del self._live[request_id]
+        return live
+
+    def _check_fits(self, n_prompt: int, max_tokens: int | None, param: str):
+        """The engine's admission bound, in the words that OpenAI's clients look for."""
+        assert self.backend is not None
+        bound = self.backend.engine.max_total_tokens
+        n_output = max_tokens or 1
+        if n_prompt + n_output <= bound:
+            return
+        message = (
+            f"This model's maximum context length is {bound} tokens. However, you requested "
+            f"{n_prompt + n_output} tokens ({n_prompt} in the messages, {n_output} in the completion). "
+            "Please reduce the length of the messages or completion."
+        )
+        longest = self.backend.engine.config.max_model_len
+        if longest is not None and bound < longest:
+            message += f" (The KV cache of this server holds {bound}; the model allows {longest}.)"
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+    def _set_deadlines(self, generation: Generation):
+        def fail_in(seconds: float, message: str) -> asyncio.TimerHandle:
+            message = f"{message} within {seconds:g} s"
+            error = ApiError(504, message, type="timeout_error", code="deadline_exceeded")
+            return loop.call_later(seconds, self.fail, generation, error)
+
+        loop = asyncio.get_running_loop()
+        generation.first_token_timer = fail_in(self.config.queue_timeout, "no first token came")
+        generation.timers = [generation.first_token_timer]
+        if self.config.request_timeout is not None:
+            total = fail_in(self.config.request_timeout, "the request did not finish")
+            generation.timers.append(total)
+
+    def _dispatch(self, outputs: list[Output]):
+        """Takes in one step's outputs and wakes the readers, each once."""
+        now = time.monotonic()
+        touched: dict[int, Generation] = {}
+        for output in outputs:
+            entry = self._live.get(output.request_id)
+            if entry is None:  # finished, failed or cancelled meanwhile
+                continue
+            generation, first_choice = entry
+            choice = generation.choices[first_choice + output.index]
+            if choice.finish_reason is None:
+                self._push(generation, choice, output, now)
+                touched[id(generation)] = generation
+        for generation in touched.values():
+            generation.notify()
+            if generation.n_open == 0:
+                self._forget(generation)
+
+    def _push(self, generation: Generation, choice: Choice, output: Output, now: float):
+        if output.finish_reason in ("error", "abort"):
+            message = output.error or "the engine stopped this request"
+            failed = internal if output.finish_reason == "error" else _stopped
+            return self.fail(generation, failed(message))
+        try:
+            choice.push(output)
+        except Exception as error:  # a fault in one request's text must not reach the others
+            log.error("detokenizing failed: %s", error, exc_info=error)
+            return self.fail(generation, internal("the output could not be detokenized"))
+        if output.token_id is not None:
+            self._observe_token(generation, choice, now)
+        if choice.finish_reason is not None:
+            self._finish(generation, choice, output, now)
+        return None
+
+    def _observe_token(self, generation: Generation, choice: Choice, now: float):
+        if choice.n_tokens == 1:
+            if generation.first_token_timer is not None:
+                generation.first_token_timer.cancel()
+            self.metrics.first_token.observe(now - generation.arrival)
+        else:
+            self.metrics.between_tokens.observe(now - choice.last_time)
+        choice.last_time = now
+
+    def _finish(self, generation: Generation, choice: Choice, output: Output, now: float):
+        assert self.backend is not None
+        if output.finish_reason is None:  # a stop string, which the engine does not know
+            self.backend.engine.finish(output.request_id, output.index)
+        generation.n_open -= 1
+        self.metrics.finished[choice.finish_reason or "error"] += 1
+        self.metrics.request.observe(now - generation.arrival)
+
+
+_stopped = functools.partial(unavailable, code="engine_stopped", retry_after=5)

@@ -1,0 +1,78 @@
+"""Tensor parallelism: one mesh axis, and which axis of each parameter it splits (Shoeybi et al., Megatron-LM, 2019).
+
+Queries, keys, values, gate and up are split by columns, the products that follow by rows, the cache by KV heads.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fastgen_jax.config import ModelConfig
+from fastgen_jax.errors import ConfigError
+
+AXIS = "tensor"
+# Suffix of a parameter's path -> how it is split; parameters not named are replicated.
+RULES = {
+    "attention.qkv.weight": PartitionSpec(None, AXIS),
+    "attention.qkv.bias": PartitionSpec(AXIS),
+    "attention.out.weight": PartitionSpec(AXIS, None),
+    "mlp.gate_up.weight": PartitionSpec(None, AXIS),
+    "mlp.gate_up.bias": PartitionSpec(AXIS),
+    "mlp.down.weight": PartitionSpec(AXIS, None),
+    "lm_head.weight": PartitionSpec(None, AXIS),
+}
+CACHE = PartitionSpec(None, AXIS)  # "B K 2 C H" by KV heads
+HEADS = PartitionSpec(None, AXIS)  # "T N H" by heads
+
+
+def make_mesh(n_devices: int) -> Mesh:
+    """A mesh over the first devices of the default backend; ConfigError when there are fewer."""
+    devices = jax.devices()
+    if n_devices > len(devices):
+        raise ConfigError(
+            f"tensor_parallel_size={n_devices} needs as many devices; {len(devices)} "
+            f"{devices[0].platform} device(s) found"
+        )
+    return Mesh(np.array(devices[:n_devices]), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def check_divides(config: ModelConfig, n_devices: int) -> None:
+    """Raises ConfigError unless heads, feed-forward and vocabulary split evenly over the devices."""
+    for name in ("n_kv_heads", "ffn_size", "vocab_size"):
+        size = getattr(config, name)
+        if size % n_devices:
+            raise ConfigError(
+                f"tensor_parallel_size={n_devices} does not divide the model's {name}={size}"
+            )
+
+
+def parameter_sharding(path: str, mesh: Mesh) -> NamedSharding:
+    for suffix, spec in RULES.items():
+        if path.endswith(suffix):
+            return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def cache_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, CACHE)
+
+
+def shard_attend(attend, mesh: Mesh):
+    """`attend` run on each device for its own KV heads and their queries."""
+    if mesh.size == 1:
+        return attend
+
+    def sharded(q, k, v, cache, *, spec):
+        return jax.shard_map(
+            lambda *arrays: attend(*arrays, spec=spec),
+            mesh=mesh,
+            in_specs=(HEADS, HEADS, HEADS, CACHE),
+            out_specs=(HEADS, CACHE),
+            check_vma=False,
+        )(q, k, v, cache)
+
+    return sharded

@@ -1,0 +1,28 @@
+"""Paged attention over ragged batches: arrays in, arrays out. Backends are chosen once, by name.
+
+Imports jax and numpy only, never fastgen_jax.
+"""
+
+import importlib
+
+from pallas_kernels.contract import AttentionSpec, RaggedMeta, RaggedPagedAttention
+
+__all__ = ["BACKENDS", "AttentionSpec", "RaggedMeta", "RaggedPagedAttention", "select"]
+
+BACKENDS = ("reference", "xla")
+PLANNED_BACKENDS = ("pallas_tpu", "pallas_gpu", "jax_triton", "mosaic_gpu")
+
+
+def select(name: str) -> RaggedPagedAttention:
+    """The attention backend of that name; its module is imported only now.
+
+    Raises:
+        NotImplementedError: a backend that does not exist yet. Nothing falls back to another one.
+        ValueError: no such backend.
+    """
+    if name in BACKENDS:
+        return importlib.import_module(f"pallas_kernels.{name}").ragged_paged_attention
+    known = ", ".join(BACKENDS)
+    if name in PLANNED_BACKENDS:
+        raise NotImplementedError(f"attention backend {name!r} is not there yet; known: {known}")
+    raise ValueError(f"unknown attention backend {name!r}; known: {known}")

@@ -1,0 +1,106 @@
+"""The oracle: attention by definition, one sequence after the other, over its whole block table.
+
+Every backend is tested against it. Runs inside and outside jit, in float32; obvious and slow.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from pallas_kernels.contract import AttentionSpec, RaggedMeta, check_arguments
+
+
+def ragged_paged_attention(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv_cache: Num[Array, "B K 2 C H"],
+    meta: RaggedMeta,
+    *,
+    spec: AttentionSpec,
+    alibi_slopes: Float[Array, "N"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    kv_scales: Float[Array, "B K 2 C"] | None = None,
+) -> tuple[Float[Array, "T N H"], Num[Array, "B K 2 C H"]]:
+    """See contract.RaggedPagedAttention."""
+    check_arguments(q, k, v, kv_cache, meta, kv_scales)
+    q, k, v, kv_cache = (jnp.asarray(x) for x in (q, k, v, kv_cache))
+    meta = RaggedMeta(*(jnp.asarray(x) for x in meta))
+    kv_cache = write(k, v, kv_cache, meta.slots)
+    token = jnp.arange(len(q))
+
+    def add_sequence(s, out):
+        keys, values = _context(kv_cache, meta.block_tables[s])
+        key_position = jnp.arange(keys.shape[1])
+        is_cached = key_position < meta.seq_lens[s]
+        values = jnp.where(is_cached[None, :, None], values, 0.0)  # unused cells may be NaN
+        distance = key_position[None, :] - meta.positions[:, None]  # T M
+        visible = is_cached[None, :] & (distance <= 0)
+        if spec.window is not None:
+            visible &= distance > -spec.window
+        scores = _scores(q, keys, distance, spec, alibi_slopes)
+        result = _softmax(jnp.where(visible, scores, -jnp.inf), sinks) @ _per_query_head(values, q)
+        is_owned = (meta.cu_q_lens[s] <= token) & (token < meta.cu_q_lens[s + 1])
+        return jnp.where(is_owned[:, None, None], result.transpose(1, 0, 2), out)
+
+    with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
+        out = jnp.zeros(q.shape, jnp.float32)
+        out = jax.lax.fori_loop(0, meta.n_seqs, add_sequence, out)
+    return out.astype(q.dtype), kv_cache
+
+
+def write(
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv_cache: Num[Array, "B K 2 C H"],
+    slots: Int[Array, "T"],
+) -> Num[Array, "B K 2 C H"]:
+    """The cache with each token's key and value in its cell; slots past the pool are dropped."""
+    n_cells = kv_cache.shape[3]
+    new = jnp.stack([k, v], axis=2).astype(kv_cache.dtype)  # T K 2 H
+    return kv_cache.at[slots // n_cells, :, :, slots % n_cells].set(new, mode="drop")
+
+
+def _context(
+    kv_cache: Num[Array, "B K 2 C H"], block_table: Int[Array, "P"]
+) -> Float[Array, "2 K M H"]:
+    """The keys and values of one sequence in order of position; M = P * C."""
+    kv = kv_cache[block_table].astype(jnp.float32).transpose(2, 1, 0, 3, 4)  # 2 K P C H
+    return kv.reshape(2, kv.shape[1], -1, kv.shape[4])
+
+
+def _per_query_head(x: Float[Array, "K M H"], q: Float[Array, "T N H"]) -> Float[Array, "N M H"]:
+    return jnp.repeat(x, q.shape[1] // len(x), axis=0)
+
+
+def _scores(
+    q: Float[Array, "T N H"],
+    keys: Float[Array, "K M H"],
+    distance: Int[Array, "T M"],
+    spec: AttentionSpec,
+    alibi_slopes: Float[Array, "N"] | None,
+) -> Float[Array, "N T M"]:
+    queries = q.astype(jnp.float32).transpose(1, 0, 2)  # N T H
+    scores = spec.scale * (queries @ _per_query_head(keys, q).transpose(0, 2, 1))
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+    if alibi_slopes is not None:
+        slopes = jnp.asarray(alibi_slopes, jnp.float32)[:, None, None]
+        scores = scores + slopes * distance.astype(jnp.float32)
+    return scores
+
+
+def _softmax(
+    scores: Float[Array, "N T M"], sinks: Float[Array, "N"] | None
+) -> Float[Array, "N T M"]:
+    """Over the last axis, with the sink as one more score; zeros where every score is -inf."""
+    top = scores.max(-1, keepdims=True)
+    if sinks is not None:
+        sinks = jnp.broadcast_to(jnp.asarray(sinks, jnp.float32)[:, None, None], top.shape)
+        top = jnp.maximum(top, sinks)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
+    return weights / jnp.where(total == 0.0, 1.0, total)

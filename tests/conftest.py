@@ -1,0 +1,86 @@
+"""The room every test runs in: four fake CPU devices, no network, strict dtypes and ranks."""
+
+import contextlib
+import ipaddress
+import os
+import sys
+from collections.abc import Iterator
+
+from tests import targets  # before jax: libtpu reads its environment when jax first loads it
+
+os.environ |= targets.ENVIRONMENT | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Recorded around every fetch of an executable, from the compiler or from the persistent cache.
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class NetworkBlocked(RuntimeError):
+    """A test reached for a machine other than this one."""
+
+
+class UnexpectedCompile(AssertionError):
+    """XLA compiled a program where everything should have been compiled before."""
+
+
+def _is_local(host: object) -> bool:
+    if isinstance(host, bytes):
+        host = host.decode()
+    if not host or host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(str(host))
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def _refuse_network(event: str, args: tuple) -> None:
+    if event == "socket.connect":
+        host = (
+            args[1][0] if isinstance(args[1], tuple) else None
+        )  # a Unix socket's address is a path
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        host = args[0]
+    else:
+        return
+    if not _is_local(host):
+        raise NetworkBlocked(f"{event} to {host}: tests use no network")
+
+
+sys.addaudithook(_refuse_network)
+
+
+@contextlib.contextmanager
+def no_compile() -> Iterator[None]:
+    """Makes any XLA compilation inside raise UnexpectedCompile, at once and again at the end."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **kwargs: object) -> None:
+        if event == COMPILE_EVENT:
+            compiled.append(str(kwargs.get("fun_name", "?")))
+            raise UnexpectedCompile(f"XLA compiled {compiled[-1]} in {duration:.3f} s")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    if compiled:
+        raise UnexpectedCompile(f"XLA compiled {', '.join(compiled)}")
+
+
+@pytest.fixture
+def forbid_compile():
+    """`with forbid_compile(): ...` fails if anything inside compiles."""
+    return no_compile

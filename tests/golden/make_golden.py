@@ -1,0 +1,162 @@
+"""Writes the tiny random Llama checkpoints beside this file, and what Hugging Face makes of them.
+
+    python -m tests.golden.make_golden        (needs torch and transformers; rewrites everything)
+
+Each folder is a checkpoint as transformers saves it, plus `golden.npz`: prompt_ids, the greedy_ids
+that follow, and logits "T V" at every token of both but the last (float32 arithmetic on the stored
+weights). `config.old.json` says the same rope in the form of transformers 4: top-level rope_theta,
+rope_scaling.
+
+Weights are large, so that attention is sharp and a wrong rotation shows. Dynamic NTK is computed
+token by token: each key keeps the base of its own time, as in decoding with a cache.
+"""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+HERE = pathlib.Path(__file__).parent
+N_PROMPT, N_NEW, ORIGINAL, LONGEST = 150, 32, 64, 256
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LONGEST,
+    "initializer_range": 0.25,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **fields}}
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+LLAMA3 = YARN | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 500000.0}
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "mha": {"num_key_value_heads": 4},
+    "gqa": rope("default", rope_theta=1000.0),
+    "mqa_tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "head_dim": {"head_dim": 24},
+    "sharded": {},
+    "linear": rope("linear", factor=4.0),
+    "dynamic": rope("dynamic", factor=4.0) | {"max_position_embeddings": ORIGINAL},
+    "yarn": rope("yarn", **YARN),
+    "yarn_betas": rope("yarn", **YARN, mscale=1.0, mscale_all_dim=0.5, beta_fast=16, beta_slow=2),
+    "yarn_exact": rope("yarn", **YARN, attention_factor=1.25, truncate=False),
+    "llama3": rope("llama3", **LLAMA3),
+}  # fmt: skip
+OLD_FORM = ("gqa", "linear", "dynamic", "yarn", "llama3")
+
+
+def random_model(seed: int, **fields: Any) -> transformers.LlamaForCausalLM:
+    """A Llama whose every parameter, biases and norms included, is random, rounded to bfloat16."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(**SHAPE | fields, bos_token_id=1, eos_token_id=2)
+    model = transformers.LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.5)
+        if "norm" in name:
+            parameter.data.uniform_(0.7, 1.3)
+    return model.to(torch.bfloat16).eval()
+
+
+def load(path: pathlib.Path) -> transformers.LlamaForCausalLM:
+    return transformers.LlamaForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+@torch.inference_mode()
+def run(model: Any, prompt: list[int], n_new: int) -> tuple[np.ndarray, list[int]]:
+    """Logits "T V" at the prompt and all but the last of n_new greedy tokens; and those tokens."""
+    one_by_one = "dynamic" in model.config.rope_parameters["rope_type"]
+    pieces = [[token] for token in prompt] if one_by_one else [prompt]
+    cache = transformers.DynamicCache(config=model.config)
+    logits, greedy = [], []
+    while len(greedy) < n_new:
+        for piece in pieces:
+            out = model(torch.tensor([piece]), past_key_values=cache, use_cache=True)
+            logits.append(out.logits[0].float().numpy())
+        greedy.append(int(logits[-1][-1].argmax()))
+        pieces = [greedy[-1:]]
+    return np.concatenate(logits), greedy
+
+
+def margin(logits: np.ndarray, n_new: int) -> float:
+    """By how much the best token leads the second, at least, where tokens were chosen."""
+    best = np.sort(logits[-n_new:])
+    return float((best[:, -1] - best[:, -2]).min())
+
+
+def clear_prompt(model: Any, n_prompt: int, n_new: int, seed: int) -> tuple[list[int], Any, Any]:
+    """A random prompt whose greedy continuation no rounding can change."""
+    rng = np.random.default_rng(seed)
+    while True:
+        prompt = rng.integers(3, model.config.vocab_size, n_prompt).tolist()
+        logits, greedy = run(model, prompt, n_new)
+        if margin(logits, n_new) > 0.01:
+            return prompt, logits, greedy
+
+
+def write_old_config(path: pathlib.Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    scaling = config.pop("rope_parameters")
+    config["rope_theta"] = scaling.pop("rope_theta")
+    if scaling["rope_type"] in ("linear", "dynamic"):
+        scaling["type"] = scaling.pop("rope_type")
+    config["rope_scaling"] = None if scaling == {"rope_type": "default"} else scaling
+    (path / "config.old.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def check_old_config(path: pathlib.Path, prompt: list[int], logits: np.ndarray) -> None:
+    """Hugging Face reads both forms alike."""
+    old = path.parent / f"{path.name}.old"
+    shutil.copytree(path, old)
+    shutil.move(old / "config.old.json", old / "config.json")
+    again, _ = run(load(old), prompt, 1)
+    shutil.rmtree(old)
+    assert np.array_equal(again, logits[: len(prompt)]), path.name
+
+
+def make(name: str, seed: int) -> None:
+    path = HERE / name
+    shutil.rmtree(path, ignore_errors=True)
+    model = random_model(seed, **CHECKPOINTS[name])
+    model.save_pretrained(path, max_shard_size="80KB" if name == "sharded" else "1GB")
+    (path / "generation_config.json").unlink()
+    model = load(path)
+    prompt, logits, greedy = clear_prompt(model, N_PROMPT, N_NEW, seed)
+    if name in OLD_FORM:
+        write_old_config(path)
+        check_old_config(path, prompt, logits)
+    np.savez_compressed(
+        path / "golden.npz",
+        prompt_ids=np.array(prompt, np.int32),
+        logits=logits,
+        greedy_ids=np.array(greedy, np.int32),
+    )
+    size = sum(file.stat().st_size for file in path.iterdir())
+    rounding = np.abs(run(model.double(), prompt, 1)[0] - logits[:N_PROMPT]).max()
+    print(
+        f"{name:12} {size:7} bytes, logits {logits.std():.2f} rms, float64 differs by "
+        f"{rounding:.1e}; {len(set(greedy)):2} distinct tokens, margin {margin(logits, N_NEW):.3f}"
+    )
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    for seed, name in enumerate(CHECKPOINTS):
+        make(name, seed)
