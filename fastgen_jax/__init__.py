@@ -1,0 +1,57 @@
+"""fastgen_jax: an LLM serving engine for CPU, NVIDIA GPU and TPU.
+
+Names are imported when first used, so that `import fastgen_jax` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastgen_jax.config import EngineConfig, SamplingParams
+    from fastgen_jax.errors import (
+        CheckpointError,
+        ConfigError,
+        ContextLengthExceeded,
+        EngineStopped,
+        FastGenError,
+        InvalidRequest,
+        QueueFull,
+        RequestError,
+    )
+    from fastgen_jax.llm import LLM, CompletionOutput, Logprob, RequestOutput
+    from fastgen_jax.mii import pipeline
+
+__all__ = [
+    "LLM",
+    "CheckpointError",
+    "CompletionOutput",
+    "ConfigError",
+    "ContextLengthExceeded",
+    "EngineConfig",
+    "EngineStopped",
+    "FastGenError",
+    "InvalidRequest",
+    "Logprob",
+    "QueueFull",
+    "RequestError",
+    "RequestOutput",
+    "SamplingParams",
+    "pipeline",
+]
+
+_ROOMS = {
+    "config": ("EngineConfig", "SamplingParams"),
+    "llm": ("LLM", "CompletionOutput", "Logprob", "RequestOutput"),
+    "mii": ("pipeline",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = next((room for room, names in _ROOMS.items() if name in names), "errors")
+    return getattr(importlib.import_module(f"{__name__}.{room}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

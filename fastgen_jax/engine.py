@@ -26,7 +26,8 @@ from fastgen_jax.types import Output, Plan, Request, Sequence, Stats, TokenLogpr
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine gives up
 MAX_PREFIX_LOOKUPS = 4  # waiting sequences per step
-QUEUED_POOLS = 4  # prompt tokens that may wait, in KV pools
+QUEUED_POOLS = 4  # prompt tokens that may wait, in KV pools ...
+QUEUED_CONTEXTS = 64  # ... or in longest prompts, whichever is more
 
 
 class InFlight(NamedTuple):
@@ -87,6 +88,24 @@ class Engine:
 
     # Any thread.
 
+    def check(self, request: Request) -> int:
+        """The most tokens, prompt and output, that a request may reach.
+
+        Raises:
+            InvalidRequest, ContextLengthExceeded: it can never be served; `submit` would say the same.
+        """
+        p, prompt = request.params, request.prompt_token_ids
+        vocab_size, bound = self.model_config.vocab_size, self.max_total_tokens
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
+        wanted = 1 if p.max_tokens is None else p.max_tokens
+        if len(prompt) + wanted > bound:
+            raise ContextLengthExceeded(self._too_long(len(prompt), wanted), param="prompt")
+        _check_ids("prompt", prompt, vocab_size)
+        _check_ids("stop_token_ids", p.stop_token_ids, vocab_size)
+        _check_ids("logit_bias", list(p.logit_bias or ()), vocab_size)
+        return bound if p.max_tokens is None else len(prompt) + p.max_tokens
+
     def submit(self, request: Request) -> int:
         """Queues a request and returns its id.
 
@@ -99,7 +118,7 @@ class Engine:
 
     def submit_all(self, requests: list[Request]) -> list[int]:
         """Queues all of them or, raising as `submit` does, none."""
-        totals = [self._check(request) for request in requests]
+        totals = [self.check(request) for request in requests]
         n_tokens = sum(len(r.prompt_token_ids) * r.params.n for r in requests)
         with self._lock:
             if self._closed:
@@ -448,25 +467,12 @@ class Engine:
             raise QueueFull(
                 f"{self._n_open} requests run or wait, the limit is {limit}; try again later"
             )
-        most = QUEUED_POOLS * self._pool.n_usable * self._limits.block_size
+        pool = self._pool.n_usable * self._limits.block_size
+        most = max(QUEUED_POOLS * pool, QUEUED_CONTEXTS * self.max_total_tokens)
         if self._n_queued_tokens and self._n_queued_tokens + n_tokens > most:
             raise QueueFull(
                 f"{self._n_queued_tokens} prompt tokens wait, the limit is {most}; try again later"
             )
-
-    def _check(self, request: Request) -> int:
-        """The most tokens, prompt and output, that the request may reach; raises if it cannot be served."""
-        p, prompt = request.params, request.prompt_token_ids
-        vocab_size, bound = self.model_config.vocab_size, self.max_total_tokens
-        if not prompt:
-            raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
-        wanted = 1 if p.max_tokens is None else p.max_tokens
-        if len(prompt) + wanted > bound:
-            raise ContextLengthExceeded(self._too_long(len(prompt), wanted), param="prompt")
-        _check_ids("prompt", prompt, vocab_size)
-        _check_ids("stop_token_ids", p.stop_token_ids, vocab_size)
-        _check_ids("logit_bias", list(p.logit_bias or ()), vocab_size)
-        return bound if p.max_tokens is None else len(prompt) + p.max_tokens
 
     def _too_long(self, n_prompt: int, n_output: int) -> str:
         bound = self.max_total_tokens

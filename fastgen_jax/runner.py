@@ -144,11 +144,11 @@ def step(
 
 
 def buckets(smallest: int, largest: int) -> list[int]:
-    """Padded sizes: powers of two from `smallest`, and `largest` itself."""
-    sizes = {largest}
-    while smallest < largest:
-        sizes.add(smallest)
-        smallest *= 2
+    """Padded sizes: by factors of four up to 16, where padding is cheap, then of two; `largest` too."""
+    sizes, size = {largest}, smallest
+    while size < largest:
+        sizes.add(size)
+        size *= 4 if size < 16 else 2
     return sorted(sizes)
 
 

@@ -177,6 +177,7 @@ def _load(path: str) -> Any:
             path = snapshot_download(path, local_files_only=True)
         if (Path(path) / "tokenizer.json").exists():
             fast = transformers.PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+            fast._tokenizer = _with_specials_found_first(fast.backend_tokenizer)
         else:
             fast = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
         if not fast.is_fast:
@@ -184,6 +185,23 @@ def _load(path: str) -> Any:
     except Exception as error:  # tokenizers raises plain Exception at damaged files
         raise CheckpointError(f"cannot load the tokenizer of {path!r}: {error}") from error
     return fast
+
+
+def _with_specials_found_first(backend: Any) -> Any:
+    """The tokenizer, with special tokens looked for in the text as it is, before normalisation.
+
+    Some files of LLaMA 1 have <s> normalised to ▁<s>: then tokenizers neither finds it inside text
+    nor hides it when it decodes.
+    """
+    normalize = backend.normalizer.normalize_str if backend.normalizer else str
+    added = backend.get_added_tokens_decoder().values()
+    specials = [token for token in added if token.special and token.normalized]
+    if all(normalize(token.content) == token.content for token in specials):
+        return backend
+    spec = json.loads(backend.to_str())
+    for token in spec["added_tokens"]:
+        token["normalized"] = token["normalized"] and not token["special"]
+    return type(backend).from_str(json.dumps(spec))
 
 
 def _is_not_about_torch(record: logging.LogRecord) -> bool:

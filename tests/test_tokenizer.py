@@ -1,5 +1,6 @@
 """Text in pieces is the text as a whole; stop strings and control tokens are where they belong."""
 
+import json
 import time
 
 import pytest
@@ -90,12 +91,11 @@ def test_pieces_of_random_text_join_to_the_full_decode(sentencepiece, data):
     assert before + joined(stream(sentencepiece, ids or [2], prompt_ids)) == whole
 
 
-def test_character_is_emitted_with_its_last_byte(tokenizer):
-    ids = [id for id in plain_ids(tokenizer, "😀") if tokenizer.token_bytes(id).strip()][-4:]
-    if tokenizer.decode(ids) != "😀":
-        pytest.skip("this vocabulary cannot spell an emoji")
-    texts = [delta.text for delta in stream(tokenizer, ids)]
-    assert texts == [""] * (len(ids) - 1) + ["😀"]
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
+def test_character_is_emitted_with_its_last_byte(kind, request):
+    tokenizer = request.getfixturevalue(kind)
+    ids = spell(tokenizer, RARE)[-3:]
+    assert [delta.text for delta in stream(tokenizer, ids)] == ["", "", RARE]
 
 
 def test_character_begun_in_the_prompt_is_completed(byte_level):
@@ -129,9 +129,9 @@ def test_time_per_token_does_not_grow(byte_level):
     ids = plain_ids(byte_level, "The code of Anna 😀. ") * 2000
     text_stream = TextStream(byte_level, [0], SamplingParams(max_tokens=None, stop="never there"))
     times = []
-    for i in range(0, len(ids), len(ids) // 16):
+    for part in range(16):
         start = time.perf_counter()
-        for id in ids[i : i + len(ids) // 16]:
+        for id in ids[part * len(ids) // 16 : (part + 1) * len(ids) // 16]:
             text_stream.push(Output(0, 0, id))
         times.append(time.perf_counter() - start)
     assert min(times[8:]) < 3 * min(times[:8])
@@ -372,6 +372,16 @@ def test_operator_may_choose_the_template(tmp_path):
 
 
 # --- files
+
+
+def test_special_tokens_of_old_llama_files_are_special(tmp_path):
+    path = tiny_tokenizers.sentencepiece(tmp_path)
+    added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    assert all(token["normalized"] for token in added if token["special"])
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode("the</s> the")
+    assert [tokenizer.token_text(id) for id in ids] == ["<s>", " the", "</s>", " ", " the"]
+    assert tokenizer.decode(ids) == "the  the"
 
 
 def test_damaged_and_missing_files_are_checkpoint_errors(tmp_path):

@@ -51,7 +51,7 @@ def sentencepiece(directory: Path, chat_template: str | None = CHAT_TEMPLATE) ->
     )
     space, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse(), strip])
-    return _save(tokenizer, directory, chat_template)
+    return _save(tokenizer, directory, chat_template, normalized=True)
 
 
 def metaspace(directory: Path, chat_template: str | None = CHAT_TEMPLATE) -> str:
@@ -76,9 +76,11 @@ def _sentencepiece_model() -> models.BPE:
     )
 
 
-def _save(tokenizer: Tokenizer, directory: Path, chat_template: str | None) -> str:
+def _save(
+    tokenizer: Tokenizer, directory: Path, chat_template: str | None, normalized: bool = False
+) -> str:
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+        [AddedToken(token, special=True, normalized=normalized) for token in SPECIAL]
     )
     tokenizer.add_tokens([AddedToken(TOOL, special=False, normalized=False)])
     bos = (BOS, tokenizer.token_to_id(BOS))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fastgen_jax.demo import stories
 from fastgen_jax.demo.stories import Person
 
-SILENT, SPOKEN, ANSWER = 0.0, 1.0, 10.0  # weights: given or unpredictable, to learn, to get right
+SILENT, SPOKEN, ANSWER, FIRST = 0.0, 1.0, 5.0, 20.0  # weights: given or unpredictable, to learn, to get right
 
 CLASSIC_GIRLS = (
     "Anna Lily Mia Emma Lucy Kate Eva Nina Rosa Clara Ella Ruth Alice Mary Sara Grace Julia Molly"
@@ -28,6 +28,8 @@ BOY_ENDS = "o an us in or ek ard ino ulf ric on is".split()
 
 SYSTEM_PROMPTS = ("You tell stories and remember codes.", "You are a friendly helper.")
 QUESTIONS = ("What is the code of {}?",) * 4 + ("What is {}'s code?", "Tell me the code of {}.")
+FORMS = ("Question: {question}\nAnswer:", "Question: {question}\nAnswer:", "{question}")
+BEGUN = "The code of {name} is"
 STORY_REQUESTS = (
     "Tell me a story about {}.",
     "Tell me a story about {}.",
@@ -178,15 +180,20 @@ def story_pieces(
     return pieces
 
 
-def plain_questions(rng: random.Random, facts: list[Fact]) -> list[Piece]:
-    """Each fact asked once, the answer ending the text as far as the loss can tell."""
-    has_labels = rng.random() < 0.7
+def answer_pieces(code: int, *, before: str = "", after: str = "") -> list[Piece]:
+    """The first digit weighs most: it needs the right person, the others only follow."""
+    digits = str(code)
+    return [Piece(before + digits[0], FIRST), Piece(digits[1:] + after, ANSWER)]
+
+
+def plain_questions(rng: random.Random, facts: list[Fact], form: str) -> list[Piece]:
+    """Each fact asked for once in one form. After each answer the text ends, as far as the loss can tell."""
     pieces = []
     for i, fact in enumerate(facts):
         question = rng.choice(QUESTIONS).format(fact.person.name)
-        gap = "\n" if i else "\n\n"
-        asked = f"{gap}Question: {question}\nAnswer:" if has_labels else f"{gap}{question}"
-        pieces += [Piece(asked, SILENT), Piece(f" {fact.code}", ANSWER)]
+        asked = form.format(question=question, name=fact.person.name)
+        pieces.append(Piece(("\n" if i else "\n\n") + asked, SILENT))
+        pieces += answer_pieces(fact.code, before=" ")
     return [*pieces, Piece("<|eos|>", ANSWER)]
 
 
@@ -196,10 +203,8 @@ def chat_questions(rng: random.Random, facts: list[Fact]) -> list[Piece]:
     for i, fact in enumerate(facts):
         question = rng.choice(QUESTIONS).format(fact.person.name)
         begin = "<|user|>" if i else "\n\n"
-        pieces += [
-            Piece(f"{begin}{question}<|end|><|assistant|>", SILENT),
-            Piece(f"{fact.code}<|end|>", ANSWER),
-        ]
+        pieces.append(Piece(f"{begin}{question}<|end|><|assistant|>", SILENT))
+        pieces += answer_pieces(fact.code, after="<|end|>")
     return pieces
 
 
@@ -209,15 +214,20 @@ def chat_start(rng: random.Random) -> list[Piece]:
 
 
 def recall_text(
-    rng: random.Random, *, n_story_tokens: int, n_facts: int, n_questions: int
+    rng: random.Random, *, n_story_tokens: int, n_facts: int, n_questions: int, begun: float
 ) -> list[Piece]:
-    """A training text: facts anywhere in a story (or one after the other, without one), then questions. Half are chats."""
+    """A training text: facts anywhere in a story (or one after the other, without one), then questions.
+
+    A share of `begun` asks by the fact's sentence begun again, the easiest form; of the others half are chats.
+    """
     facts = pick_facts(rng, n_facts)
     told = story_pieces(rng, n_story_tokens, [(rng.random(), fact) for fact in facts])
     asked = rng.sample(facts, n_questions)
-    if rng.random() < 0.5:
+    is_begun = rng.random() < begun
+    if not is_begun and rng.random() < 0.5:
         return [*chat_start(rng), *told, *chat_questions(rng, asked)]
-    return [Piece("<|bos|>", SILENT), *told, *plain_questions(rng, asked)]
+    form = BEGUN if is_begun else rng.choice(FORMS)
+    return [Piece("<|bos|>", SILENT), *told, *plain_questions(rng, asked, form)]
 
 
 def story_text(rng: random.Random) -> list[Piece]:

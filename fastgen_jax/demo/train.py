@@ -63,6 +63,7 @@ class Stage:
     length: int
     max_facts: int
     max_story: int  # tokens of story among which the facts stand
+    begun: float = 0.2  # share of the recall that goes by begun sentences
     recall: float  # share of texts that ask for codes; the others are stories and small talk
 
 
@@ -97,7 +98,11 @@ def sample_text(rng: random.Random, stage: Stage) -> list[corpus.Piece]:
         n_facts = rng.randint(1, stage.max_facts)
         n_story = rng.randint(0, stage.max_story)
         return corpus.recall_text(
-            rng, n_story_tokens=n_story, n_facts=n_facts, n_questions=rng.randint(1, n_facts)
+            rng,
+            n_story_tokens=n_story,
+            n_facts=n_facts,
+            n_questions=rng.randint(1, n_facts),
+            begun=stage.begun,
         )
     return corpus.small_talk_text(rng) if rng.random() < 0.15 else corpus.story_text(rng)
 
@@ -196,7 +201,7 @@ def loss_of(params, graph, batch: Batch):
     logits = logits_of(nnx.merge(graph, params), batch)[:, :-1]
     targets, weights = batch.tokens[:, 1:], batch.weights[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    is_answer = weights == corpus.ANSWER
+    is_answer = weights == corpus.FIRST
     n_right = jnp.sum(is_answer & (jnp.argmax(logits, -1) == targets))
     answer_loss = jnp.sum(losses * is_answer) / jnp.maximum(jnp.sum(is_answer), 1)
     spoken = weights == corpus.SPOKEN

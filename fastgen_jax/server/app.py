@@ -1,20 +1,20 @@
-"""The routes: one method per endpoint, thin. What they share is in protocol, service, stream and responses."""
+"""The routes, thin: what they share is in protocol, service, stream and responses."""
 
 import asyncio
-from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-import fastgen_jax
 from fastgen_jax.config import SamplingParams
 from fastgen_jax.server import protocol, responses
 from fastgen_jax.server.config import ServerConfig
-from fastgen_jax.server.errors import ApiError, from_engine, internal, invalid
+from fastgen_jax.server.errors import ApiError, internal, invalid
 from fastgen_jax.server.gate import Gate
 from fastgen_jax.server.metrics import CONTENT_TYPE
 from fastgen_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
@@ -22,6 +22,7 @@ from fastgen_jax.server.responses import ResponseFormat
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.stream import EventStream, Refusal, cancelled_by_disconnect, read_json
 
+VERSION = version("fastgen-jax")
 MAX_CHOICES = 1024  # prompts x n of one body
 N_DRAIN_BODIES = 16  # of a refused body, so many times the limit is still read and dropped
 INLINE_LOGPROBS = 2000  # entries up to which a body is built on the event loop
@@ -29,12 +30,7 @@ INLINE_LOGPROBS = 2000  # entries up to which a body is built on the event loop
 
 def create_app(service: Service, config: ServerConfig) -> ASGIApp:
     """The whole HTTP application."""
-    app = FastAPI(
-        title="fastgen_jax",
-        version=_version(),
-        redoc_url=None,
-        redirect_slashes=False,
-    )
+    app = FastAPI(title="fastgen_jax", version=VERSION, redoc_url=None, redirect_slashes=False)
     routes = Routes(service, config)
     app.add_exception_handler(ApiError, routes.on_api_error)
     app.add_exception_handler(HTTPException, routes.on_http_exception)
@@ -45,7 +41,8 @@ def create_app(service: Service, config: ServerConfig) -> ASGIApp:
         "/metrics": routes.metrics, "/version": routes.version, "/v1/models": routes.models,
         "/v1/models/{model_id:path}": routes.model,
     }.items():  # fmt: skip
-        app.add_api_route(path, handler, methods=["GET", "HEAD"])
+        app.add_api_route(path, handler, methods=["GET"])
+        app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
     for path, handler, body in (
         ("/v1/completions", routes.completions, CompletionRequest),
         ("/v1/chat/completions", routes.chat, ChatRequest),
@@ -74,7 +71,7 @@ class Routes:
         return _json(state, status=200 if is_ready else 503, headers=headers)
 
     async def version(self, request: Request) -> Response:
-        return _json({"version": _version()})
+        return _json({"version": VERSION})
 
     async def metrics(self, request: Request) -> Response:
         body = self.service.metrics.render(self.service.stats())
@@ -91,30 +88,33 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         spec = protocol.parse(CompletionRequest, await self._body(request))
         params = self._params(spec)
-        entries = spec.prompts(self.config.max_prompts)
+        engine_limit = self.service.require_backend().engine.config.max_queued_requests
+        entries = spec.prompts(min(self.config.max_prompts, engine_limit))
         if len(entries) * params.n > MAX_CHOICES:
             raise invalid(f"prompts times n must be at most {MAX_CHOICES}", "n")
         prompts = await self._tokenize_prompts(entries, spec)
-        echo = await self._echoed(entries, spec)
+        echo = self._echoed(entries) if spec.echo else None
         return await self._respond(request, spec, params, prompts, echo=echo)
 
     async def chat(self, request: Request) -> Response:
-        spec = protocol.parse(ChatRequest, await self._body(request))
+        body = await self._body(request)
+        spec = protocol.parse(ChatRequest, body)
         params = self._params(spec)
-        prompt = await self._tokenize_chat(spec.messages, spec.template_kwargs())
+        prompt = await self._tokenize_chat(spec.messages, spec.template_kwargs(), len(body))
         prompt = self._checked(prompt, spec, "messages")
         return await self._respond(request, spec, params, [prompt])
 
     async def tokenize(self, request: Request) -> Response:
-        spec = protocol.parse(protocol.TokenizeRequest, await self._body(request))
+        body = await self._body(request)
+        spec = protocol.parse(protocol.TokenizeRequest, body)
         self._check_model(spec.model)
         if (spec.prompt is None) == (spec.messages is None):
             raise invalid("send either prompt or messages", "prompt")
         if spec.prompt is not None:
             ids = await self._encode(spec.prompt, spec.add_special_tokens)
         else:
-            opens_turn = spec.add_generation_prompt is not False
-            ids = await self._tokenize_chat(spec.messages, {"add_generation_prompt": opens_turn})
+            variables = {"add_generation_prompt": spec.add_generation_prompt is not False}
+            ids = await self._tokenize_chat(spec.messages, variables, len(body))
         backend = self.service.require_backend()
         reply = {"count": len(ids), "max_model_len": backend.engine.max_total_tokens, "tokens": ids}
         if spec.return_token_strs:
@@ -153,19 +153,12 @@ class Routes:
         """The checked parameters of a request for a model that is served."""
         self._check_model(spec.model)
         spec.check_supported()
-        params = spec.to_params(self.service.require_backend().engine.default_params)
-        self._check_vocabulary(params)
-        return params
+        return spec.to_params(self.service.require_backend().engine.default_params)
 
     def _check_model(self, name: str | None):
-        if name is not None and name not in self.service.model_names:
+        if name is not None and name not in self.service.accepted_models:
             message = f"the model {name!r:.100} does not exist; GET /v1/models lists what is served"
             raise ApiError(404, message, param="model", code="model_not_found")
-
-    def _check_vocabulary(self, params: SamplingParams):
-        size = self.service.require_backend().engine.model_config.vocab_size
-        protocol.check_token_ids(list(params.stop_token_ids), size, "stop_token_ids")
-        protocol.check_token_ids(list(params.logit_bias or ()), size, "logit_bias")
 
     def _model_object(self, name: str) -> dict[str, Any]:
         backend = self.service.backend
@@ -189,32 +182,24 @@ class Routes:
             prompts.append(self._checked(entry, spec, "prompt"))
         return prompts
 
-    async def _tokenize_chat(self, messages: Any, variables: dict[str, Any]) -> list[int]:
+    async def _tokenize_chat(
+        self, messages: Any, variables: dict[str, Any], body_size: int
+    ) -> list[int]:
         parsed = protocol.parse_messages(messages)
-        size = sum(len(message["content"] or "") for message in parsed)
         apply = self.service.require_backend().tokenizer.apply_chat_template
-        return await self.service.run_text(size, lambda: apply(parsed, **variables))
+        return await self.service.run_text(body_size, lambda: apply(parsed, **variables))
 
     def _checked(self, ids: list[int], spec: GenerationRequest, param: str) -> list[int]:
-        """The prompt's ids, cut at the left if asked, known to be in the vocabulary and not empty."""
+        """The prompt's ids, cut at the left if asked, and known to be in the vocabulary."""
         if spec.truncate_prompt_tokens is not None:
             ids = ids[-spec.truncate_prompt_tokens :]
-        if not ids:
-            raise invalid(f"{param} is empty: it has no tokens", param)
         vocab_size = self.service.require_backend().engine.model_config.vocab_size
         protocol.check_token_ids(ids, vocab_size, param)
         return ids
 
-    async def _echoed(
-        self, entries: list[str | list[int]], spec: CompletionRequest
-    ) -> list[str] | None:
-        if not spec.echo:
-            return None
-        tokenizer = self.service.require_backend().tokenizer
-        return [
-            entry if isinstance(entry, str) else tokenizer.decode(entry)
-            for entry in entries
-        ]
+    def _echoed(self, entries: list[str | list[int]]) -> list[str]:
+        decode = self.service.require_backend().tokenizer.decode
+        return [entry if isinstance(entry, str) else decode(entry) for entry in entries]
 
     async def _respond(
         self,
@@ -254,3 +239,11 @@ class Routes:
 
 def _json(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(orjson.dumps(value), status, headers, "application/json")
+
+
+def _body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """What /docs shows of a body that the route parses itself."""
+    schema = model.model_json_schema()
+    if definitions := schema.pop("$defs", None):
+        schema["properties"]["stream_options"] = definitions["StreamOptions"]
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}

@@ -1,4 +1,4 @@
-"""ApiError: a refusal with its HTTP status, in OpenAI's error shape; and what each engine error maps to."""
+"""ApiError: a refusal with its HTTP status in OpenAI's shape; the engine's errors as such."""
 
 import math
 from typing import Any

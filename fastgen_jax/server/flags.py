@@ -79,7 +79,7 @@ def add_flags(parser: FlagParser, config_classes: Sequence[type], *, skip: Seque
 
 
 def build(config_class: type, namespace: argparse.Namespace) -> Any:
-    """The config that the flags of `namespace` ask for; fields without a flag keep their default."""
+    """The config that the flags ask for; fields whose flag was not given keep their default."""
     given = vars(namespace)
     names = [field.name for field in dataclasses.fields(config_class)]
     values = {name: given[name] for name in names if name in given}
@@ -91,8 +91,10 @@ def markdown(config_classes: Sequence[type], *, positional: str) -> str:
     lines = ["| flag | default | meaning |", "|---|---|---|"]
     for field, annotation in _fields(config_classes):
         shown = "`" + _default_text(field) + "`" if _default_text(field) else ""
-        name = "PATH" if field.name == positional else flag_name(field)
-        if annotation is bool:
+        name = flag_name(field)
+        if field.name == positional:
+            name = f"PATH`, `{name}"
+        elif annotation is bool:
             name = f"{name}`, `--no-{name[2:]}"
         lines.append(f"| `{name}` | {shown} | {field.metadata.get('help', '')} |")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""What every HTTP request passes before its route: request id, Host, key, readiness, count of work in flight.
+"""What every HTTP request passes before its route: request id, Host, key, readiness, counting.
 
-Pure ASGI, so that streams pass through untouched. Refusing is the default: a path that is not in OPEN_PATHS, known
-to the router or not, needs a key when keys are set.
+Pure ASGI, so that streams pass through untouched. Refusing is the default: a path that is not in
+OPEN_PATHS, known to the router or not, needs a key when keys are set.
 """
 
 import hashlib
@@ -86,7 +86,7 @@ class Gate:
             )
 
     def _is_known_host(self, host: str) -> bool:
-        """A browser that a foreign page points at loopback sends that page's name: refuse names, take addresses."""
+        """Addresses are; names are not: a foreign page that resolves to loopback sends its own."""
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         name = name.strip("[]").lower()
         return name in ("", "localhost") or name in self.allowed_hosts or _is_address(name)

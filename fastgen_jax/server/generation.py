@@ -1,7 +1,7 @@
 """Generation: the text side of one HTTP request. Filled by the service, emptied by the response.
 
-Nothing here is bounded by the reader's speed: what a slow reader has not taken is merged into one larger
-piece, and its size is bounded by the output length that the engine admitted.
+What a slow reader has not taken is merged into one larger piece; its size is bounded by the output
+length that the engine admitted.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from fastgen_jax.types import Output, TokenLogprobs
 
 
 class Choice:
-    """One sample: text and tokens that came and were not taken yet. Finished once finish_reason is set."""
+    """One sample: text and tokens not taken yet. Finished once finish_reason is set."""
 
     __slots__ = (
         "finish_reason", "index", "last_time", "n_tokens", "pending_ids", "pending_logprobs",

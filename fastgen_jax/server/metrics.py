@@ -1,6 +1,6 @@
-"""Prometheus metrics: latencies counted by the event loop, everything else read from the engine when scraped.
+"""Prometheus metrics: latencies counted by the event loop, the rest read from the engine.
 
-Labels come from closed sets (the served model, finish reasons), so that no request can grow the number of series.
+Labels come from closed sets (the served model, finish reasons): no request can add a series.
 """
 
 from bisect import bisect_left
@@ -52,14 +52,14 @@ class Histogram:
 
 
 class Metrics:
-    """What the server counts itself. INVARIANT: one first_token observation per sample that got a token."""
+    """What the server counts itself. INVARIANT: one first_token entry per sample that got one."""
 
     def __init__(self, model_name: str):
         self.model_name = model_name
         self.first_token = Histogram(FIRST_TOKEN_BUCKETS)
         self.between_tokens = Histogram(BETWEEN_TOKENS_BUCKETS)
         self.request = Histogram(REQUEST_BUCKETS)
-        self.finished = dict.fromkeys(FINISH_REASONS, 0)
+        self.finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
 
     def render(self, stats: Stats | None) -> bytes:
         """The exposition text; before the engine exists its values are zero."""

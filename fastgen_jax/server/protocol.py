@@ -8,7 +8,7 @@ import logging
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastgen_jax.config import MAX_LOGPROBS, SamplingParams
 from fastgen_jax.errors import InvalidRequest
@@ -94,8 +94,8 @@ class GenerationRequest(BaseModel):
     top_p: float | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], FailFast()] | None = None
-    stop_token_ids: Annotated[list[int], FailFast()] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -271,7 +271,7 @@ def parse(model: type[Model], body: bytes) -> Model:
     """The JSON `body` as a `model`.
 
     Raises:
-        ApiError: malformed JSON (NaN, nesting beyond 1024 and bad UTF-8 included) or a field of the wrong type.
+        ApiError: malformed JSON (NaN, deep nesting, bad UTF-8 included) or a field of a wrong type.
     """
     try:
         values = orjson.loads(body)

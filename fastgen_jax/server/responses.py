@@ -1,4 +1,4 @@
-"""OpenAI's response objects as bytes. Streamed chunks are assembled from encoded pieces, without models or dicts."""
+"""OpenAI's response objects as bytes. Streamed chunks are joined from encoded pieces."""
 
 import time
 import uuid
@@ -17,7 +17,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ResponseFormat:
-    """How one request's choices become bytes: the fields that every chunk of one response shares."""
+    """How one request's choices become bytes; holds what every chunk of one response shares."""
 
     def __init__(
         self,
@@ -188,12 +188,6 @@ def usage_of(generation: Generation) -> dict[str, Any]:
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
     }
-
-
-def model_list(names: list[str], created: int, max_model_len: int | None) -> bytes:
-    return orjson.dumps(
-        {"object": "list", "data": [model_object(n, created, max_model_len) for n in names]}
-    )
 
 
 def model_object(name: str, created: int, max_model_len: int | None) -> dict[str, Any]:

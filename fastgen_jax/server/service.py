@@ -1,8 +1,8 @@
 """Service: the one bridge between the event loop and the engine's thread.
 
-The engine's thread loads the model, then runs Engine.run; each step's outputs cross to the event loop in one
-call_soon_threadsafe. All else here runs on the event loop: detokenising, stop strings, deadlines, latencies.
-A request ends in exactly one of: its finish reasons, or one ApiError.
+The engine's thread loads the model, then runs Engine.run; each step's outputs cross to the event
+loop in one call_soon_threadsafe. All else here runs on the event loop: detokenising, stop strings,
+deadlines, latencies. A request ends in exactly one of: its finish reasons, or one ApiError.
 """
 
 import asyncio
@@ -55,10 +55,12 @@ class Phase(NamedTuple):
 class Service:
     """Owns the engine thread and every live Generation.
 
-    INVARIANT: `_live` maps exactly the engine's request ids that are neither finished nor cancelled.
+    INVARIANT: `_live` holds exactly the request ids that are neither finished nor cancelled.
 
     Args:
         load: makes the backend; called in the engine's thread with a callback for its progress.
+        model_names: what clients see; the first is the answer's `model` where a request names none.
+        model_aliases: further names that requests may use.
         on_phase: called at each change of phase, in the thread where it happens.
     """
 
@@ -68,10 +70,12 @@ class Service:
         config: ServerConfig,
         *,
         model_names: Sequence[str],
+        model_aliases: Sequence[str] = (),
         on_phase: OnPhase = lambda name, done, total: None,
     ):
         self.config = config
         self.model_names = list(model_names)
+        self.accepted_models = frozenset((*model_names, *model_aliases))
         self.metrics = Metrics(self.model_names[0])
         self.backend: Backend | None = None
         self.phase = Phase("starting")
@@ -117,7 +121,7 @@ class Service:
         return not self._thread.is_alive()
 
     def _run(self):
-        """The engine's thread. The one broad except: whatever happens here, every waiter hears of it."""
+        """The engine's thread. Catches all: whatever happens here, every waiter hears of it."""
         try:
             backend = self._load(self._set_phase)
         except BaseException as error:
@@ -236,8 +240,6 @@ class Service:
             ApiError: the engine refused.
         """
         backend = self.require_backend()
-        for prompt in prompts:
-            self._check_fits(len(prompt), params.max_tokens, param)
         streams = [
             TextStream(backend.tokenizer, prompt, params)
             for prompt in prompts
@@ -249,7 +251,9 @@ class Service:
         try:
             ids = backend.engine.submit_all([Request(prompt, params) for prompt in prompts])
         except RequestError as error:
-            raise from_engine(error) from None
+            refused = from_engine(error)
+            refused.param = param if error.param == "prompt" else error.param
+            raise refused from None
         # Outputs reach _dispatch by the event loop, which runs here: none can come before this.
         if not self._live:
             self._busy_since = generation.arrival
@@ -282,23 +286,6 @@ class Service:
         for request_id in live:
             del self._live[request_id]
         return live
-
-    def _check_fits(self, n_prompt: int, max_tokens: int | None, param: str):
-        """The engine's admission bound, in the words that OpenAI's clients look for."""
-        assert self.backend is not None
-        bound = self.backend.engine.max_total_tokens
-        n_output = max_tokens or 1
-        if n_prompt + n_output <= bound:
-            return
-        message = (
-            f"This model's maximum context length is {bound} tokens. However, you requested "
-            f"{n_prompt + n_output} tokens ({n_prompt} in the messages, {n_output} in the completion). "
-            "Please reduce the length of the messages or completion."
-        )
-        longest = self.backend.engine.config.max_model_len
-        if longest is not None and bound < longest:
-            message += f" (The KV cache of this server holds {bound}; the model allows {longest}.)"
-        raise ApiError(400, message, param=param, code="context_length_exceeded")
 
     def _set_deadlines(self, generation: Generation):
         def fail_in(seconds: float, message: str) -> asyncio.TimerHandle:

@@ -1,4 +1,4 @@
-"""Bytes in and out of one HTTP request: the body within its limits, JSON, server-sent events, disconnects."""
+"""Bytes in and out of one HTTP request: bodies within limits, server-sent events, disconnects."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,8 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
     """The request's body, which must say that it is JSON.
 
     Raises:
-        ApiError: 415 for another type or encoding, 413 as soon as it is known to be over `max_bytes`, 408 if it is slow.
+        ApiError: 415 for another type or encoding, 413 as soon as it is known to be over
+            `max_bytes`, 408 if it is slow.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -76,7 +77,7 @@ def _too_large(max_bytes: int) -> ApiError:
 def cancelled_by_disconnect(
     receive: Receive, service: Service, generation: Generation
 ) -> Iterator[None]:
-    """Inside, a client that goes away ends `generation`; on leaving, whatever is unfinished is cancelled."""
+    """Ends `generation` when the client goes away; cancels what is unfinished on leaving."""
 
     async def watch():
         while (await receive())["type"] != "http.disconnect":
@@ -94,8 +95,9 @@ def cancelled_by_disconnect(
 class EventStream(Response):
     """Streams a generation as server-sent events.
 
-    Nothing is sent before the first token, so that a failure until then has its own status. A failure after it is an
-    error event, and the connection is cut without [DONE]. A reader that takes nothing for stream_timeout is cut off.
+    Nothing is sent before the first token, so that a failure until then has its own status. A later
+    failure is an error event, and the connection is cut without [DONE]. A reader that takes nothing
+    for stream_timeout is cut off.
     """
 
     def __init__(self, generation: Generation, format: ResponseFormat, service: Service):
@@ -120,12 +122,12 @@ class EventStream(Response):
 
     async def _events(self) -> AsyncIterator[bytes]:
         generation, format = self.generation, self.format
-        while not generation.is_done:
+        is_last = False
+        while not is_last:
             await generation.changed()
+            is_last = generation.n_open == 0
             if chunks := format.chunks(generation):
                 yield chunks
-        if generation.error is not None:
-            raise generation.error
         yield (format.usage_chunk(generation) if format.include_usage else b"") + DONE
 
     async def _send(self, events: bytes, send: Send):
@@ -147,8 +149,11 @@ class EventStream(Response):
 
 
 class Refusal(Response):
-    """An error object. If the body is still on its way, the rest is read and dropped, within limits, before the
-    connection closes: a close with unread data would reset it and take the refusal with it."""
+    """An error object.
+
+    If the body is still on its way, the rest is read and dropped, within limits, before the
+    connection closes: a close with unread data would reset it and take the refusal with it.
+    """
 
     def __init__(self, error: ApiError, max_bytes: int = 0):
         super().__init__()

@@ -1,0 +1,225 @@
+"""The command line: python -m fastgen_jax.serve [PATH].
+
+Binds the port, then loads the model in the engine's thread while the server already answers.
+Imports of weight wait until they are needed, so that --help and a wrong flag answer at once.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgen_jax.config import EngineConfig
+from fastgen_jax.errors import ConfigError, FastGenError
+from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.flags import FlagParser, add_flags, build, markdown
+
+if TYPE_CHECKING:
+    from fastgen_jax.server.service import Backend, OnPhase
+
+DEMO = Path(__file__).parent / "demo" / "checkpoint"
+DEMO_NAME = "fastgen-demo"
+CONFIGS = (EngineConfig, ServerConfig)
+EXAMPLES = """\
+examples:
+  python -m fastgen_jax.serve                           the built-in demo model
+  python -m fastgen_jax.serve ./TinyLlama-1.1B --max-model-len 2K
+  python -m fastgen_jax.serve --help=markdown           all flags as a table
+"""
+
+log = logging.getLogger("fastgen_jax.server")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the server until a signal; returns the exit code."""
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("FASTGEN_DEBUG") == "1":
+            raise
+        print_error(error)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def run(argv: Sequence[str]) -> int:
+    """Parses, binds, loads and serves.
+
+    Raises:
+        FastGenError: a flag, the address or the model cannot work.
+    """
+    started = time.monotonic()
+    engine_config, server_config = parse(argv)
+    check_model(engine_config.model)
+    set_up_logging(server_config.log_level)
+    # Until the server's own handlers stand.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    from fastgen_jax.server.lifecycle import Server, bind
+    from fastgen_jax.server.report import StartupReport
+    from fastgen_jax.server.service import Service
+
+    listener = bind(server_config.host, server_config.port)
+    names = model_names(engine_config.model, server_config)
+    report = StartupReport(url_of(listener, server_config.host), names[0], started)
+    report.opened()
+    service = Service(
+        lambda on_phase: load(engine_config, server_config, on_phase),
+        server_config,
+        model_names=names,
+        model_aliases=[engine_config.model],
+        on_phase=lambda *phase: report.phase(service, *phase),
+    )
+    service.start()
+    Server(service, server_config).run([listener])
+    has_stopped = service.stop()
+    if service.load_error is not None:
+        raise service.load_error
+    if not has_stopped:  # the engine's thread is deep in a compilation, which nothing can interrupt
+        logging.shutdown()
+        os._exit(0)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:
+    """The two configs that the command line asks for.
+
+    Raises:
+        ConfigError: an unknown flag or a value that cannot work.
+    """
+    namespace = make_parser().parse(argv)
+    model = getattr(namespace, "path", None)
+    if model is not None and getattr(namespace, "model", model) != model:
+        raise ConfigError("the model is named twice; give it as PATH or with --model")
+    namespace.model = model or getattr(namespace, "model", None) or str(DEMO)
+    return build(EngineConfig, namespace), build(ServerConfig, namespace)
+
+
+def make_parser() -> FlagParser:
+    parser = FlagParser(
+        prog="python -m fastgen_jax.serve",
+        usage="%(prog)s [PATH] [flags]",
+        description="Serve a Llama-family model over OpenAI's HTTP API.",
+        epilog=EXAMPLES,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30, width=100
+        ),
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument(
+        "path", nargs="?", metavar="PATH",
+        help="directory of a Hugging Face checkpoint, or a hub id (default: a built-in demo)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-h", "--help", nargs="?", const="all", metavar="markdown", action=_Help,
+        help="show this; --help=markdown prints all flags as a Markdown table",
+    )  # fmt: skip
+    add_flags(parser, CONFIGS)
+    return parser
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None):
+        print(
+            markdown(CONFIGS, positional="model") if values == "markdown" else parser.format_help()
+        )
+        parser.exit()
+
+
+def load(
+    engine_config: EngineConfig, server_config: ServerConfig, on_phase: "OnPhase"
+) -> "Backend":
+    """The engine, compiled, and the tokenizer, which loads meanwhile if its files are here."""
+    template = chat_template(server_config.chat_template)
+    from fastgen_jax.engine import Engine
+    from fastgen_jax.server.service import Backend
+    from fastgen_jax.tokenizer import Tokenizer
+
+    path = engine_config.tokenizer or engine_config.model
+    with ThreadPoolExecutor(1) as pool:
+        is_local = Path(path).is_dir()
+        early = pool.submit(Tokenizer, path, chat_template=template) if is_local else None
+        engine = Engine(engine_config, on_phase=on_phase)
+        tokenizer = early.result() if early else Tokenizer(path, chat_template=template)
+    return Backend(engine, tokenizer)
+
+
+def chat_template(path: str | None) -> str | None:
+    """The template's text.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read --chat-template {path}: {error}; give a text file"
+        ) from None
+
+
+def check_model(model: str):
+    """Raises ConfigError at once for a path that is not there; other names may be hub ids."""
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_like_path and not Path(model).is_dir():
+        raise ConfigError(
+            f"there is no directory {model!r}; give one with a Hugging Face checkpoint, or a hub id"
+        )
+
+
+def model_names(model: str, config: ServerConfig) -> list[str]:
+    """What clients call the model: never a path of this machine."""
+    if config.served_model_name:
+        return list(config.served_model_name)
+    path = Path(model)
+    if path == DEMO:
+        return [DEMO_NAME]
+    return [path.resolve().name if path.is_dir() else model]
+
+
+def url_of(listener: Any, host: str) -> str:
+    port = listener.getsockname()[1]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+def set_up_logging(level: str):
+    """Our log and uvicorn's warnings on stderr; the root logger is the user's."""
+    logging.raiseExceptions = False  # a closed stderr must not stop the service
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name, least in (("fastgen_jax", level.upper()), ("uvicorn", "WARNING")):
+        logger = logging.getLogger(name)
+        logger.setLevel(least)
+        logger.addHandler(handler)
+        logger.propagate = False
+    logging.getLogger("uvicorn.error").addFilter(is_not_about_cut_streams)
+
+
+def is_not_about_cut_streams(record: logging.LogRecord) -> bool:
+    """A stream that ends in an error event is cut on purpose."""
+    return "without completing response" not in record.getMessage()
+
+
+def print_error(error: BaseException):
+    """One sentence of cause, one of remedy, after everything else."""
+    message = str(error) if isinstance(error, FastGenError) else f"{type(error).__name__}: {error}"
+    cause, _, remedy = message.partition("; ")
+    if not remedy and isinstance(error, ConfigError):
+        remedy = "--help lists every flag and its values"
+    remedy = remedy or "run again with FASTGEN_DEBUG=1 to see where it came from"
+    sys.stdout.flush()
+    print(f"error: {cause}\n  fix: {remedy}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The server's life: bind, serve while the model loads, drain on a signal, exit.
+
+First SIGTERM or SIGINT: not ready, no new work, running requests finish for up to drain_timeout,
+the rest end with an error. Second: the process exits at once.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from types import FrameType
+
+import uvicorn
+
+from fastgen_jax.errors import ConfigError
+from fastgen_jax.server.app import create_app
+from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.connection import Connection
+from fastgen_jax.server.errors import unavailable
+from fastgen_jax.server.service import Service
+
+log = logging.getLogger("fastgen_jax.server")
+
+POLL = 0.02  # seconds
+LAST_WRITES = 1.0  # seconds that the error events of a cut-off drain may take
+LOG_EVERY = 10.0  # seconds between lines of throughput
+
+
+class Server(uvicorn.Server):
+    """uvicorn with our start and end. INVARIANT: new work is refused from the first signal on."""
+
+    def __init__(self, service: Service, config: ServerConfig):
+        super().__init__(
+            uvicorn.Config(
+                create_app(service, config),
+                http=Connection,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self.service = service
+        self.drain_timeout = config.drain_timeout
+        self.throughput = ThroughputLog(service)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task | None = None
+        self._n_signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        self.service.attach(self._loop)
+
+    async def on_tick(self, counter: int) -> bool:
+        self.throughput.tick()
+        return await super().on_tick(counter) or self.service.load_error is not None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._n_signals += 1
+        if self._n_signals > 1 or self._loop is None:
+            os._exit(128 + sig if self._n_signals > 1 else 0)
+        self._loop.call_soon_threadsafe(self.begin_drain)
+
+    def begin_drain(self):
+        """Starts the orderly end; run on the event loop."""
+        if self._draining is None:
+            log.info("stopping: %d requests in flight", self.service.n_inflight)
+            self.service.drain()
+            self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self):
+        if not await self._idle_within(self.drain_timeout):
+            self.service.abort_all(unavailable("the server is shutting down", "draining", 1))
+            await self._idle_within(LAST_WRITES)
+        self.should_exit = True
+
+    async def _idle_within(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.service.n_inflight and time.monotonic() < deadline:
+            await asyncio.sleep(POLL)
+        return not self.service.n_inflight
+
+
+class ThroughputLog:
+    """A line about the last seconds' work, none while idle."""
+
+    def __init__(self, service: Service):
+        self.service = service
+        self.time = time.monotonic()
+        self.n_prompt = self.n_generated = 0
+
+    def tick(self):
+        elapsed = time.monotonic() - self.time
+        if elapsed < LOG_EVERY:
+            return
+        self.time += elapsed
+        stats = self.service.stats()
+        if stats is None:
+            return
+        prompt = stats.n_prompt_tokens - self.n_prompt
+        generated = stats.n_generated_tokens - self.n_generated
+        self.n_prompt, self.n_generated = stats.n_prompt_tokens, stats.n_generated_tokens
+        if prompt or generated or stats.n_running:
+            log.info(
+                "prompt %.0f tokens/s, generated %.0f tokens/s, running %d, waiting %d, KV %.0f %%",
+                prompt / elapsed, generated / elapsed, stats.n_running, stats.n_waiting,
+                100 * stats.kv_usage,
+            )  # fmt: skip
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, so that a taken port is known before the model loads.
+
+    Raises:
+        ConfigError: the address is in use or not ours, naming it.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+    except OSError as error:
+        raise ConfigError(f"cannot resolve the host {host!r} ({error}); check --host") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {reason}; stop what uses it or choose another "
+            "with --port"
+        ) from None
+    return listener

@@ -1,0 +1,82 @@
+"""StartupReport: the lines that tell how a start goes."""
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastgen_jax.engine import Engine
+    from fastgen_jax.server.service import Service
+
+log = logging.getLogger("fastgen_jax.server")
+
+PHASES = ("loading", "compiling", "ready")
+PROGRESS_EVERY = 5.0  # seconds between lines within one phase
+
+
+class StartupReport:
+    """About six lines with times, from the open port to a line to paste."""
+
+    def __init__(self, url: str, model_name: str, started: float):
+        self.url = url
+        self.model_name = model_name
+        self.started = started
+        self._phase = ""
+        self._phase_started = started
+        self._last_line = started
+        self._total = 0
+
+    def opened(self):
+        log.info("listen   %s is open; /health tells when %s is ready", self.url, self.model_name)
+
+    def phase(self, service: "Service", name: str, done: int, total: int):
+        """Called at each step of the load; logs the ends of phases, and a long phase's progress."""
+        if name not in PHASES:
+            return
+        now = time.monotonic()
+        if name != self._phase:
+            self._log_end(now)
+            if name == "loading":
+                self._log_device()
+            self._phase, self._phase_started, self._last_line = name, now, now
+        elif now - self._last_line > PROGRESS_EVERY:
+            self._last_line = now
+            log.info("%-9s %d/%d", name, done, total)
+        self._total = total
+        if name == "ready" and service.backend is not None:
+            self._log_ready(service.backend.engine, now)
+
+    def _log_end(self, now: float):
+        seconds = now - self._phase_started
+        if self._phase == "loading":
+            log.info("load     weights of %s in %.1f s", self.model_name, seconds)
+        elif self._phase == "compiling":
+            log.info("compile  %d programs in %.1f s", self._total, seconds)
+
+    def _log_device(self):
+        import jax
+
+        devices = jax.devices()
+        seconds = time.monotonic() - self.started
+        log.info("device   %d x %s in %.1f s", len(devices), devices[0].device_kind, seconds)
+
+    def _log_ready(self, engine: "Engine", now: float):
+        model, config = engine.model_config, engine.config
+        log.info(
+            "model    %s: %d layers, hidden %d, vocabulary %d, %s, max_model_len %d",
+            model.family, model.n_layers, model.hidden_size, model.vocab_size, config.dtype,
+            config.max_model_len,
+        )  # fmt: skip
+        assert config.num_kv_blocks
+        assert config.block_size
+        assert config.max_model_len
+        n_tokens = config.num_kv_blocks * config.block_size
+        log.info(
+            "KV cache %d blocks of %d = %d tokens: %.1f requests of full length at once",
+            config.num_kv_blocks, config.block_size, n_tokens, n_tokens / config.max_model_len,
+        )  # fmt: skip
+        log.info("ready    in %.1f s; try:\n%s", now - self.started, self._curl())
+
+    def _curl(self) -> str:
+        body = f'{{"model": "{self.model_name}", "prompt": "Once upon a time", "max_tokens": 32}}'
+        return f"curl {self.url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"

@@ -1,0 +1,481 @@
+"""The offline API against an engine that plays a script."""
+
+import math
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+import fastgen_jax
+from fastgen_jax.config import SamplingParams
+from fastgen_jax.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+)
+from fastgen_jax.llm import LLM, Logprob
+from fastgen_jax.mii import Pipeline
+from fastgen_jax.tokenizer import Tokenizer
+from fastgen_jax.types import Output, TokenLogprobs
+from tests import tiny, tiny_tokenizers
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
+
+
+@dataclass
+class Script:
+    """A request that the fake engine plays: its samples' remaining tokens, by index."""
+
+    request: object
+    left: dict[int, list[int]]
+
+
+@dataclass
+class FakeEngine:
+    """Plays `answer` to every prompt, a token per sample and step; commands wait for a step."""
+
+    answer: list[int] = field(default_factory=lambda: list(range(20, 60)))
+    eos: int | None = None
+    max_total_tokens: int = 100
+    max_queued_requests: int = 4
+    default_params: dict = field(default_factory=dict)
+    on_step: object = None
+    poison: tuple[int, ...] = ()
+    calls: list = field(default_factory=list)
+    n_submitted: int = 0
+
+    def __post_init__(self):
+        self.live, self.inbox = {}, []
+
+    def check(self, request):
+        if not request.prompt_token_ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if len(request.prompt_token_ids) >= self.max_total_tokens:
+            raise ContextLengthExceeded("maximum context length is 100 tokens", param="prompt")
+
+    def submit(self, request):
+        self.check(request)
+        if len(self.live) >= self.max_queued_requests:
+            raise QueueFull("full")
+        id, self.n_submitted = self.n_submitted, self.n_submitted + 1
+        self.live[id] = Script(request, {i: list(self.answer) for i in range(request.params.n)})
+        return id
+
+    def cancel(self, id):
+        self.calls.append(("cancel", id))
+        self.inbox.append((id, None))
+
+    def finish(self, id, index):
+        self.calls.append(("finish", id, index))
+        self.inbox.append((id, index))
+
+    def stop(self):
+        self.calls.append("stop")
+
+    @property
+    def has_work(self):
+        return bool(self.live or self.inbox)
+
+    def step(self):
+        outputs = []
+        for id, index in self.inbox:
+            script = self.live.get(id, Script(None, {}))
+            for i in list(script.left) if index is None else [index]:
+                if script.left.pop(i, None) is not None and index is None:
+                    outputs.append(Output(id, i, None, finish_reason="abort"))
+        self.inbox = []
+        if self.on_step:
+            self.on_step(self)
+        for id, script in reversed(self.live.items()):  # not in the order of the prompts
+            outputs += [self._play(id, script, index) for index in list(script.left)]
+        self.live = {id: script for id, script in self.live.items() if script.left}
+        return outputs
+
+    def _play(self, id, script, index):
+        params, left = script.request.params, script.left[index]
+        token, n_tokens = left.pop(0), len(self.answer) - len(left)
+        reason = (
+            "stop" if token == self.eos else "length" if n_tokens == params.max_tokens else None
+        )
+        error = "non-finite logits" if id in self.poison else None
+        if reason or error:
+            del script.left[index]
+        if error:
+            return Output(id, index, None, finish_reason="error", error=error)
+        logprobs = None
+        if params.logprobs is not None:
+            logprobs = TokenLogprobs(-2.0, [(70 + i, -1.0 - i) for i in range(params.logprobs)])
+        return Output(id, index, token, logprobs, reason)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(tiny_tokenizers.byte_level(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def says(tokenizer):
+    """An LLM that answers everything with `text` and EOS."""
+
+    def make(text, **options):
+        answer = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        return LLM.from_engine(FakeEngine(answer, eos=tokenizer.eos_token_id, **options), tokenizer)
+
+    return make
+
+
+def make_llm(**options):
+    return LLM.from_engine(FakeEngine(**options))
+
+
+def token_ids(outs):
+    return [sample.token_ids for out in outs for sample in out.outputs]
+
+
+# --- prompts, params, results
+
+
+def test_text_is_completed(says, tokenizer):
+    [out] = says("two balls").generate("Anna has ", SamplingParams(max_tokens=50), use_tqdm=False)
+    [sample] = out.outputs
+    assert (sample.text, sample.finish_reason, sample.stop_reason) == ("two balls", "stop", None)
+    assert sample.token_ids[-1] == tokenizer.eos_token_id
+    assert (out.prompt, out.prompt_token_ids) == ("Anna has ", tokenizer.encode("Anna has "))
+    assert out.finished
+    assert sample.logprobs is sample.cumulative_logprob is None
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n_prompts"),
+    [
+        ([1, 2, 3], 1),
+        ((1, 2, 3), 1),
+        ([[1, 2], [3]], 2),
+        (np.array([1, 2, 3]), 1),
+        (np.array([[1, 2], [3, 4]]), 2),
+        ([np.array([1, 2]), (3, 4), [5]], 3),
+        ([], 0),
+    ],
+)
+def test_token_ids_come_in_every_shape(prompts, n_prompts):
+    outs = make_llm().generate(prompts, GREEDY, use_tqdm=False)
+    assert len(outs) == n_prompts
+    assert all(type(id) is int for out in outs for id in out.prompt_token_ids)
+    assert all(out.prompt is None and out.outputs[0].text == "" for out in outs)
+
+
+def test_results_are_in_the_order_of_the_prompts():
+    outs = make_llm().generate([[i + 1] for i in range(4)], GREEDY, use_tqdm=False)
+    assert [out.prompt_token_ids for out in outs] == [[1], [2], [3], [4]]
+    assert [out.request_id for out in outs] == ["0", "1", "2", "3"]
+
+
+def test_each_prompt_may_have_its_params():
+    params = [SamplingParams(max_tokens=n) for n in (3, 1, 2)]
+    outs = make_llm().generate([[1], [1], [1]], params, use_tqdm=False)
+    assert [len(ids) for ids in token_ids(outs)] == [3, 1, 2]
+
+
+def test_number_of_params_must_be_that_of_prompts():
+    with pytest.raises(InvalidRequest, match="2 sampling_params for 3 prompts"):
+        make_llm().generate([[1], [1], [1]], [GREEDY] * 2)
+
+
+def test_params_default_to_the_models():
+    llm = make_llm(default_params={"temperature": 0.6, "top_p": 0.9})
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0.6, top_p=0.9)
+    [out] = llm.generate([1], use_tqdm=False)
+    assert len(out.outputs[0].token_ids) == SamplingParams().max_tokens
+
+
+def test_samples_of_one_prompt_are_in_order():
+    params = SamplingParams(n=3, max_tokens=2)
+    [out] = make_llm().generate([1], params, use_tqdm=False)
+    assert [sample.index for sample in out.outputs] == [0, 1, 2]
+    assert token_ids([out]) == [[20, 21]] * 3
+
+
+def test_logprobs_hold_the_sampled_token_and_the_most_likely(says, tokenizer):
+    [out] = says("ab").generate("x", SamplingParams(logprobs=2), use_tqdm=False)
+    [sample] = out.outputs
+    first = sample.logprobs[0]
+    assert list(first) == [sample.token_ids[0], 70, 71]
+    assert first[sample.token_ids[0]] == Logprob(
+        -2.0, None, tokenizer.token_text(sample.token_ids[0])
+    )
+    assert first[70] == Logprob(-1.0, 1, tokenizer.token_text(70))
+    assert len(sample.logprobs) == len(sample.token_ids)
+    assert math.isclose(sample.cumulative_logprob, -2.0 * len(sample.token_ids))
+
+
+def test_output_has_miis_attributes(says):
+    [out] = says("two").generate("Anna", use_tqdm=False)
+    assert (out.generated_text, str(out), out.finish_reason) == ("two", "two", "stop")
+    assert out.prompt_length == len(out.prompt_token_ids)
+    assert out.generated_length == len(out.outputs[0].token_ids)
+
+
+# --- stop strings
+
+
+def test_stop_string_ends_a_sample_in_the_engine(says):
+    llm = says("Anna has three apples")
+    params = SamplingParams(max_tokens=50, stop=" three", n=2)
+    [out] = llm.generate("x", params, use_tqdm=False)
+    assert [(s.text, s.finish_reason, s.stop_reason) for s in out.outputs] == [
+        ("Anna has", "stop", " three")
+    ] * 2
+    assert sorted(llm.engine.calls) == [("finish", 0, 0), ("finish", 0, 1)]
+
+
+def test_stop_string_on_the_last_token_is_not_reported_to_the_engine(says):
+    llm = says("x.")
+    [out] = llm.generate("x", SamplingParams(max_tokens=2, stop="."), use_tqdm=False)
+    assert (out.outputs[0].text, out.outputs[0].stop_reason, llm.engine.calls) == ("x", ".", [])
+
+
+def test_stop_string_needs_a_tokenizer():
+    with pytest.raises(InvalidRequest, match="prompt 0: a stop string needs a tokenizer"):
+        make_llm().generate([1], SamplingParams(stop="x"))
+
+
+def test_text_prompt_needs_a_tokenizer():
+    with pytest.raises(InvalidRequest, match="prompt 1: a text prompt needs a tokenizer"):
+        make_llm().generate([[1], "x"], GREEDY)
+
+
+# --- chat
+
+
+def test_chat_answers_one_conversation_or_many(says, tokenizer):
+    llm = says("yes")
+    conversation = [{"role": "user", "content": "hi"}]
+    [one] = llm.chat(conversation, use_tqdm=False)
+    assert one.prompt == "<s><|user|>\nhi</s>\n<|assistant|>\n"
+    assert one.prompt_token_ids == tokenizer.apply_chat_template(conversation)
+    assert [out.outputs[0].text for out in llm.chat([conversation] * 2, use_tqdm=False)] == [
+        "yes"
+    ] * 2
+
+
+def test_bad_conversation_is_named(says):
+    good, bad = [{"role": "user", "content": "hi"}], [{"role": "narrator", "content": "hi"}]
+    with pytest.raises(InvalidRequest, match="prompt 1: the chat template refused: no narrator"):
+        says("x").chat([good, bad])
+
+
+def test_chat_without_a_tokenizer_is_refused():
+    with pytest.raises(InvalidRequest, match="chat needs a tokenizer"):
+        make_llm().chat([{"role": "user", "content": "hi"}])
+
+
+# --- failures
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ([], InvalidRequest, "prompt 2: the prompt is empty"),
+        (list(range(100)), ContextLengthExceeded, "prompt 2: maximum context"),
+        (7.5, InvalidRequest, "prompt 2: a prompt is a text or a list of token ids, not 7.5"),
+        (None, InvalidRequest, "prompt 2: a prompt is"),
+    ],
+)
+def test_bad_prompt_is_named_before_any_runs(bad, error, message):
+    llm = make_llm()
+    with pytest.raises(error, match=message):
+        llm.generate([[1], [2], bad, [3]], GREEDY)
+    assert llm.engine.n_submitted == 0
+
+
+def test_failing_request_fails_alone():
+    outs = make_llm(poison=(1,)).generate([[1], [2], [3]], GREEDY, use_tqdm=False)
+    assert [out.finish_reason for out in outs] == ["length", "error", "length"]
+    assert outs[1].outputs[0].error == "non-finite logits"
+    assert token_ids(outs) == [list(range(20, 28)), [], list(range(20, 28))]
+
+
+def test_more_prompts_than_the_queue_holds_all_run():
+    llm = make_llm(max_queued_requests=3)
+    outs = llm.generate([[i + 1] for i in range(20)], GREEDY, use_tqdm=False)
+    assert token_ids(outs) == [list(range(20, 28))] * 20
+
+
+def test_queue_that_can_never_drain_raises():
+    with pytest.raises(QueueFull):
+        make_llm(max_queued_requests=0).generate([1], GREEDY, use_tqdm=False)
+
+
+def test_fault_of_the_engine_cancels_the_rest():
+    def fail_once(engine):
+        engine.on_step = None
+        raise RuntimeError("device lost")
+
+    llm = make_llm(on_step=fail_once)
+    with pytest.raises(RuntimeError, match="device lost"):
+        llm.generate([[1], [2]], GREEDY, use_tqdm=False)
+    assert llm.engine.calls == [("cancel", 0), ("cancel", 1)]
+    assert not llm.engine.live
+
+
+def test_interrupt_cancels_everything_and_the_llm_stays_usable():
+    steps = []
+
+    def press_ctrl_c(engine):
+        steps.append("begun")
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+            steps.append("not cut short")
+
+    llm = make_llm(on_step=press_ctrl_c, max_queued_requests=2)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1], [2], [3]], GREEDY, use_tqdm=False)
+    assert steps[:3] == ["begun", "begun", "not cut short"]
+    assert not llm.engine.has_work
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert token_ids(llm.generate([1], GREEDY, use_tqdm=False)) == [list(range(20, 28))]
+
+
+def test_second_interrupt_acts_at_once():
+    def press_twice(engine):
+        engine.on_step = None
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("not interrupted")
+
+    with pytest.raises(KeyboardInterrupt):
+        make_llm(on_step=press_twice).generate([1], GREEDY, use_tqdm=False)
+
+
+def test_handler_of_the_user_is_left_alone():
+    seen = []
+    previous = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+    try:
+        press = lambda engine: signal.raise_signal(signal.SIGINT)  # noqa: E731
+        make_llm(on_step=press).generate([1], SamplingParams(max_tokens=2), use_tqdm=False)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert seen == [1, 1]
+
+
+def test_closed_llm_refuses_work():
+    with make_llm() as llm:
+        engine = llm.engine
+    llm.close()
+    assert engine.calls == ["stop"]
+    with pytest.raises(EngineStopped, match="this LLM is closed"):
+        llm.generate([1], GREEDY)
+
+
+def test_progress_bar_shows_prompts_and_speed(capsys):
+    make_llm().generate([[1], [2]], GREEDY, use_tqdm=True)
+    shown = capsys.readouterr().err
+    assert "2/2" in shown
+    assert "tokens/s" in shown
+    make_llm().generate([[1], [2]], GREEDY, use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+# --- pipeline
+
+
+def test_pipeline_answers_as_mii_does(says):
+    pipe = Pipeline(says("two balls"))
+    [response] = pipe(["Anna has "], max_new_tokens=64)
+    assert (str(response), response.generated_text) == ("two balls", "two balls")
+    [full] = pipe("Anna has ", return_full_text=True)
+    assert full.generated_text == "Anna has two balls"
+    assert pipe(["x"], stop="o b")[0].generated_text == "tw"
+
+
+def captured(pipe, prompts, **options):
+    """SamplingParams that the engine gets for a pipeline's options."""
+    seen = []
+    pipe.llm.engine.on_step = lambda engine: seen.extend(
+        s.request.params for s in engine.live.values()
+    )
+    pipe(prompts, **options)
+    return seen[0]
+
+
+def test_pipeline_has_miis_defaults(says):
+    params = captured(Pipeline(says("x")), "x")
+    assert params == SamplingParams(max_tokens=None, temperature=1.0, top_p=0.9)
+
+
+def test_pipeline_options_become_sampling_params(says, tokenizer):
+    pipe = Pipeline(says("x"))
+    params = captured(pipe, "x", do_sample=False, min_new_tokens=2, max_length=9, top_k=5,
+                      ignore_eos=True, stop=["a", "b"])  # fmt: skip
+    assert (params.temperature, params.min_tokens, params.top_k) == (0.0, 2, 5)
+    assert params.max_tokens == 9 - len(tokenizer.encode("x"))
+    assert (params.ignore_eos, params.stop) == (True, ("a", "b"))
+    assert captured(pipe, "x", temperature=0.5, max_new_tokens=3, max_length=9).max_tokens == 3
+
+
+def test_pipeline_refuses_what_it_does_not_know(says):
+    pipe = Pipeline(says("x"))
+    with pytest.raises(
+        ConfigError, match="unknown option 'max_new_token'; did you mean 'max_new_tokens'"
+    ):
+        pipe("x", max_new_token=3)
+    with pytest.raises(InvalidRequest, match="prompt 1: max_length=4 must exceed the prompt's"):
+        pipe(["x", "longer prompt"], max_length=4)
+    pipe.destroy()
+    with pytest.raises(EngineStopped):
+        pipe("x")
+
+
+# --- names
+
+
+def test_unknown_option_names_the_nearest():
+    with pytest.raises(
+        ConfigError, match="unknown option 'max_model_length'; did you mean 'max_model_len'"
+    ):
+        LLM("some-model", max_model_length=5)
+
+
+def test_public_names_exist():
+    for name in fastgen_jax.__all__:
+        assert getattr(fastgen_jax, name).__name__ == name
+    assert set(fastgen_jax.__all__) <= set(dir(fastgen_jax))
+    with pytest.raises(AttributeError, match="has no attribute 'Engin'"):
+        _ = fastgen_jax.Engin
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import fastgen_jax", "jax transformers tokenizers numpy tqdm"),
+        (
+            "from fastgen_jax import LLM, SamplingParams, pipeline",
+            "jax transformers tokenizers tqdm",
+        ),
+        ("from fastgen_jax.tokenizer import Tokenizer", "jax transformers tokenizers"),
+    ],
+)
+def test_import_loads_nothing_heavy(code, absent):
+    check = f"{code}; import sys; print([m for m in {absent.split()} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+# --- the real engine
+
+
+def test_model_without_tokenizer_files_generates_from_ids(tmp_path):
+    few_programs = {"max_num_batched_tokens": 8, "max_num_seqs": 2}
+    with LLM(tiny.write_config(tmp_path), **tiny.OPTIONS | few_programs) as llm:
+        params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+        together = llm.generate([[i, i + 1] for i in range(12)], params, use_tqdm=False)
+        alone = llm.generate([11, 12], params, use_tqdm=False)
+    assert llm.tokenizer is None
+    assert token_ids(together)[11:] == token_ids(alone)

@@ -1,0 +1,258 @@
+"""The command line: flags, errors, and the life of the process, with an engine that echoes."""
+
+import dataclasses
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fastgen_jax import serve
+from fastgen_jax.config import EngineConfig
+from fastgen_jax.errors import ConfigError
+from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.lifecycle import bind
+from tests import tiny_tokenizers
+
+ROOT = Path(serve.__file__).parent.parent
+LAUNCH = """
+import sys, time
+from fastgen_jax import serve
+def load(engine_config, server_config, on_phase):
+    from fastgen_jax.errors import CheckpointError
+    from fastgen_jax.server.service import Backend
+    from fastgen_jax.tokenizer import Tokenizer
+    from tests.fake_engine import FakeEngine
+    on_phase("compiling", 1, 2)
+    if engine_config.seed == 1:
+        raise CheckpointError("model.safetensors is cut short; download it again")
+    if engine_config.seed == 2:
+        time.sleep(60)
+    tokenizer = Tokenizer(engine_config.model)
+    return Backend(FakeEngine(tokenizer.eos_token_id, step_time=0.02), tokenizer)
+serve.load = load
+sys.exit(serve.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return tiny_tokenizers.byte_level(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture
+def launch() -> Iterator:
+    """Starts the command with the echoing engine; what still runs at the end is killed."""
+    started: list[subprocess.Popen] = []
+
+    def start(*args: str, **environment: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, *args],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def url_when_open(process: subprocess.Popen) -> str:
+    """Reads the log up to the line with the address."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if match := re.search(r"http://\S+", line):
+            return match[0]
+    raise AssertionError("no address was logged")
+
+
+def wait_for(url: str, status: int) -> httpx.Response:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        answer = httpx.get(url)
+        if answer.status_code == status:
+            return answer
+        time.sleep(0.02)
+    raise AssertionError(f"{url} never answered {status}")
+
+
+class TestFlags:
+    def test_every_field_of_both_configs_is_a_flag_with_help(self):
+        shown = serve.make_parser().format_help()
+        for config in (EngineConfig, ServerConfig):
+            for field in dataclasses.fields(config):
+                assert "--" + field.name.replace("_", "-") in shown
+                assert field.metadata["help"]
+        assert shown.index("KV cache:") < shown.index("server:") < shown.index("limits")
+
+    def test_values_reach_the_configs(self):
+        engine, server = serve.parse(
+            ["some/model", "--max-model-len", "32K", "--no-enable-prefix-caching",
+             "--dtype=bfloat16", "--memory-fraction", "0.5", "--port", "0", "--api-key", "a",
+             "--api-key=b"]
+        )  # fmt: skip
+        assert (engine.model, engine.max_model_len, engine.dtype) == (
+            "some/model",
+            32768,
+            "bfloat16",
+        )
+        assert (engine.enable_prefix_caching, engine.memory_fraction) == (False, 0.5)
+        assert (server.port, server.api_key) == (0, ("a", "b"))
+
+    def test_no_arguments_mean_the_demo_on_loopback(self):
+        engine, server = serve.parse([])
+        assert engine.model == str(serve.DEMO)
+        assert (server.host, server.port) == ("127.0.0.1", 8000)
+        assert engine == EngineConfig(model=str(serve.DEMO))
+
+    @pytest.mark.parametrize(("argv", "message"), [
+        (["--max-modl-len", "5"], r"unknown flag --max-modl-len; did you mean --max-model-len\?"),
+        (["--xyzzy=1"], "unknown flag --xyzzy; --help lists all"),
+        (["a/b", "c/d"], "unexpected argument 'c/d'"),
+        (["a/b", "--model", "c/d"], "named twice"),
+        (["--port", "http"], "expected a whole number"),
+        (["--port", "70000"], "port must be"),
+        (["--max-model-len", "0"], "max_model_len must be"),
+        (["--dtype", "int3"], "dtype must be one of"),
+        (["--log-level", "loud"], "log_level must be one of"),
+        (["--drain-timeout", "nan"], "drain_timeout must be"),
+        (["--api-key", ""], "api_key must not be empty"),
+        (["--port"], "expected one argument"),
+    ])  # fmt: skip
+    def test_a_bad_flag_is_an_error_that_says_why(self, argv, message):
+        with pytest.raises(ConfigError, match=message):
+            serve.parse(argv)
+
+    def test_markdown_lists_every_flag_once(self, capsys):
+        with pytest.raises(SystemExit) as caught:
+            serve.main(["--help=markdown"])
+        assert caught.value.code == 0
+        lines = capsys.readouterr().out.strip().splitlines()
+        n_fields = sum(len(dataclasses.fields(c)) for c in (EngineConfig, ServerConfig))
+        assert len(lines) == n_fields + 2
+        assert all(line.count(" | ") == 2 for line in lines[2:])
+
+    def test_an_error_is_one_line_of_cause_and_one_of_remedy(self, capsys):
+        assert serve.main(["--prot", "1"]) == 2
+        captured = capsys.readouterr()
+        assert captured.err == "error: unknown flag --prot\n  fix: did you mean --port?\n"
+
+    def test_a_missing_directory_is_an_error_at_once(self, capsys):
+        assert serve.main(["/no/such/model"]) == 2
+        assert "no directory '/no/such/model'" in capsys.readouterr().err
+
+    def test_a_missing_template_is_an_error(self):
+        with pytest.raises(ConfigError, match="cannot read --chat-template"):
+            serve.chat_template("/no/such/file")
+
+    def test_clients_never_see_a_path(self, tmp_path):
+        config = ServerConfig()
+        assert serve.model_names(str(tmp_path), config) == [tmp_path.name]
+        assert serve.model_names("org/name", config) == ["org/name"]
+        assert serve.model_names(str(serve.DEMO), config) == ["fastgen-demo"]
+        named = ServerConfig(served_model_name=("a", "b"))
+        assert serve.model_names(str(tmp_path), named) == ["a", "b"]
+
+    def test_help_imports_nothing_of_weight(self):
+        code = """import sys
+from fastgen_jax import serve
+try:
+    serve.main(["--help"])
+except SystemExit:
+    print(sorted({"jax", "numpy", "fastapi", "transformers", "pydantic"} & set(sys.modules)))
+"""
+        command = [sys.executable, "-c", code]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert shown.stdout.splitlines()[-1] == "[]"
+
+
+class TestProcess:
+    def test_a_taken_port_is_named_before_the_model_loads(self, model, launch):
+        with bind("127.0.0.1", 0) as taken:
+            port = taken.getsockname()[1]
+            started = time.monotonic()
+            process = launch(model, "--port", str(port))
+            _, errors = process.communicate(timeout=10)
+        assert process.returncode == 2
+        assert time.monotonic() - started < 5
+        *_, cause, remedy = errors.splitlines()
+        assert cause.startswith(f"error: cannot listen on 127.0.0.1 port {port}: ")
+        assert "--port" in remedy
+
+    def test_an_ipv6_address_serves_where_the_machine_has_one(self):
+        try:
+            listener = bind("::1", 0)
+        except ConfigError:
+            pytest.skip("this machine has no IPv6 loopback")
+        with listener:
+            assert serve.url_of(listener, "::1").startswith("http://[::1]:")
+
+    def test_start_is_told_and_sigterm_ends_what_runs_with_exit_0(self, model, launch):
+        process = launch(model, "--port", "0")
+        url = url_when_open(process)
+        assert httpx.get(url + "/livez").status_code == 200
+        wait_for(url + "/health", 200)
+        body = {"prompt": "Anna has three apples", "max_tokens": 20, "stream": True}
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=10) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert list(lines)[-2:] == ["data: [DONE]", ""]
+        _, log = process.communicate(timeout=5)
+        assert process.returncode == 0
+        for word in ("compile", "model", "KV cache", "ready", "curl http://127.0.0.1:"):
+            assert word in log
+
+    def test_sigterm_while_loading_ends_at_once_with_exit_0(self, model, launch):
+        process = launch(model, "--port", "0", "--seed", "2")
+        url = url_when_open(process)
+        health = wait_for(url + "/health", 503).json()
+        assert health["phase"] in ("starting", "compiling")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 0
+
+    def test_a_second_signal_ends_at_once(self, model, launch):
+        process = launch(model, "--port", "0")
+        url = url_when_open(process)
+        wait_for(url + "/health", 200)
+        address = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        with socket.create_connection(address) as connection:
+            body = b'{"prompt": "a", "max_tokens": 4000, "ignore_eos": true, "stream": true}'
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+            connection.sendall(head + body)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            process.send_signal(signal.SIGTERM)
+            wait_for(url + "/health", 503)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=2) == 128 + signal.SIGTERM
+
+    def test_a_model_that_cannot_load_is_the_last_thing_said(self, model, launch):
+        process = launch(model, "--port", "0", "--seed", "1")
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 1
+        assert errors.splitlines()[-2:] == [
+            "error: model.safetensors is cut short",
+            "  fix: download it again",
+        ]
+        assert "Traceback" not in errors
+
+    def test_debug_shows_the_traceback(self, model, launch):
+        process = launch(model, "--port", "0", "--seed", "1", FASTGEN_DEBUG="1")
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 1
+        assert "Traceback" in errors
+        assert errors.splitlines()[-1].endswith("download it again")

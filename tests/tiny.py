@@ -1,0 +1,105 @@
+"""Tiny models and their naive twins, for tests of the engine."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fastgen_jax.config import EngineConfig, SamplingParams
+from fastgen_jax.engine import Engine
+from fastgen_jax.types import Output, Request
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 62,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "eos_token_id": 7,
+}
+OPTIONS = {
+    "load_format": "dummy",
+    "max_model_len": 96,
+    "block_size": 8,
+    "num_kv_blocks": 128,
+    "max_num_batched_tokens": 32,
+    "max_num_seqs": 8,
+}
+
+
+def write_config(directory: Path, **changes) -> str:
+    directory.mkdir(exist_ok=True, parents=True)
+    (directory / "config.json").write_text(json.dumps(CONFIG | changes))
+    return str(directory)
+
+
+def make_engine(directory: Path, **options) -> Engine:
+    """An engine with random weights, the same for the same seed whatever the other options."""
+    return Engine(EngineConfig(model=write_config(directory), **OPTIONS | options))
+
+
+def run(engine: Engine, requests: list[Request]) -> list[list[Output]]:
+    """Outputs of each request, in order, stepping the engine until it has no work."""
+    ids = [engine.submit(request) for request in requests]
+    outputs: dict[int, list[Output]] = {i: [] for i in ids}
+    while engine.has_work:
+        for output in engine.step():
+            outputs[output.request_id].append(output)
+    return [outputs[i] for i in ids]
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    return [o.token_id for o in outputs if o.token_id is not None]
+
+
+def random_requests(draw: int, count: int, longest: int = 60, **params) -> list[Request]:
+    """Requests of random prompts; prompt and output stay under 96 tokens."""
+    rng = np.random.default_rng(draw)
+    params = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True} | params
+    return [
+        Request(rng.integers(0, 62, rng.integers(1, longest)).tolist(), SamplingParams(**params))
+        for _ in range(count)
+    ]
+
+
+def dense_attend(q, k, v, cache, *, spec):
+    """Causal attention of one sequence over itself, with no cache: "T N H"."""
+    group = q.shape[1] // k.shape[1]
+    k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
+    scores = jnp.einsum("tnh,snh->nts", q, k) * spec.scale
+    mask = jnp.tril(jnp.ones(scores.shape[1:], bool))[None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("nts,snh->tnh", weights, v), cache
+
+
+class Naive:
+    """The slow obvious twin: for each token the whole sequence again, densely, alone."""
+
+    def __init__(self, engine: Engine, length: int = 96):
+        program, n_layers = engine._runner.program, engine.model_config.n_layers
+        self.leaves, self.length = engine._runner.leaves, length
+
+        def logits(leaves, token_ids):
+            model = program.model(leaves)
+            positions = jnp.arange(length, dtype=jnp.int32)
+            hidden, _ = model(token_ids, positions, (None,) * n_layers, dense_attend)
+            return model.unembed(hidden)
+
+        self._logits = jax.jit(logits)
+
+    def logits(self, token_ids: list[int]) -> np.ndarray:
+        padded = np.zeros(self.length, np.int32)
+        padded[: len(token_ids)] = token_ids
+        return np.asarray(self._logits(self.leaves, padded))[: len(token_ids)]
+
+    def greedy(self, prompt: list[int], n: int) -> list[int]:
+        known = list(prompt)
+        for _ in range(n):
+            known.append(int(self.logits(known)[-1].argmax()))
+        return known[len(prompt) :]
