@@ -4,9 +4,10 @@
     python -m benchmarks.throughput                                            # the engine alone
     python -m benchmarks.throughput --host-time                                # host time per step
 
-Greedy, end-of-sequence ignored; lengths are normal with a standard deviation of 0.3 of the mean (--new-std 0: all
-outputs equally long). Repetitions alternate between the engines; each one's best counts, as other work on the
-machine only ever slows. Every repetition has new prompts, so that no prefix cache helps.
+Greedy, end-of-sequence ignored; lengths are normal with a standard deviation of 0.3 of the mean
+(--new-std 0: all outputs equally long). Repetitions alternate between the engines; each one's best
+counts, as other work on the machine only ever slows. Every repetition has new prompts, so that no
+prefix cache helps.
 """
 
 import argparse
@@ -24,6 +25,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+
+from fastgen_jax.config import EngineConfig, SamplingParams
+from fastgen_jax.engine import Engine
+from fastgen_jax.types import Request
 
 SHAPE = {
     "model_type": "llama",
@@ -70,7 +75,7 @@ class Workload(NamedTuple):
 
 
 def make_workload(name: str, seed: int, new_std: float, vocab_size: int = 32000) -> Workload:
-    """`32x256+64`: 32 prompts of about 256 tokens, 64 new each. Lengths do not depend on the seed."""
+    """`32x256+64`: 32 prompts of about 256 tokens, 64 new each. The seed changes tokens only."""
     count, lengths = name.split("x")
     n_requests, prompt_mean, new_mean = int(count), *map(int, lengths.split("+"))
     rng = np.random.default_rng(0)
@@ -91,10 +96,17 @@ def write_checkpoint(path: Path, shape: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
     size, ffn = shape["hidden_size"], shape["intermediate_size"]
     kv_size = size // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    shapes = {"self_attn.q_proj": (size, size), "self_attn.k_proj": (kv_size, size),
-              "self_attn.v_proj": (kv_size, size), "self_attn.o_proj": (size, size),
-              "mlp.gate_proj": (ffn, size), "mlp.up_proj": (ffn, size), "mlp.down_proj": (size, ffn),
-              "input_layernorm": (size,), "post_attention_layernorm": (size,)}  # fmt: skip
+    shapes = {
+        "self_attn.q_proj": (size, size),
+        "self_attn.k_proj": (kv_size, size),
+        "self_attn.v_proj": (kv_size, size),
+        "self_attn.o_proj": (size, size),
+        "mlp.gate_proj": (ffn, size),
+        "mlp.up_proj": (ffn, size),
+        "mlp.down_proj": (size, ffn),
+        "input_layernorm": (size,),
+        "post_attention_layernorm": (size,),
+    }
     tensors = {"model.norm": (size,)}
     tensors |= dict.fromkeys(("model.embed_tokens", "lm_head"), (shape["vocab_size"], size))
     for layer in range(shape["num_hidden_layers"]):
@@ -112,20 +124,15 @@ def write_checkpoint(path: Path, shape: dict[str, Any]) -> None:
 
 
 class Ours:
-    """The engine, driven without a thread."""
+    """The engine, driven without a thread; keeps what each step took on the host, by phase."""
 
     def __init__(self, model: Path, dtype: str, **options: Any):
-        from fastgen_jax.config import EngineConfig
-        from fastgen_jax.engine import Engine
-
         options = {"memory_fraction": 0.1, "max_model_len": 4096} | options
         self.engine = Engine(EngineConfig(model=str(model), dtype=dtype, **options))
+        self.steps: list[dict[str, float]] = []
 
     def run(self, workload: Workload) -> float:
         """Seconds until every token is there."""
-        from fastgen_jax.config import SamplingParams
-        from fastgen_jax.types import Request
-
         requests = [
             Request(prompt, SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True))
             for prompt, n in zip(workload.prompts, workload.n_new, strict=True)
@@ -133,10 +140,24 @@ class Ours:
         start, n_tokens = time.perf_counter(), 0
         self.engine.submit_all(requests)
         while self.engine.has_work:
+            before = dict(self.engine.timings)
             n_tokens += sum(output.token_id is not None for output in self.engine.step())
+            self.steps.append({k: v - before[k] for k, v in self.engine.timings.items()})
         seconds = time.perf_counter() - start
         assert n_tokens == workload.n_new_tokens, (n_tokens, workload.n_new_tokens)
         return seconds
+
+    def print_phases(self, title: str) -> None:
+        """Milliseconds per step in the engine's thread; `wait` is the device's time left to it."""
+        print(f"host time per step in ms, {title}, {len(self.steps)} steps:")
+        for phase in self.steps[0]:
+            self._print_row(phase, [step[phase] for step in self.steps])
+        busy = [step["plan"] + step["pack"] + step["commit"] for step in self.steps]
+        self._print_row("plan + pack + commit", busy)
+
+    def _print_row(self, name: str, seconds: list[float]) -> None:
+        ms = 1e3 * np.array(seconds)
+        print(f"  {name:22} median {np.median(ms):8.3f}  p90 {np.quantile(ms, 0.9):8.3f}")
 
 
 class Theirs:
@@ -158,7 +179,7 @@ class Theirs:
         line = self.process.stdout.readline()
         if not line:
             sys.exit(
-                "error: the transformers process ended; does its python have torch and transformers?"
+                "error: the transformers process ended; has its python torch and transformers?"
             )
         return json.loads(line)
 
@@ -192,10 +213,20 @@ def compare(args: argparse.Namespace, model: Path, dtype: str) -> Iterator[str]:
             rate, total = workload.n_new_tokens / s, workload.n_prompt_tokens / s
             yield f"{name:12} {dtype:9} {key:28} {rate:9.1f} {rate + total:9.1f} {s:8.2f} {ratio}"
     if ours:
-        print_phases(ours.engine, f"{dtype}, all steps so far")
+        ours.print_phases(dtype)
     if theirs:
         print(f"compared with {theirs.versions}", file=sys.stderr)
         theirs.close()
+
+
+def throughput(args: argparse.Namespace, folder: Path) -> None:
+    if not args.model:
+        write_checkpoint(folder, SHAPE)
+    rows = [row for dtype in args.dtype for row in compare(args, folder, dtype)]
+    columns = f"{'workload':12} {'dtype':9} {'engine':28} {'new tok/s':>9} {'all tok/s':>9}"
+    print(f"\n{columns} {'seconds':>8} {'ratio':>6}")
+    print("\n".join(rows))
+    print("ratio: generated tokens/s over transformers' best")
 
 
 def measure(
@@ -222,32 +253,15 @@ def measure(
     return best
 
 
-def print_phases(engine: Any, title: str) -> None:
-    """Host time per step: what the engine's thread does besides waiting for the device."""
-    timings = getattr(engine, "timings", {})
-    parts = {phase: 1e3 * np.asarray(times) for phase, times in timings.items() if len(times)}
-    if not parts:
-        return
-    print(f"host time per step, ms ({title}):")
-    for phase, ms in parts.items():
-        print(
-            f"  {phase:10} median {np.median(ms):7.3f}  p90 {np.quantile(ms, 0.9):7.3f}  "
-            f"max {ms.max():7.3f}  ({len(ms)} steps)"
-        )
-
-
 def host_time(args: argparse.Namespace, folder: Path) -> None:
-    """256 sequences decode at once on a model so small that the host is what remains."""
+    """Many sequences decode at once on a model so small that the host is what remains."""
     n_seqs = args.host_sequences
     write_checkpoint(folder, TINY)
     sizes = {"max_num_seqs": n_seqs, "max_num_batched_tokens": 2 * n_seqs, "max_model_len": 512}
-    options = sizes | {"max_queued_requests": n_seqs} | args.engine
-    ours = Ours(folder, "float32", **options)
-    ours.run(make_workload(f"{n_seqs}x64+16", 1, 0.0, TINY["vocab_size"]))
-    for times in ours.engine.timings.values():
-        times.clear()
-    ours.run(make_workload(f"{n_seqs}x64+128", 2, 0.0, TINY["vocab_size"]))
-    print_phases(ours.engine, f"{n_seqs} running sequences, {os.cpu_count()} cores")
+    ours = Ours(folder, "float32", **sizes, **args.engine)
+    ours.run(make_workload(f"{n_seqs}x64+128", 1, 0.0, TINY["vocab_size"]))
+    ours.steps = ours.steps[len(ours.steps) // 2 :]  # all decode
+    ours.print_phases(f"{n_seqs} running sequences, {os.cpu_count()} cores")
 
 
 @contextmanager
@@ -281,14 +295,9 @@ def main() -> None:
     args = parse_args()
     with checkpoint_folder(args.model) as folder:
         if args.host_time:
-            return host_time(args, folder)
-        if not args.model:
-            write_checkpoint(folder, SHAPE)
-        rows = [row for dtype in args.dtype for row in compare(args, folder, dtype)]
-    print(f"\n{'workload':12} {'dtype':9} {'engine':28} {'new tok/s':>9} {'all tok/s':>9} "
-          f"{'seconds':>8} {'ratio':>6}")  # fmt: skip
-    print("\n".join(rows))
-    print("ratio: generated tokens/s over transformers' best")
+            host_time(args, folder)
+        else:
+            throughput(args, folder)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The transformers side of throughput.py, as a process of its own: it may live in another environment.
+"""The transformers side of throughput.py, as a process of its own: it may have its own environment.
 
-Reads one JSON job per line from stdin, answers with one line on stdout: `{"seconds": ...}` or `{"error": ...}`.
-A job names a strategy, prompts (token ids) and how many tokens to generate for each; the answer is the time until
-all of them are there. Greedy, end-of-sequence ignored, all threads, no gradients.
+Reads one JSON job per line from stdin, answers each with a line on stdout: `{"seconds": ...}` or
+`{"error": ...}`. A job names a strategy, prompts (token ids) and how many tokens to generate for
+each; the answer is the time until all of them are there. Greedy, no end of sequence, all threads.
 """
 
 import argparse
@@ -11,10 +11,11 @@ import os
 import sys
 import time
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import transformers
 
 
+@torch.inference_mode()
 def generate_static(model, prompts, n_new, batch_size):
     """generate() in left-padded batches; requests that end together go together."""
     order = sorted(range(len(prompts)), key=lambda i: (-n_new[i], len(prompts[i])))
@@ -64,8 +65,8 @@ def generate_continuous(model, prompts, n_new, batch_size):
             if result is None and not manager.is_running():
                 raise RuntimeError("continuous batching stopped by itself")
             if result is not None and result.is_finished():
-                if result.error:
-                    raise RuntimeError(result.error)
+                if len(result.generated_tokens) != n_new[int(result.request_id)]:
+                    raise RuntimeError(f"continuous batching failed: {result.error}")
                 n_done += 1
 
 
@@ -74,8 +75,7 @@ STRATEGIES = {"static": generate_static, "continuous": generate_continuous}
 
 def run(model, job):
     start = time.perf_counter()
-    with torch.inference_mode():
-        STRATEGIES[job["strategy"]](model, job["prompts"], job["n_new"], job["batch_size"])
+    STRATEGIES[job["strategy"]](model, job["prompts"], job["n_new"], job["batch_size"])
     return {"seconds": time.perf_counter() - start}
 
 
@@ -91,8 +91,8 @@ def main():
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, dtype=getattr(torch, args.dtype), attn_implementation="sdpa"
     ).eval()
-    print(json.dumps({"versions": f"transformers {transformers.__version__}, torch {torch.__version__}"}),
-          file=answers, flush=True)  # fmt: skip
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    print(json.dumps({"versions": versions}), file=answers, flush=True)
     for line in sys.stdin:
         try:
             answer = run(model, json.loads(line))

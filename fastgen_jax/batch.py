@@ -1,7 +1,9 @@
-"""Plan -> Batch: the host tables, one row per running sequence, and the packed int32 array that a step uploads.
+"""Plan -> Batch: the host tables, one row per running sequence, and the packed int32 array that a
+step uploads.
 
-Everything a step needs from the host travels in one array, whose layout `fields` defines for both sides: `pack` writes
-through it on the host, `unpack` reads through it on the device. Block 0 is scratch, so zero padding is valid.
+Everything a step needs from the host travels in one array, whose layout `fields` defines for both
+sides: `pack` writes through it on the host, `unpack` reads through it on the device. Block 0 is
+scratch, so zero padding is valid.
 """
 
 import math
@@ -38,7 +40,9 @@ class Shape(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step's upload, and which sequences its samples belong to (in the order of the result's rows)."""
+    """One step's upload, and which sequences its samples belong to (in the order of the result's
+    rows).
+    """
 
     shape: Shape
     packed: np.ndarray  # i32, laid out by fields(shape)
@@ -78,10 +82,12 @@ def unpack(packed, shape: Shape) -> dict:
 
 
 class HostTables:
-    """What the host knows of each running sequence, one line per row; row n_rows is never a sequence's.
+    """What the host knows of each running sequence, one line per row; row n_rows is never a
+    sequence's.
 
-    token_ids "R M" holds prompts and recomputed tokens, UNKNOWN where only the device knows the value. `bias_ids`,
-    `bias`, `banned_ids` reach the device only when `is_dirty`: few requests bring any.
+    token_ids "R M" holds prompts and recomputed tokens, UNKNOWN where only the device knows the
+    value. `bias_ids`, `bias`, `banned_ids` reach the device only when `is_dirty`: few requests
+    bring any.
     """
 
     def __init__(self, n_rows: int, max_tokens: int, n_blocks: int):

@@ -1,10 +1,12 @@
-"""BlockPool: which KV blocks are free, who holds the others, and which may be reused as a cached prefix.
+"""BlockPool: which KV blocks are free, who holds the others, and which may be reused as a cached
+prefix.
 
 Every block but 0 (scratch, for padding) is in exactly one class:
     free       on the free list
     held       by `ref[b] >= 1` live sequences
     evictable  published, held by nobody, oldest first
-INVARIANT: n_free == free + evictable. Only full blocks are published, and a published block is never written again.
+INVARIANT: n_free == free + evictable. Only full blocks are published, and a published block is
+never written again.
 """
 
 import hashlib
@@ -22,7 +24,9 @@ class Published(NamedTuple):
 
 
 def chain_digest(parent: bytes, tokens: bytes) -> bytes:
-    """Digest of a prefix: BLAKE2b over the digest of all blocks before and this block's token bytes."""
+    """Digest of a prefix: BLAKE2b over the digest of all blocks before and this block's token
+    bytes.
+    """
     return hashlib.blake2b(parent + tokens, digest_size=16).digest()
 
 
@@ -31,7 +35,8 @@ class BlockPool:
 
     Args:
         n_blocks: blocks in the cache, scratch included.
-        digest: hash of (parent digest, token bytes); a parameter so that tests can force collisions.
+        digest: hash of (parent digest, token bytes); a parameter so that tests can force
+        collisions.
     """
 
     def __init__(self, n_blocks: int, *, digest=chain_digest):
@@ -65,7 +70,9 @@ class BlockPool:
         return taken
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Gives up one hold on each block. Raises ValueError, and changes nothing, for a block not held."""
+        """Gives up one hold on each block. Raises ValueError, and changes nothing, for a block not
+        held.
+        """
         if len(set(blocks)) != len(blocks):
             raise ValueError(f"a block is named twice: {sorted(blocks)}")
         for block in blocks:
@@ -121,7 +128,9 @@ class BlockPool:
         self._free.append(block)
 
     def check(self) -> None:
-        """Asserts the class invariants (for tests): each block in one class, counters equal to lists."""
+        """Asserts the class invariants (for tests): each block in one class, counters equal to
+        lists.
+        """
         held = [b for b in range(1, self.n_blocks) if self._ref[b] > 0]
         classes = sorted(self._free + held + list(self._evictable))
         assert classes == list(range(1, self.n_blocks)), classes

@@ -1,8 +1,10 @@
-"""What lies on disk: finds a model's files, reads its configs, and fills an NNX model from safetensors.
+"""What lies on disk: finds a model's files, reads its configs, and fills an NNX model from
+safetensors.
 
-The only place that knows on-disk formats. Weights are read only from safetensors, never from pickles. A family's WEIGHTS
-says where each Hugging Face tensor goes; before anything is read, every disagreement between files and model (missing,
-unused, wrong shape, unreadable) is found and all are reported at once.
+The only place that knows on-disk formats. Weights are read only from safetensors, never from
+pickles. A family's WEIGHTS says where each Hugging Face tensor goes; before anything is read, every
+disagreement between files and model (missing, unused, wrong shape, unreadable) is found and all are
+reported at once.
 """
 
 import json
@@ -41,7 +43,8 @@ class Stored(NamedTuple):
 
 
 def locate(model: str) -> Path:
-    """The directory of a model: a path as it is, a hub id downloaded (with a progress bar) on first use.
+    """The directory of a model: a path as it is, a hub id downloaded (with a progress bar) on first
+    use.
 
     Raises:
         CheckpointError: neither a directory nor a repository that can be downloaded.
@@ -73,7 +76,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path.name} is missing in {str(path.parent)!r}; is this a Hugging Face model directory?"
+            f"{path.name} is missing in {str(path.parent)!r}; is this the directory of a "
+            "Hugging Face model?"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} cannot be read: {error}") from error
@@ -147,7 +151,8 @@ def load_model(
     """The model of a Hugging Face directory, on the devices of the mesh.
 
     Raises:
-        CheckpointError: lists every tensor that is missing, unused, of the wrong shape or unreadable.
+        CheckpointError: lists every tensor that is missing, unused, of the wrong shape or
+        unreadable.
     """
     family = models.family(config.family)
     model = abstract_model(config, policy)
@@ -172,7 +177,8 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, or its only one.
 
     Raises:
-        CheckpointError: none, a missing shard, an index that points outside the directory, or pickles only.
+        CheckpointError: none, a missing shard, an index that points outside the directory, or
+        pickles only.
     """
     index = directory / "model.safetensors.index.json"
     if index.exists():
@@ -199,7 +205,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_headers(files: list[Path]) -> dict[str, Stored]:
-    """Name -> file and shape of every tensor; CheckpointError lists the files that cannot be read."""
+    """Name -> file and shape of every tensor; CheckpointError lists unreadable files."""
     stored, problems = {}, []
     for file in files:
         try:
@@ -218,7 +224,9 @@ def read_headers(files: list[Path]) -> dict[str, Stored]:
 def plan_sources(
     family, config: ModelConfig, policy: Policy, params: dict[str, Any], stored: dict[str, Stored]
 ) -> list[Source]:
-    """Which tensor fills which part of which parameter; CheckpointError lists all that does not fit."""
+    """Which tensor fills which part of which parameter; CheckpointError lists all that does not
+    fit.
+    """
     expected = [s for s in _expand(family.WEIGHTS, config.n_layers) if s.path in params]
     # With tied embeddings some checkpoints repeat the table as lm_head: known, not needed.
     known = {s.name for s in _expand(family.WEIGHTS, config.n_layers)}
@@ -248,7 +256,9 @@ def plan_sources(
 
 
 def _expand(weights: dict[str, tuple[str, str]], n_layers: int) -> list[Source]:
-    """WEIGHTS with layers filled in; an entry that is a whole linear stands for its weight and bias."""
+    """WEIGHTS with layers filled in; an entry that is a whole linear stands for its weight and
+    bias.
+    """
     sources = []
     for name, (path, part) in weights.items():
         for i in range(n_layers if "{}" in name else 1):

@@ -1,7 +1,8 @@
 """Frozen configuration: of a model, of the engine, of one request's sampling.
 
-Every value is validated in `__post_init__`, so that a config that exists is valid. A field's help text is
-part of the field (`metadata["help"]`): command-line flags and the README's table are generated from it.
+Every value is validated in `__post_init__`, so that a config that exists is valid. A field's help
+text is part of the field (`metadata["help"]`): command-line flags and the README's table are
+generated from it.
 """
 
 import dataclasses
@@ -42,7 +43,9 @@ def check_known(kwargs: dict[str, Any], config_class: type) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding: base frequency and context-extension scaling, named as transformers names them."""
+    """Rotary embedding: base frequency and context-extension scaling, named as transformers names
+    them.
+    """
 
     kind: str = "default"
     theta: float = 10000.0
@@ -99,7 +102,8 @@ class ModelConfig:
                 raise ConfigError(f"model config: {name} must be a positive integer, got {value!r}")
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
-                f"model config: {self.n_heads} query heads do not divide into {self.n_kv_heads} KV heads"
+                f"model config: {self.n_heads} query heads do not divide into "
+                f"{self.n_kv_heads} KV heads"
             )
         if self.head_dim % 2:
             raise ConfigError(
@@ -144,7 +148,7 @@ class EngineConfig:
     )
     memory_fraction: float | None = option(
         None,
-        "share of the memory left after loading that the KV cache may take (default: 0.9, CPU 0.25)",
+        "share of the memory left after loading for the KV cache (default: 0.9, CPU 0.25)",
         "cache",
     )
     enable_prefix_caching: bool = option(
@@ -185,7 +189,9 @@ class EngineConfig:
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
-    """Raises InvalidRequest unless `value` is a finite number in [low, high] ((low, high] if open_low)."""
+    """Raises InvalidRequest unless `value` is a finite number in [low, high] ((low, high] if
+    open_low).
+    """
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or value > high or value < low or (open_low and value == low):
         bracket = "(" if open_low else "["
@@ -205,8 +211,9 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
 class SamplingParams:
     """How the tokens of one request are chosen; names and defaults are vLLM's.
 
-    temperature 0 is greedy. top_k 0 or -1 keeps all tokens. `logprobs=k` returns the k most likely tokens
-    of each step and the sampled one. Seeded output depends on (prompt, params, seed) alone, never on the batch.
+    temperature 0 is greedy. top_k 0 or -1 keeps all tokens. `logprobs=k` returns the k most likely
+    tokens of each step and the sampled one. Seeded output depends on (prompt, params, seed) alone,
+    never on the batch.
 
     Raises:
         InvalidRequest: a value out of range, naming the field and the range.
@@ -267,7 +274,8 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
                 raise InvalidRequest(
-                    f"each stop must be a string of 1 to {MAX_STOP_LENGTH} characters, got {text!r:.80}",
+                    f"each stop must be a string of 1 to {MAX_STOP_LENGTH} characters, "
+                    f"got {text!r:.80}",
                     param="stop",
                 )
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:

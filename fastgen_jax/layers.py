@@ -1,8 +1,10 @@
-"""The layers that model families are made of: linear, norm, embedding, rotary, gated MLP, attention.
+"""The layers that model families are made of: linear, norm, embedding, rotary, gated MLP,
+attention.
 
-Activations are flat over tokens ("T D"): no layer knows batches or sequences. Attention hands its queries, keys and
-values to the `attend` it was given, which owns the KV cache. Weights are stored (in, out): on CPU this is as fast
-as (out, in) in bfloat16 and up to 1.6 times as fast in float32 (benchmarks/matmul.py).
+Activations are flat over tokens ("T D"): no layer knows batches or sequences. Attention hands its
+queries, keys and values to the `attend` it was given, which owns the KV cache. Weights are stored
+(in, out): on CPU this is as fast as (out, in) in bfloat16 and up to 1.6 times as fast in float32
+(benchmarks/matmul.py).
 """
 
 import math
@@ -27,7 +29,8 @@ Attend = Callable[..., tuple[Array, Cache]]  # (q, k, v, cache, *, spec) -> (out
 
 @dataclass(frozen=True)
 class Policy:
-    """Dtypes of weights and of activations between layers, and over how many devices weights are split.
+    """Dtypes of weights and of activations between layers, and over how many devices weights are
+    split.
 
     Products accumulate in float32 and norms work in float32 whatever the policy says.
     """
@@ -91,7 +94,8 @@ class Embedding(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(act(gate(x)) * up(x)); gate and up are one product (Shazeer, 2020).
 
-    Columns of `gate_up` are (shard, gate|up, F / n_shards), so that splitting them over devices keeps pairs together.
+    Columns of `gate_up` are (shard, gate|up, F / n_shards), so that splitting them over devices
+    keeps pairs together.
     """
 
     def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
@@ -111,7 +115,8 @@ class GatedMLP(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions; queries, keys and values are one product.
 
-    Columns of `qkv` are (K, G + 2, H): each KV head with its queries, so that splitting over KV heads is contiguous.
+    Columns of `qkv` are (K, G + 2, H): each KV head with its queries, so that splitting over KV
+    heads is contiguous.
     """
 
     def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
@@ -139,7 +144,7 @@ class Attention(nnx.Module):
 
 
 class Rotation:
-    """Rotary position embedding of one batch of tokens (Su et al., 2021), halves layout of Llama."""
+    """Rotary position embedding of one batch of tokens (Su et al., 2021), Llama's halves."""
 
     def __init__(self, positions: Int[Array, "T"], head_dim: int, rope: RopeConfig):
         frequencies, scale = token_frequencies(positions, head_dim, rope)
@@ -156,10 +161,12 @@ class Rotation:
 def token_frequencies(
     positions: Int[Array, "T"], head_dim: int, rope: RopeConfig
 ) -> tuple[Float[Array, "#T F"], float]:
-    """Angular frequencies per token (one row for all tokens unless the kind is dynamic) and a factor on cos and sin.
+    """Angular frequencies per token (one row for all tokens unless the kind is dynamic) and a
+    factor on cos and sin.
 
-    Dynamic NTK: a token at position p uses the base that fits a context of p + 1, as transformers does when it
-    decodes token by token. So the result does not depend on how a prompt is cut into chunks.
+    Dynamic NTK: a token at position p uses the base that fits a context of p + 1, as transformers
+    does when it decodes token by token. So the result does not depend on how a prompt is cut into
+    chunks.
     """
     if rope.kind != "dynamic":
         frequencies, scale = rope_frequencies(head_dim, rope)
@@ -201,11 +208,14 @@ def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
 
 
 def _yarn(plain: np.ndarray, head_dim: int, rope: RopeConfig) -> np.ndarray:
-    """YaRN (Peng et al., 2023), equation 23: interpolate dimensions that turn seldom, keep those that turn often."""
+    """YaRN (Peng et al., 2023), equation 23: interpolate dimensions that turn seldom, keep those
+    that turn often.
+    """
     assert rope.original_max_position is not None
+    length = rope.original_max_position
 
     def dimension(turns: float) -> float:
-        wavelength = rope.original_max_position / (turns * 2 * math.pi)
+        wavelength = length / (turns * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)

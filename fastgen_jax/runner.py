@@ -1,10 +1,11 @@
-"""The boundary between host and device: weights, cache, compiled steps; the only device_put and device_get.
+"""The boundary between host and device: weights, cache, compiled steps; the only device_put and
+device_get.
 
 One jitted function runs a step: embed, layers (which write the KV cache and attend), logits of the
-sampled rows, sampling. It takes flat array leaves (nnx.merge inside) and one packed int32 array, and
-returns one array. The cache and the table of known tokens are donated and aliased in place. Every
-shape is compiled by `compile`; afterwards only compiled executables are called, so that nothing can
-compile while serving.
+sampled rows, sampling. It takes flat array leaves (nnx.merge inside) and one packed int32 array,
+and returns one array. The cache and the table of known tokens are donated and aliased in place.
+Every shape is compiled by `compile`; afterwards only compiled executables are called, so that
+nothing can compile while serving.
 """
 
 import math
@@ -78,7 +79,7 @@ class Program:
     mesh: Mesh
     sample_tile: int  # rows of logits made at once
 
-    def model(self, leaves: tuple[Array, ...]) -> nnx.Module:
+    def model(self, leaves: tuple[Array, ...]) -> Any:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
 
 
@@ -144,7 +145,9 @@ def step(
 
 
 def buckets(smallest: int, largest: int) -> list[int]:
-    """Padded sizes: by factors of four up to 16, where padding is cheap, then of two; `largest` too."""
+    """Padded sizes: by factors of four up to 16, where padding is cheap, then of two; `largest`
+    too.
+    """
     sizes, size = {largest}, smallest
     while size < largest:
         sizes.add(size)
@@ -222,7 +225,9 @@ class Runner:
         """Device memory that a step of this shape needs beside its arguments and results."""
         tables = HostTables(self._state_shape[0] - 1, 1, 1)
         self._upload_tables(tables)
-        return self.lower(shape).compile().memory_analysis().temp_size_in_bytes
+        analysis = self.lower(shape).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     def lower(self, shape: Shape):
         """The traced step of this shape, ready to compile."""
@@ -257,7 +262,9 @@ class Runner:
 def make_shapes(
     *, smallest: int, max_batched_tokens: int, max_seqs: int, table_width: int, tile: int
 ) -> list[Shape]:
-    """One shape per token bucket; a batch of T tokens has at most T sequences, in whole sample tiles."""
+    """One shape per token bucket; a batch of T tokens has at most T sequences, in whole sample
+    tiles.
+    """
     shapes = []
     for n_tokens in buckets(smallest, max_batched_tokens):
         n_seqs = min(n_tokens, max_seqs)

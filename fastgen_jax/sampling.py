@@ -1,8 +1,10 @@
-"""sample(): logits to tokens, batched, on device, inside the step; every parameter is an array, one value per row.
+"""sample(): logits to tokens, batched, on device, inside the step; every parameter is an array, one
+value per row.
 
-Order: penalties, bias and bans; temperature; top_k; top_p and min_p of what top_k left; the draw. Work that no row asks
-for is skipped at run time (lax.cond), so mixing parameters costs no recompilation. Nothing here sorts the vocabulary:
-thresholds are found by bisection over the bits of float32, which is exact.
+Order: penalties, bias and bans; temperature; top_k; top_p and min_p of what top_k left; the draw.
+Work that no row asks for is skipped at run time (lax.cond), so mixing parameters costs no
+recompilation. Nothing here sorts the vocabulary: thresholds are found by bisection over the bits of
+float32, which is exact.
 """
 
 from typing import NamedTuple
@@ -17,7 +19,9 @@ from fastgen_jax.config import MAX_LOGPROBS
 
 
 class RowParams(NamedTuple):
-    """Sampling parameters of the sampled rows, each "S"; fields are FLOAT_PARAMS then INT_PARAMS of batch.py."""
+    """Sampling parameters of the sampled rows, each "S"; fields are FLOAT_PARAMS then INT_PARAMS of
+    batch.py.
+    """
 
     temperature: Float[Array, "S"]
     top_p: Float[Array, "S"]
@@ -121,7 +125,8 @@ def adjust(
     rows: Int[Array, "S"],
     n_tokens: Int[Array, "S"],
 ) -> Float[Array, "S V"]:
-    """Penalties as OpenAI (presence, frequency: of output) and CTRL (repetition: of prompt and output) define them.
+    """Penalties as OpenAI (presence, frequency: of output) and CTRL (repetition: of prompt and
+    output) define them.
 
     Then logit_bias is added, and tokens that would end the sample too early are banned.
     """
@@ -157,7 +162,7 @@ def adjust(
 def draw(
     logits: Float[Array, "S V"], params: RowParams, n_tokens: Int[Array, "S"]
 ) -> Int[Array, "S"]:
-    """One draw per row with key fold_in(key(seed), position): never the row, the step or the batch."""
+    """One draw per row, its key fold_in(key(seed), position): never the row, step or batch."""
     temperature = jnp.where(params.temperature > 0.0, params.temperature, 1.0)
     scaled = logits / temperature[:, None]
     wants_filter = (params.top_k > 0) | (params.top_p < 1.0) | (params.min_p > 0.0)
@@ -172,7 +177,9 @@ def draw(
 
 
 def keep_likely(logits: Float[Array, "S V"], params: RowParams) -> Float[Array, "S V"]:
-    """-inf for the tokens that top_k, top_p or min_p exclude; tokens equal to the last one kept stay."""
+    """-inf for the tokens that top_k, top_p or min_p exclude; tokens equal to the last one kept
+    stay.
+    """
     order = _sortable(logits)
     vocab_size = logits.shape[1]
     k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab_size), vocab_size)
@@ -198,7 +205,9 @@ def _sortable(x: Float[Array, "S V"]) -> Int[Array, "S V"]:
 
 
 def _largest(holds, n_rows: int) -> Int[Array, "S"]:
-    """The largest int32 t per row for which `holds(t "S 1")`; holds is monotone and true at the smallest int32."""
+    """The largest int32 t per row for which `holds(t "S 1")`; holds is monotone and true at the
+    smallest int32.
+    """
 
     def halve(_, bounds):
         low, high = bounds  # holds(low), not holds(high + 1)

@@ -1,8 +1,9 @@
 """Dynamic SplitFuse: the whole scheduling policy, one pure function of counts.
 
-A sequence owes `n_tokens - n_cached` tokens to the cache. Each step runs everyone who owes one token (decodes), then
-fills the token budget with the others in arrival order, cutting the last chunk so that the budget is met exactly
-(Holmes et al., DeepSpeed-FastGen, 2024). It sees no token values, so it can plan a step while the one before runs.
+A sequence owes `n_tokens - n_cached` tokens to the cache. Each step runs everyone who owes one
+token (decodes), then fills the token budget with the others in arrival order, cutting the last
+chunk so that the budget is met exactly (Holmes et al., DeepSpeed-FastGen, 2024). It sees no token
+values, so it can plan a step while the one before runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ class Limits(NamedTuple):
 
 
 def servable_tokens(max_model_len: int, n_blocks: int, block_size: int) -> int:
-    """The longest sequence, prompt and output together, that can ever be served: the one admission bound.
+    """The longest sequence, prompt and output together, that can ever be served: the one admission
+    bound.
 
     Args:
         n_blocks: blocks that sequences can hold.
@@ -42,11 +44,13 @@ def schedule(
     Args:
         sequences: live sequences in arrival order; those with a row are running, the others wait.
         n_free: KV blocks that can be allocated.
-        reclaimable: blocks that preempting a sequence frees (fewer than it holds where it shares a prefix).
+        reclaimable: blocks that preempting a sequence frees (fewer than it holds where it shares a
+        prefix).
 
     Returns:
-        Chunks that fit the limits and the free blocks, those of one token first; the youngest running sequences
-        to preempt so that older ones can go on; waiting sequences that a younger one was admitted before.
+        Chunks that fit the limits and the free blocks, those of one token first; the youngest
+        running sequences to preempt so that older ones can go on; waiting sequences that a younger
+        one was admitted before.
     """
     running = [s for s in sequences if s.row >= 0]
     draft = _Draft(running, n_free, limits, reclaimable)
@@ -103,9 +107,11 @@ class _Draft:
             self._add(s)
 
     def admit(self, waiting: list[types.Sequence]) -> list[types.Sequence]:
-        """Gives rows to waiting sequences whose known tokens fit beside one more block for each running one.
+        """Gives rows to waiting sequences whose known tokens fit beside one more block for each
+        running one.
 
-        One that does not fit yet is passed over, at most MAX_BYPASSED times. Returns those passed over.
+        One that does not fit yet is passed over, at most MAX_BYPASSED times. Returns those passed
+        over.
         """
         passed: list[types.Sequence] = []
         bypassed: list[types.Sequence] = []

@@ -19,6 +19,8 @@ from fastgen_jax.config import EngineConfig
 from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.flags import FlagParser, add_flags, build, markdown
+from fastgen_jax.server.listen import bind, url_of
+from fastgen_jax.server.report import StartupReport
 
 if TYPE_CHECKING:
     from fastgen_jax.server.service import Backend, OnPhase
@@ -61,14 +63,12 @@ def run(argv: Sequence[str]) -> int:
     set_up_logging(server_config.log_level)
     # Until the server's own handlers stand.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    from fastgen_jax.server.lifecycle import Server, bind
-    from fastgen_jax.server.report import StartupReport
-    from fastgen_jax.server.service import Service
-
     listener = bind(server_config.host, server_config.port)
     names = model_names(engine_config.model, server_config)
     report = StartupReport(url_of(listener, server_config.host), names[0], started)
     report.opened()
+    from fastgen_jax.server.service import Service
+
     service = Service(
         lambda on_phase: load(engine_config, server_config, on_phase),
         server_config,
@@ -77,6 +77,8 @@ def run(argv: Sequence[str]) -> int:
         on_phase=lambda *phase: report.phase(service, *phase),
     )
     service.start()
+    from fastgen_jax.server.lifecycle import Server  # FastAPI, while the engine's thread loads
+
     Server(service, server_config).run([listener])
     has_stopped = service.stop()
     if service.load_error is not None:
@@ -184,12 +186,6 @@ def model_names(model: str, config: ServerConfig) -> list[str]:
     if path == DEMO:
         return [DEMO_NAME]
     return [path.resolve().name if path.is_dir() else model]
-
-
-def url_of(listener: Any, host: str) -> str:
-    port = listener.getsockname()[1]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
 def set_up_logging(level: str):

@@ -1,6 +1,8 @@
-"""Tensor parallelism: one mesh axis, and which axis of each parameter it splits (Shoeybi et al., Megatron-LM, 2019).
+"""Tensor parallelism: one mesh axis, and which axis of each parameter it splits (Shoeybi et al.,
+Megatron-LM, 2019).
 
-Queries, keys, values, gate and up are split by columns, the products that follow by rows, the cache by KV heads.
+Queries, keys, values, gate and up are split by columns, the products that follow by rows, the cache
+by KV heads.
 """
 
 import jax
@@ -37,7 +39,7 @@ def make_mesh(n_devices: int) -> Mesh:
 
 
 def check_divides(config: ModelConfig, n_devices: int) -> None:
-    """Raises ConfigError unless heads, feed-forward and vocabulary split evenly over the devices."""
+    """Raises ConfigError unless heads, feed-forward and vocabulary split evenly."""
     for name in ("n_kv_heads", "ffn_size", "vocab_size"):
         size = getattr(config, name)
         if size % n_devices:

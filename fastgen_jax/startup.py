@@ -1,13 +1,15 @@
-"""From an EngineConfig to a loaded model and a resolved configuration: every choice that depends on model or machine.
+"""From an EngineConfig to a loaded model and a resolved configuration: every choice that depends on
+model or machine.
 
-The one place that decides defaults (dtype, lengths, block size, pool size); afterwards nothing in the config is None.
+The one place that decides defaults (dtype, lengths, block size, pool size); afterwards nothing in
+the config is None.
 """
 
 import dataclasses
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +51,28 @@ BACKENDS = {
 SMALLEST_HALF_BATCH = 8  # XLA:CPU multiplies 16-bit matrices of fewer rows 20 times as slowly
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """An EngineConfig in which every choice has been made."""
+
+    max_model_len: int = 0
+    block_size: int = 0
+    num_kv_blocks: int = 0
+    max_num_batched_tokens: int = 0
+    max_num_seqs: int = 0
+    memory_fraction: float = 0.0
+
+    @property
+    def table_width(self) -> int:
+        """Blocks of the longest sequence."""
+        return math.ceil(self.max_model_len / self.block_size)
+
+
 @dataclass(frozen=True)
 class Started:
     """What `start` hands to the engine."""
 
-    config: EngineConfig  # nothing in it is None but the tokenizer
+    config: ResolvedConfig
     model_config: ModelConfig
     generation_config: dict[str, Any]
     runner: Runner
@@ -71,20 +90,22 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
     directory = checkpoint.locate(config.model)
     model_config = checkpoint.read_config(directory)
     backend = BACKENDS[jax.default_backend()]
-    config = resolve(config, model_config, backend)
+    resolved = resolve(config, model_config, backend)
     check_divides(model_config, config.tensor_parallel_size)
     mesh = make_mesh(config.tensor_parallel_size)
-    policy = make_policy(config)
-    model = _load(config, directory, model_config, policy, mesh, on_phase)
-    shapes = _shapes(config, backend)
-    n_blocks = config.num_kv_blocks or _fit_blocks(config, model_config, model, shapes, mesh)
-    config = dataclasses.replace(config, num_kv_blocks=n_blocks)
-    runner = make_runner(model, model_config, config, shapes, mesh, n_blocks)
-    return Started(config, model_config, checkpoint.read_generation_config(directory), runner)
+    policy = make_policy(resolved)
+    model = _load(resolved, directory, model_config, policy, mesh, on_phase)
+    shapes = _shapes(resolved, backend)
+    if config.num_kv_blocks is None:
+        n_blocks = _fit_blocks(resolved, model_config, model, shapes, mesh)
+        resolved = dataclasses.replace(resolved, num_kv_blocks=n_blocks)
+    runner = make_runner(model, model_config, resolved, shapes, mesh)
+    generation_config = checkpoint.read_generation_config(directory)
+    return Started(resolved, model_config, generation_config, runner)
 
 
-def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> EngineConfig:
-    """Fills in what the user left open; num_kv_blocks is left to the memory."""
+def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> ResolvedConfig:
+    """Fills in what the user left open; num_kv_blocks with the most that could ever be used."""
     longest = model.max_position
     if model.rope.kind in ("linear", "dynamic"):
         longest = int(longest * model.rope.factor)
@@ -92,63 +113,65 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Engin
         raise ConfigError(
             f"max_model_len={config.max_model_len} exceeds the {longest} positions of the model"
         )
+    length = config.max_model_len or longest
+    block_size = config.block_size or backend.block_size
     batched = config.max_num_batched_tokens or backend.max_num_batched_tokens
-    auto = {"dtype": backend.dtype, "attention_backend": backend.attention}
-    chosen = {n: d if getattr(config, n) == "auto" else getattr(config, n) for n, d in auto.items()}
-    return dataclasses.replace(
-        config,
-        **chosen,
-        max_model_len=config.max_model_len or longest,
-        block_size=config.block_size or backend.block_size,
-        max_num_batched_tokens=batched,
-        max_num_seqs=min(config.max_num_seqs or backend.max_num_seqs, batched),
-        memory_fraction=config.memory_fraction or backend.memory_fraction,
-    )
+    max_seqs = min(config.max_num_seqs or backend.max_num_seqs, batched)
+    is_auto = config.attention_backend == "auto"
+    chosen = {
+        "dtype": backend.dtype if config.dtype == "auto" else config.dtype,
+        "attention_backend": backend.attention if is_auto else config.attention_backend,
+        "max_model_len": length,
+        "block_size": block_size,
+        "max_num_batched_tokens": batched,
+        "max_num_seqs": max_seqs,
+        "memory_fraction": config.memory_fraction or backend.memory_fraction,
+        "num_kv_blocks": config.num_kv_blocks or max_seqs * math.ceil(length / block_size) + 1,
+    }
+    return ResolvedConfig(**{f.name: getattr(config, f.name) for f in fields(config)} | chosen)
 
 
-def make_policy(config: EngineConfig) -> Policy:
-    """On CPU activations stay float32 between products: elementwise work in 16 bits is slow there."""
+def make_policy(config: ResolvedConfig) -> Policy:
+    """On CPU activations stay float32 between products: 16-bit elementwise work is slow there."""
     activations = "float32" if jax.default_backend() == "cpu" else config.dtype
     return Policy(config.dtype, activations, config.tensor_parallel_size)
 
 
-def _load(config, directory: Path, model_config, policy, mesh, on_phase) -> nnx.Module:
+def _load(
+    config: ResolvedConfig,
+    directory: Path,
+    model_config: ModelConfig,
+    policy: Policy,
+    mesh: Mesh,
+    on_phase: OnPhase,
+) -> nnx.Module:
     if config.load_format == "dummy":
         return checkpoint.random_model(model_config, policy, mesh, config.seed)
 
-    def on_progress(done, total):
+    def on_progress(done: int, total: int) -> None:
         on_phase("loading", done, total)
 
     return checkpoint.load_model(directory, model_config, policy, mesh, on_progress)
 
 
-def _shapes(config: EngineConfig, backend: Backend) -> list[Shape]:
+def _shapes(config: ResolvedConfig, backend: Backend) -> list[Shape]:
     is_half_on_cpu = backend is BACKENDS["cpu"] and config.dtype != "float32"
-    assert config.max_num_batched_tokens and config.max_num_seqs
     return make_shapes(
         smallest=SMALLEST_HALF_BATCH if is_half_on_cpu else backend.smallest_batch,
         max_batched_tokens=config.max_num_batched_tokens,
         max_seqs=config.max_num_seqs,
-        table_width=table_width(config),
+        table_width=config.table_width,
         tile=backend.sample_tile,
     )
-
-
-def table_width(config: EngineConfig) -> int:
-    """Blocks of the longest sequence."""
-    assert config.max_model_len and config.block_size
-    return math.ceil(config.max_model_len / config.block_size)
 
 
 def make_runner(
     model: nnx.Module,
     model_config: ModelConfig,
-    config: EngineConfig,
+    config: ResolvedConfig,
     shapes: list[Shape],
     mesh: Mesh,
-    n_blocks: int,
 ) -> Runner:
-    assert config.max_num_seqs and config.max_model_len and config.block_size
     return Runner(
         model,
         model_config,
@@ -156,7 +179,7 @@ def make_runner(
         attention_backend=config.attention_backend,
         n_rows=config.max_num_seqs,
         max_tokens=config.max_model_len,
-        n_blocks=n_blocks,
+        n_blocks=config.num_kv_blocks,
         block_size=config.block_size,
         cache_dtype=config.dtype,
         shapes=shapes,
@@ -164,26 +187,31 @@ def make_runner(
     )
 
 
-def block_bytes(config: EngineConfig, model: ModelConfig) -> int:
+def block_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
     """Bytes of one block in all layers on one device."""
-    assert config.block_size
     cells = model.n_layers * config.block_size * model.n_kv_heads // config.tensor_parallel_size
     return 2 * cells * model.head_dim * jnp.dtype(config.dtype).itemsize
 
 
-def _fit_blocks(config, model_config, model, shapes, mesh) -> int:
-    """Blocks that memory_fraction of the free memory holds, and at most what can ever be used.
+def _fit_blocks(
+    config: ResolvedConfig,
+    model_config: ModelConfig,
+    model: nnx.Module,
+    shapes: list[Shape],
+    mesh: Mesh,
+) -> int:
+    """Blocks that memory_fraction of the free memory holds, at most what can ever be used.
 
     Raises:
-        ConfigError: not even one sequence of two blocks fits.
+        ConfigError: not even one block fits beside scratch.
     """
-    useful = config.max_num_seqs * table_width(config) + 1
     free = free_memory(mesh.devices.flat[0])
     if jax.default_backend() != "cpu":
-        probe = make_runner(model, model_config, config, shapes, mesh, n_blocks=2)
+        small = dataclasses.replace(config, num_kv_blocks=2)
+        probe = make_runner(model, model_config, small, shapes, mesh)
         free -= probe.temporary_bytes(shapes[-1])
     size = block_bytes(config, model_config)
-    n_blocks = min(useful, int(free * config.memory_fraction) // size)
+    n_blocks = min(config.num_kv_blocks, int(free * config.memory_fraction) // size)
     if n_blocks < 2:
         raise ConfigError(
             f"no room for a KV cache: a block takes {size} bytes and {free} bytes are free; use a "
@@ -192,8 +220,10 @@ def _fit_blocks(config, model_config, model, shapes, mesh) -> int:
     return n_blocks
 
 
-def free_memory(device: jax.Device) -> int:
-    """Bytes that can still be allocated on a device; on CPU the memory that the system calls available."""
+def free_memory(device: Any) -> int:
+    """Bytes that can still be allocated on a device; on CPU the memory that the system calls
+    available.
+    """
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]

@@ -1,7 +1,9 @@
-"""The nouns that travel between the rooms of the engine, in the order in which a request meets them.
+"""The nouns that travel between the rooms of the engine, in the order in which a request meets
+them.
 
-Read these and you know the program: a Request becomes one Sequence per sample; `schedule` turns the counts of the
-live sequences into a Plan of Chunks; `pack` turns the Plan into a Batch of arrays; a step yields Outputs.
+Read these and you know the program: a Request becomes one Sequence per sample; `schedule` turns the
+counts of the live sequences into a Plan of Chunks; `pack` turns the Plan into a Batch of arrays; a
+step yields Outputs.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ class Request:
 class Sequence:
     """One sample being generated. The engine is its only writer.
 
-    INVARIANT: n_cached < n_tokens. It owes n_tokens - n_cached tokens to the cache; a chunk that pays all of
-    them yields one more token. n_tokens counts a sampled token as soon as its step is dispatched;
-    its value reaches `output_ids` one step later.
+    INVARIANT: n_cached < n_tokens. It owes n_tokens - n_cached tokens to the cache; a chunk that
+    pays all of them yields one more token. n_tokens counts a sampled token as soon as its step is
+    dispatched; its value reaches `output_ids` one step later.
     """
 
     id: int  # arrival order, never reused
@@ -47,7 +49,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     n_published: int = 0  # leading blocks offered to the prefix cache
     digest: bytes = b""  # of these blocks
-    is_counted: bool = False  # no longer among the queued tokens
+    is_dequeued: bool = False  # its prompt no longer counts as waiting
     n_bypassed: int = 0  # times a younger sequence was admitted before this one
     finish_reason: FinishReason | None = None
 
@@ -69,7 +71,9 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one step does: preempt these, then run these chunks (those that owe one token come first)."""
+    """What one step does: preempt these, then run these chunks (those that owe one token come
+    first).
+    """
 
     chunks: list[Chunk]
     preempted: list[Sequence]
@@ -77,14 +81,16 @@ class Plan(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural-log probabilities at one position, from float32 logits before any sampling parameter."""
+    """Natural-log probabilities at one position, of the raw logits in float32."""
 
     logprob: float  # of the sampled token
     top: list[tuple[int, float]]  # the most likely (token id, logprob), best first
 
 
 class Output(NamedTuple):
-    """One event of one sample: a token, the end, or both. Exactly one event carries a finish_reason."""
+    """One event of one sample: a token, the end, or both. Exactly one event carries a
+    finish_reason.
+    """
 
     request_id: int
     index: int

@@ -2,8 +2,8 @@
 
 A KV cell holds a hash of the cell before it (read through the block table), its token and its
 position. The next token is a hash of all cells of the sequence and of its line of sampling
-parameters. So a wrong slot, a stale block, a shared block that is written, a wrong chunk or the wrong
-seed change tokens, while `oracle` says in a plain loop what they must be.
+parameters. So a wrong slot, a stale block, a shared block that is written, a wrong chunk or
+the wrong seed change tokens; `oracle` says in a plain loop what they must be.
 """
 
 import math
@@ -15,7 +15,8 @@ import numpy as np
 
 from fastgen_jax import startup
 from fastgen_jax.batch import FLOAT_PARAMS, UNKNOWN, Batch, unpack
-from fastgen_jax.config import MAX_LOGPROBS, EngineConfig, ModelConfig, SamplingParams
+from fastgen_jax.blocks import BlockPool
+from fastgen_jax.config import MAX_LOGPROBS, ModelConfig, SamplingParams
 from fastgen_jax.engine import Engine, sample_seeds
 from fastgen_jax.errors import QueueFull
 from fastgen_jax.runner import StepResult, make_shapes
@@ -108,16 +109,16 @@ class FakeRunner:
     too; `poisoned` is its sequence.
     """
 
-    def __init__(self, config: EngineConfig):
-        self.block_size: int = config.block_size  # type: ignore
-        self.n_rows: int = config.max_num_seqs  # type: ignore
-        self.n_cells: int = config.num_kv_blocks * config.block_size  # type: ignore
-        self.max_tokens: int = config.max_model_len  # type: ignore
+    def __init__(self, config: startup.ResolvedConfig):
+        self.block_size = config.block_size
+        self.n_rows = config.max_num_seqs
+        self.n_cells = config.num_kv_blocks * config.block_size
+        self.max_tokens = config.max_model_len
         self.shapes = make_shapes(
             smallest=1,
-            max_batched_tokens=config.max_num_batched_tokens,  # type: ignore
+            max_batched_tokens=config.max_num_batched_tokens,
             max_seqs=self.n_rows,
-            table_width=startup.table_width(config),
+            table_width=config.table_width,
             tile=1024,
         )
         self.n_dispatched = self.n_fetched = 0
@@ -240,7 +241,7 @@ def fake_engine(**changes) -> Engine:
     """An Engine on a FakeRunner, small unless told otherwise."""
     sizes = {"max_model_len": 24, "block_size": 2, "num_kv_blocks": 9, "max_num_batched_tokens": 8}
     sizes |= {"max_num_seqs": 4, "max_queued_requests": 1000} | changes
-    config = EngineConfig(
+    config = startup.ResolvedConfig(
         model="fake", dtype="float32", memory_fraction=0.5, seed=ENGINE_SEED, **sizes
     )
     model_config = ModelConfig(
@@ -276,14 +277,18 @@ class Simulation:
         self.may_fail = True  # two failures in a row are not simulated
         self.counters: dict[str, float] = {}
 
+    @property
+    def pool(self) -> BlockPool:
+        return self.engine._blocks.pool  # another one after a failed step
+
     # Acts.
 
     def submit(self, prompt: list[int], params: SamplingParams) -> None:
-        n_open = self.engine._n_open
+        n_open = self.engine._admission.n_open
         try:
             request_id = self.engine.submit(Request(prompt, params))
         except QueueFull:
-            assert self.engine._n_open == n_open > 0
+            assert self.engine._admission.n_open == n_open > 0
             return
         bound = self.engine.max_total_tokens
         total = bound if params.max_tokens is None else len(prompt) + params.max_tokens
@@ -339,10 +344,10 @@ class Simulation:
             self.bound += self.runner.fail_next is not None
         for key, sample in self.samples.items():
             assert sample.end, f"sample {key} never ended"
-        pool, tables = self.engine._pool, self.engine._tables
+        pool, tables, admission = self.pool, self.engine._tables, self.engine._admission
         assert pool.n_free == pool.n_usable, "blocks are held though all is done"
         assert len(tables.free_rows) == tables.n_rows
-        assert self.engine._n_open == self.engine._n_queued_tokens == 0
+        assert admission.n_open == admission.n_queued_tokens == 0
         assert self.engine.stats().n_generated_tokens == self.n_tokens
 
     # What must hold.
@@ -395,7 +400,7 @@ class Simulation:
 
     def check(self) -> None:
         engine, running = self.engine, self._running()
-        engine._pool.check()
+        self.pool.check()
         self._check_blocks(running)
         self._check_rows(running)
         ids = list(engine._live)
@@ -407,14 +412,14 @@ class Simulation:
             assert engine._inbox or not sample.end, "it ended, but lives on"
         stats = engine.stats()
         assert stats.n_running == len(running)
-        assert engine._inbox or stats.n_waiting == len(ids) - len(running)
         assert stats.n_blocks_used == len({b for s in running for b in s.block_ids})
-        counters = {k: v for k, v in stats.as_dict().items() if k in engine._counters}
+        gauges = ("n_running", "n_waiting", "n_blocks_used")
+        counters = {k: v for k, v in stats.as_dict().items() if k not in gauges}
         assert all(v >= self.counters.get(k, 0) for k, v in counters.items()), "a counter fell"
         self.counters = counters
 
     def _check_blocks(self, running) -> None:
-        pool, size = self.engine._pool, self.engine._limits.block_size
+        pool, size = self.pool, self.engine._limits.block_size
         held = [b for s in running for b in s.block_ids]
         for block in range(1, pool.n_blocks):
             assert pool._ref[block] == held.count(block), f"reference count of block {block}"

@@ -18,7 +18,7 @@ from fastgen_jax import serve
 from fastgen_jax.config import EngineConfig
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.server.config import ServerConfig
-from fastgen_jax.server.lifecycle import bind
+from fastgen_jax.server.listen import bind, url_of
 from tests import tiny_tokenizers
 
 ROOT = Path(serve.__file__).parent.parent
@@ -198,7 +198,7 @@ class TestProcess:
         except ConfigError:
             pytest.skip("this machine has no IPv6 loopback")
         with listener:
-            assert serve.url_of(listener, "::1").startswith("http://[::1]:")
+            assert url_of(listener, "::1").startswith("http://[::1]:")
 
     def test_start_is_told_and_sigterm_ends_what_runs_with_exit_0(self, model, launch):
         process = launch(model, "--port", "0")

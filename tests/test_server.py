@@ -19,7 +19,8 @@ import orjson
 import pytest
 
 from fastgen_jax.server.config import ServerConfig
-from fastgen_jax.server.lifecycle import Server, bind
+from fastgen_jax.server.lifecycle import Server
+from fastgen_jax.server.listen import bind
 from fastgen_jax.server.service import Backend, Service
 from fastgen_jax.tokenizer import Tokenizer
 from tests import tiny_tokenizers

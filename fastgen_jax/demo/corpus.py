@@ -11,7 +11,12 @@ from typing import NamedTuple
 from fastgen_jax.demo import stories
 from fastgen_jax.demo.stories import Person
 
-SILENT, SPOKEN, ANSWER, FIRST = 0.0, 1.0, 5.0, 20.0  # weights: given or unpredictable, to learn, to get right
+SILENT, SPOKEN, ANSWER, FIRST = (
+    0.0,
+    1.0,
+    5.0,
+    20.0,
+)  # weights: given or unpredictable, to learn, to get right
 
 CLASSIC_GIRLS = (
     "Anna Lily Mia Emma Lucy Kate Eva Nina Rosa Clara Ella Ruth Alice Mary Sara Grace Julia Molly"

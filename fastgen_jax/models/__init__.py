@@ -1,6 +1,7 @@
 """Model families: FAMILIES maps a Hugging Face model_type to the module that knows it.
 
-A family module offers `config(hf) -> ModelConfig`, `Model` (an NNX module), `WEIGHTS` and `IGNORED`.
+A family module offers `config(hf) -> ModelConfig`, `Model` (an NNX module), `WEIGHTS` and
+`IGNORED`.
 """
 
 import importlib
@@ -34,7 +35,8 @@ def family(model_type: str) -> ModuleType:
 
 
 def hf_rope(hf: dict[str, Any]) -> RopeConfig:
-    """Rotary parameters of a config.json, from `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta`.
+    """Rotary parameters of a config.json, from `rope_parameters` (transformers 5) or `rope_scaling`
+    and `rope_theta`.
 
     Raises:
         ConfigError: an unknown rope type, or one that lacks what it needs.

@@ -1,4 +1,4 @@
-"""The server's life: bind, serve while the model loads, drain on a signal, exit.
+"""The server's life: serve while the model loads, drain on a signal, exit.
 
 First SIGTERM or SIGINT: not ready, no new work, running requests finish for up to drain_timeout,
 the rest end with an error. Second: the process exits at once.
@@ -13,7 +13,6 @@ from types import FrameType
 
 import uvicorn
 
-from fastgen_jax.errors import ConfigError
 from fastgen_jax.server.app import create_app
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.connection import Connection
@@ -23,6 +22,7 @@ from fastgen_jax.server.service import Service
 log = logging.getLogger("fastgen_jax.server")
 
 POLL = 0.02  # seconds
+KEEP_ALIVE = 75  # seconds; clients drop idle connections after 5 to 60, and they must be first
 LAST_WRITES = 1.0  # seconds that the error events of a cut-off drain may take
 LOG_EVERY = 10.0  # seconds between lines of throughput
 
@@ -41,6 +41,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=1,
             )
         )
@@ -111,30 +112,3 @@ class ThroughputLog:
                 prompt / elapsed, generated / elapsed, stats.n_running, stats.n_waiting,
                 100 * stats.kv_usage,
             )  # fmt: skip
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, so that a taken port is known before the model loads.
-
-    Raises:
-        ConfigError: the address is in use or not ours, naming it.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind)
-    except OSError as error:
-        raise ConfigError(f"cannot resolve the host {host!r} ({error}); check --host") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        reason = error.strerror or str(error)
-        raise ConfigError(
-            f"cannot listen on {host} port {port}: {reason}; stop what uses it or choose another "
-            "with --port"
-        ) from None
-    return listener
