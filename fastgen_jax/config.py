@@ -140,6 +140,11 @@ class EngineConfig:
     seed: int = option(
         0, "seed of sampling for requests that bring none, and of dummy weights", "model"
     )
+    compilation_cache: str | None = option(
+        "~/.cache/fastgen_jax/xla",
+        "directory that keeps compiled programs between runs; empty for none",
+        "model",
+    )
     block_size: int | None = option(
         None, "tokens per KV cache block (default: the backend's)", "cache"
     )

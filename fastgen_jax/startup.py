@@ -87,6 +87,7 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
     on_phase("loading", 0, 1)
     if not config.model:
         raise ConfigError("no model given; name a directory or a hub id")
+    keep_compiled(config.compilation_cache)
     directory = checkpoint.locate(config.model)
     model_config = checkpoint.read_config(directory)
     backend = BACKENDS[jax.default_backend()]
@@ -102,6 +103,13 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
     runner = make_runner(model, model_config, resolved, shapes, mesh)
     generation_config = checkpoint.read_generation_config(directory)
     return Started(resolved, model_config, generation_config, runner)
+
+
+def keep_compiled(directory: str | None) -> None:
+    """Turns on jax's persistent compilation cache, unless the program has set one up itself."""
+    if directory and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> ResolvedConfig:

@@ -1,10 +1,20 @@
-"""Paged attention in plain XLA, tuned for CPU; any platform with the "B K 2 C H" layout runs it.
+"""Paged attention in plain XLA, tuned for CPU; any platform with a "B K 2 C H" cache runs it.
 
-Shapes are fixed, work is not: loops run over the batch's real sequences and their real contexts. No intermediate is
-larger than one tile of KV per sequence, whatever the pool and the block tables could hold.
+Shapes are fixed, work is not: loops run over the batch's real sequences and their real contexts,
+and no intermediate is larger than one tile, whatever the pool and the block tables could hold.
+
+What XLA:CPU is good at decides the form (jax 0.10.2, measured):
+- A gather of rows "n, C * H" from the flat pool copies at memory speed; fused with a reshape, with
+  arithmetic on its indices or with a mask it is 3 to 6 times slower. So indices are computed one
+  iteration ahead and carried by the loop, and the gather is a branch of a `cond`, which nothing
+  fuses with.
+- Scatters and slices of bfloat16 convert the whole array to float32 and back. So a bfloat16 cache
+  is stored as uint16 on CPU (contract.storage_dtype).
+- A loop body runs on one core, loops that do not depend on each other run at the same time. So KV
+  heads are divided among `n_lanes` loops.
 """
 
-import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -13,13 +23,25 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels.contract import AttentionSpec, RaggedMeta, check_arguments
 
-SINGLE_TILE = 128  # KV cells of each sequence per iteration, single-token sequences
-CHUNK_TILE = 256  # KV cells per iteration, chunks
-QUERY_TILE = 128  # tokens of a chunk per iteration
+LOWEST = -1e30  # a score that weighs nothing; finite, so that differences are never NaN
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How much work one loop iteration does; rounded up to whole blocks of the cache."""
+
+    n_lanes: int = 2  # loops that run at the same time
+    single_keys: int = 64  # KV cells of one sequence, single-token sequences
+    single_items: int = 32  # such tiles, of any sequences
+    chunk_keys: int = 128  # KV cells, chunks
+    chunk_queries: int = 128  # tokens, chunks
+
+
+TILES = Tiles()
 
 
 class Softmax(NamedTuple):
-    """The running state of an online softmax: out = acc / total, for weights exp(score - top)."""
+    """A softmax over some keys: out = acc / total, where a key's weight is exp(score - top)."""
 
     acc: Float[Array, "*rows H"]
     top: Float[Array, "*rows"]
@@ -37,149 +59,293 @@ def ragged_paged_attention(
     alibi_slopes: Float[Array, "N"] | None = None,
     sinks: Float[Array, "N"] | None = None,
     kv_scales: Float[Array, "B K 2 C"] | None = None,
+    tiles: Tiles = TILES,
 ) -> tuple[Float[Array, "T N H"], Num[Array, "B K 2 C H"]]:
     """See contract.RaggedPagedAttention."""
     check_arguments(q, k, v, kv_cache, meta, kv_scales)
     n_tokens, n_heads, head_size = q.shape
     n_kv_heads = k.shape[1]
-    kv_cache = _write(k, v, kv_cache, meta.slots)
-    q_grouped = q.astype(jnp.float32) * spec.scale
+    kv_cache = write(k, v, kv_cache, meta.slots)
+    is_bfloat16 = q.dtype == jnp.bfloat16 and kv_cache.dtype in (jnp.bfloat16, jnp.uint16)
+    q_grouped = q.astype(jnp.bfloat16 if is_bfloat16 else jnp.float32)
     q_grouped = q_grouped.reshape(n_tokens, n_kv_heads, -1, head_size)  # T K G H
-    per_head = [
-        None if x is None else x.astype(jnp.float32).reshape(n_kv_heads, -1)
+    slopes, sinks = (
+        None if x is None else x.astype(jnp.float32).reshape(n_kv_heads, -1)  # K G
         for x in (alibi_slopes, sinks)
-    ]
-    attend = functools.partial(_attend_tile, spec=spec, slopes=per_head[0])
-    out = _singles(q_grouped, kv_cache, meta, spec.window, per_head[1], attend)
-    out = _chunks(q_grouped, out, kv_cache, meta, spec.window, per_head[1], attend)
-    is_token = jnp.arange(n_tokens) < meta.cu_q_lens[meta.n_seqs]
-    out = jnp.where(is_token[:, None, None, None], out, 0.0)
-    return out.reshape(q.shape).astype(q.dtype), kv_cache
+    )
+    n_lanes = max(n for n in range(1, tiles.n_lanes + 1) if n_kv_heads % n == 0)
+    heads_per_lane = n_kv_heads // n_lanes
+    out = jnp.zeros((n_tokens, n_kv_heads, n_heads // n_kv_heads, head_size), q.dtype)
+    for first_head in range(0, n_kv_heads, heads_per_lane):
+        heads = slice(first_head, first_head + heads_per_lane)
+        lane = Lane(
+            q=q_grouped[:, heads],
+            rows=kv_cache.reshape(-1, kv_cache.shape[3] * head_size),
+            heads=heads,
+            n_kv_heads=n_kv_heads,
+            meta=meta,
+            spec=spec,
+            slopes=None if slopes is None else slopes[heads],
+            sinks=None if sinks is None else sinks[heads],
+            tiles=tiles,
+        )
+        result = _chunks(lane, _singles(lane)).astype(q.dtype)
+        out = lax.dynamic_update_slice_in_dim(out, result, first_head, axis=1)
+    return out.reshape(q.shape), kv_cache
 
 
-def _write(k, v, kv_cache, slots):
-    n_cells = kv_cache.shape[3]
-    new = jnp.stack([k, v], axis=2).astype(kv_cache.dtype)  # T K 2 H
-    return kv_cache.at[slots // n_cells, :, :, slots % n_cells].set(new, mode="drop")
+def write(
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv_cache: Num[Array, "B K 2 C H"],
+    slots: Int[Array, "T"],
+) -> Num[Array, "B K 2 C H"]:
+    """The cache, changed in place, with each token's key and value in its cell."""
+    block, cell = slots // kv_cache.shape[3], slots % kv_cache.shape[3]
+    for i, x in enumerate((k, v)):
+        x = x.astype(jnp.bfloat16 if kv_cache.dtype == jnp.uint16 else kv_cache.dtype)
+        if kv_cache.dtype == jnp.uint16:
+            x = lax.bitcast_convert_type(x, jnp.uint16)
+        kv_cache = kv_cache.at[block, :, i, cell].set(x, mode="drop")
+    return kv_cache
 
 
-def _start(shape: tuple[int, ...], sinks: Float[Array, "K G"] | None) -> Softmax:
-    """Nothing attended yet, except the sinks. `shape` is "R K G L H"."""
-    if sinks is None:
-        top = jnp.full(shape[:-1], -1e30, jnp.float32)
-        return Softmax(jnp.zeros(shape, jnp.float32), top, jnp.zeros_like(top))
-    top = jnp.broadcast_to(sinks[None, :, :, None], shape[:-1])
-    return Softmax(jnp.zeros(shape, jnp.float32), top, jnp.ones_like(top))
+@dataclass(frozen=True)
+class Lane:
+    """What one lane needs: its share of the heads, and everything of the batch."""
+
+    q: Float[Array, "T K G H"]  # of the lane's heads, in the dtype of the products
+    rows: Num[Array, "B*K*2 C*H"]  # the whole pool; row (block * K + head) * 2 + (0: K, 1: V)
+    heads: slice
+    n_kv_heads: int
+    meta: RaggedMeta
+    spec: AttentionSpec
+    slopes: Float[Array, "K G"] | None
+    sinks: Float[Array, "K G"] | None
+    tiles: Tiles
+
+    @property
+    def n_cells(self) -> int:
+        return self.rows.shape[1] // self.q.shape[3]
+
+    def key_rows(self, blocks: Int[Array, "W J"]) -> Int[Array, "W*K*J"]:
+        """Where in `rows` the keys of these blocks are; their values are one row below."""
+        head = jnp.arange(self.heads.start, self.heads.stop)[None, :, None]
+        return ((blocks[:, None] * self.n_kv_heads + head) * 2).reshape(-1)
+
+    def load(self, is_real: Bool[Array, ""], key_rows: Int[Array, "W*K*J"], n_tiles: int):
+        """Keys and values "W K M H" of tiles of whole blocks. `is_real` is always true: see top."""
+
+        def gather(index):
+            x = self.rows.at[index].get(mode="promise_in_bounds")
+            if x.dtype == jnp.uint16:
+                x = lax.bitcast_convert_type(x, jnp.bfloat16)
+            return x.astype(self.q.dtype)
+
+        empty = jnp.zeros((len(key_rows), self.rows.shape[1]), self.q.dtype)
+        tiles = lax.cond(
+            is_real, lambda: (gather(key_rows), gather(key_rows + 1)), lambda: (empty, empty)
+        )
+        shape = n_tiles, self.q.shape[1], -1, self.q.shape[3]
+        return tiles[0].reshape(shape), tiles[1].reshape(shape)
 
 
-def _finish(state: Softmax) -> Float[Array, "R K G L H"]:
-    return state.acc / jnp.where(state.total == 0.0, 1.0, state.total)[..., None]
-
-
-def _attend_tile(
-    state: Softmax,
-    q: Float[Array, "R K G L H"],
-    kv: Num[Array, "R J K 2 C H"],
-    distance: Int[Array, "R L M"],
-    is_cached: Bool[Array, "R M"],
-    *,
-    spec: AttentionSpec,
-    slopes: Float[Array, "K G"] | None,
+def _attend(
+    lane: Lane,
+    q: Float[Array, "W K G Q H"],
+    keys: Float[Array, "W K M H"],
+    values: Float[Array, "W K M H"],
+    distance: Int[Array, "W Q M"],
+    is_cached: Bool[Array, "W M"],
 ) -> Softmax:
-    """One step of the online softmax. `distance` is key position - query position; M = J * C."""
-    kv = kv.astype(jnp.float32).transpose(3, 0, 2, 1, 4, 5)  # 2 R K J C H
-    keys, values = kv.reshape(*kv.shape[:3], -1, kv.shape[5])
-    values = jnp.where(is_cached[:, None, :, None], values, 0.0)  # unused cells may be NaN
-    visible = is_cached[:, None, :] & (distance <= 0)
+    """Attention of W tiles of queries, each to its own tile of keys; softmax in float32.
+
+    `distance` is key position - query position. A query that sees no key of its tile comes out with
+    top = LOWEST and must be given weight 0 by whoever merges it.
+    """
+    spec = lane.spec
+    visible = is_cached[:, None] & (distance <= 0)
     if spec.window is not None:
         visible &= distance > -spec.window
-    scores = jnp.einsum("rkglh,rkmh->rkglm", q, keys)
+    scores = _dot(q, keys) * spec.scale
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    if slopes is not None:
+    if lane.slopes is not None:
         bias = distance.astype(jnp.float32)[:, None, None]
-        scores = scores + slopes[None, :, :, None, None] * bias
-    visible = visible[:, None, None]
-    scores = jnp.where(visible, scores, -jnp.inf)
-    top = jnp.maximum(state.top, scores.max(-1))
+        scores = scores + lane.slopes[None, :, :, None, None] * bias
+    scores = jnp.where(visible[:, None, None], scores, LOWEST)
+    top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
-    shrink = jnp.exp(state.top - top)
-    acc = state.acc * shrink[..., None] + jnp.einsum("rkglm,rkmh->rkglh", weights, values)
-    return Softmax(acc, top, state.total * shrink + weights.sum(-1))
+    return Softmax(_weighted_sum(weights, values, is_cached), top, weights.sum(-1))
 
 
-def _singles(q, kv_cache, meta, window, sinks, attend):
-    """The tokens that are their sequence's only new one: all of them at once, tile by tile of context."""
-    n_rows = min(len(q), len(meta.seq_lens))
-    n_cells = kv_cache.shape[3]
+def _dot(q: Float[Array, "W K G Q H"], keys: Float[Array, "W K M H"]) -> Float[Array, "W K G Q M"]:
+    n_rows = q.shape[2] * q.shape[3]
+    shape = (*q.shape[:4], keys.shape[2])
+    q = q.reshape(*q.shape[:2], n_rows, q.shape[4])
+    if q.dtype == jnp.float32 and n_rows < 16:
+        # Few queries: 1.6 times faster this way round; the factor keeps XLA from turning it back.
+        scores = jnp.einsum("wkmh,wklh->wkml", keys, q, preferred_element_type=jnp.float32)
+        return scores.transpose(0, 1, 3, 2).reshape(shape)
+    scores = jnp.einsum("wklh,wkmh->wklm", q, keys, preferred_element_type=jnp.float32)
+    return scores.reshape(shape)
+
+
+def _weighted_sum(
+    weights: Float[Array, "W K G Q M"],
+    values: Float[Array, "W K M H"],
+    is_cached: Bool[Array, "W M"],
+) -> Float[Array, "W K G Q H"]:
+    """Sums of the values. Cells without a token weigh 0, but may hold NaN: then left out."""
+
+    def dot(values):
+        rows = weights.astype(values.dtype).reshape(*weights.shape[:2], -1, weights.shape[4])
+        out = jnp.einsum("wklm,wkmh->wklh", rows, values, preferred_element_type=jnp.float32)
+        return out.reshape(*weights.shape[:4], -1)
+
+    out = dot(values)
+    clean = jnp.zeros((), values.dtype)
+    return lax.cond(
+        jnp.isfinite(out).all(),
+        lambda: out,
+        lambda: dot(jnp.where(is_cached[:, None, :, None], values, clean)),
+    )
+
+
+def _start(lane: Lane, shape: tuple[int, ...]) -> Softmax:
+    """A softmax over the sinks alone. `shape` is "... K G Q H"."""
+    acc = jnp.zeros(shape, jnp.float32)
+    if lane.sinks is None:
+        return Softmax(acc, jnp.full(shape[:-1], LOWEST), jnp.zeros(shape[:-1]))
+    top = jnp.broadcast_to(lane.sinks[..., None], shape[:-1])
+    return Softmax(acc, top, jnp.ones(shape[:-1]))
+
+
+def _finish(state: Softmax) -> Float[Array, "*rows H"]:
+    return state.acc / jnp.where(state.total == 0, 1.0, state.total)[..., None]
+
+
+def _singles(lane: Lane) -> Float[Array, "T K G H"]:
+    """Attention of the sequences with one new token; zeros for all other tokens.
+
+    The work is a list of items, one per sequence and tile of its context; each iteration takes the
+    next `n_items`, so that its cost follows the sum of the contexts, not the longest one.
+    """
+    meta, window = lane.meta, lane.spec.window
+    n_tokens, n_kv_heads, group_size, head_size = lane.q.shape
+    n_rows = min(n_tokens, len(meta.seq_lens))
+    n_items = min(lane.tiles.single_items, max(4, n_rows))
+    n_blocks = -(-lane.tiles.single_keys // lane.n_cells)
+    n_keys = n_blocks * lane.n_cells
+    q = lane.q[:n_rows]
+    table, table_width = _flat_tables(meta.block_tables, n_blocks)
+
     is_single = jnp.arange(n_rows) < jnp.minimum(meta.n_single, meta.n_seqs)
     seq_lens = jnp.where(is_single, meta.seq_lens[:n_rows], 0)
-    blocks_per_tile = max(1, SINGLE_TILE // n_cells)
-    tile = blocks_per_tile * n_cells
-    tables = _pad_tables(meta.block_tables[:n_rows], blocks_per_tile)
-    queries = q[:n_rows, :, :, None]  # R K G 1 H
+    first_tile = _first_tile(seq_lens - 1, window, n_keys)
+    end = jnp.cumsum(-(-seq_lens // n_keys) - first_tile)  # of each sequence's items
+    n_total = end[-1]
 
-    def add_tile(j, state):
-        ids = lax.dynamic_slice_in_dim(tables, j * blocks_per_tile, blocks_per_tile, axis=1)
-        position = j * tile + jnp.arange(tile)[None, :]
-        distance = position - (seq_lens[:, None] - 1)
-        is_cached = position < seq_lens[:, None]
-        return attend(state, queries, kv_cache[ids], distance[:, None, :], is_cached)
+    def plan(i):
+        """The items of iteration i: row, tile, number of cached cells and where the keys are."""
+        item = i * n_items + jnp.arange(n_items)
+        row = jnp.minimum((end[None, :] <= item[:, None]).sum(1), n_rows - 1)
+        last_tile = -(-seq_lens[row] // n_keys) - 1
+        is_item = item < n_total
+        tile = jnp.where(is_item, last_tile - (end[row] - 1 - item), 0)
+        block = (row * table_width + tile * n_blocks)[:, None] + jnp.arange(n_blocks)[None]
+        n_cached = jnp.where(is_item, jnp.minimum(seq_lens[row] - tile * n_keys, n_keys), 0)
+        return row, tile, n_cached, lane.key_rows(table[block])
 
-    first = _first_tile(jnp.where(is_single, seq_lens, 2**30).min() - 1, window, tile)
-    last = -(-seq_lens.max() // tile)
-    state = lax.fori_loop(first, last, add_tile, _start(queries.shape, sinks))
-    out = jnp.zeros(q.shape, jnp.float32)
-    return lax.dynamic_update_slice(out, _finish(state)[:, :, :, 0], (0, 0, 0, 0))
+    def body(i, carry):
+        state, (row, tile, n_cached, key_rows) = carry
+        keys, values = lane.load(i * n_items < n_total, key_rows, n_items)
+        cell = jnp.arange(n_keys)[None]
+        distance = tile[:, None] * n_keys + cell - (seq_lens[row] - 1)[:, None]
+        is_cached = cell < n_cached[:, None]
+        part = _attend(lane, q[row][:, :, :, None], keys, values, distance[:, None], is_cached)
+        part = Softmax(*(x[:, :, :, 0] for x in part))
+        return _merge_rows(state, part, jnp.where(n_cached > 0, row, n_rows)), plan(i + 1)
 
-
-def _chunks(q, out, kv_cache, meta, window, sinks, attend):
-    """Sequences with several new tokens: one tile of queries of one sequence at a time."""
-    n_tokens, n_kv_heads, group_size, head_size = q.shape
-    n_cells = kv_cache.shape[3]
-    n_queries = min(QUERY_TILE, n_tokens)
-    blocks_per_tile = max(1, CHUNK_TILE // n_cells)
-    tile = blocks_per_tile * n_cells
-    tables = _pad_tables(meta.block_tables, blocks_per_tile)
-    pad = ((0, n_queries), (0, 0), (0, 0), (0, 0))  # a slice at the last token must not be clamped
-    q, out = jnp.pad(q, pad), jnp.pad(out, pad)
-
-    def add_query_tile(i, carry):
-        s, out = carry
-        start = meta.cu_q_lens[s] + i * n_queries
-        n_cached = meta.seq_lens[s] - (meta.cu_q_lens[s + 1] - meta.cu_q_lens[s])
-        first_position = n_cached + i * n_queries
-        query_position = (first_position + jnp.arange(n_queries))[:, None]  # L 1
-        queries = lax.dynamic_slice_in_dim(q, start, n_queries)
-        queries = queries.transpose(1, 2, 0, 3)[None]  # 1 K G L H
-
-        def add_tile(j, state):
-            ids = lax.dynamic_slice(tables, (s, j * blocks_per_tile), (1, blocks_per_tile))
-            position = j * tile + jnp.arange(tile)[None, :]
-            is_cached = position < meta.seq_lens[s]
-            distance = (position - query_position)[None]
-            return attend(state, queries, kv_cache[ids], distance, is_cached)
-
-        first = _first_tile(first_position, window, tile)
-        n_visible = jnp.minimum(first_position + n_queries, meta.seq_lens[s])
-        state = lax.fori_loop(first, -(-n_visible // tile), add_tile, _start(queries.shape, sinks))
-        rows = _finish(state)[0].transpose(2, 0, 1, 3)  # L K G H
-        return s, lax.dynamic_update_slice_in_dim(out, rows, start, 0)
-
-    def add_sequence(s, out):
-        n_new = meta.cu_q_lens[s + 1] - meta.cu_q_lens[s]
-        return lax.fori_loop(0, -(-n_new // n_queries), add_query_tile, (s, out))[1]
-
-    out = lax.fori_loop(jnp.minimum(meta.n_single, meta.n_seqs), meta.n_seqs, add_sequence, out)
-    return out[:n_tokens]
+    state = _start(lane, (n_rows, n_kv_heads, group_size, 1, head_size))
+    state = Softmax(*(x[:, :, :, 0] for x in state))
+    state, _ = lax.fori_loop(0, -(-n_total // n_items), body, (state, plan(0)))
+    out = jnp.zeros(lane.q.shape, jnp.float32)
+    return lax.dynamic_update_slice_in_dim(out, _finish(state), 0, axis=0)
 
 
-def _pad_tables(tables: Int[Array, "S P"], multiple: int) -> Int[Array, "S P"]:
-    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % multiple)))
+def _merge_rows(state: Softmax, part: Softmax, row: Int[Array, "W"]) -> Softmax:
+    """Adds each part to its row of the state; several may have the same row, row R is dropped."""
+    top = state.top.at[row].max(part.top, mode="drop")
+    shrink = jnp.exp(state.top - top)
+    grow = jnp.exp(part.top - top.at[row].get(mode="fill", fill_value=0.0))
+    acc = (state.acc * shrink[..., None]).at[row].add(part.acc * grow[..., None], mode="drop")
+    return Softmax(acc, top, (state.total * shrink).at[row].add(part.total * grow, mode="drop"))
 
 
-def _first_tile(position: Int[Array, ""], window: int | None, tile: int) -> Int[Array, ""]:
+def _chunks(lane: Lane, out: Float[Array, "T K G H"]) -> Float[Array, "T K G H"]:
+    """`out` with the sequences that have several new tokens added, a tile of queries at a time."""
+    meta, window = lane.meta, lane.spec.window
+    n_tokens, n_kv_heads, group_size, head_size = lane.q.shape
+    n_queries = min(lane.tiles.chunk_queries, n_tokens)
+    n_blocks = -(-lane.tiles.chunk_keys // lane.n_cells)
+    n_keys = n_blocks * lane.n_cells
+    table, table_width = _flat_tables(meta.block_tables, n_blocks)
+
+    n_new = jnp.diff(meta.cu_q_lens)
+    row = jnp.arange(len(n_new))
+    is_chunk = (jnp.minimum(meta.n_single, meta.n_seqs) <= row) & (row < meta.n_seqs)
+    end = jnp.cumsum(jnp.where(is_chunk, -(-n_new // n_queries), 0))  # of each sequence's tiles
+
+    def query_tile(i, out):
+        row = (end <= i).sum()
+        seq_len, stop = meta.seq_lens[row], meta.cu_q_lens[row + 1]
+        start = stop - n_new[row] + (i - end[row] + -(-n_new[row] // n_queries)) * n_queries
+        first_token = jnp.minimum(start, n_tokens - n_queries)  # slices are clamped to the array
+        token = first_token + jnp.arange(n_queries)
+        position = token - stop + seq_len
+        q = lax.dynamic_slice_in_dim(lane.q, first_token, n_queries)
+        q = q.transpose(1, 2, 0, 3)[None]  # 1 K G Q H
+
+        def plan(j):
+            blocks = lax.dynamic_slice(table, (row * table_width + j * n_blocks,), (n_blocks,))
+            return lane.key_rows(blocks[None])
+
+        def body(j, carry):
+            state, key_rows = carry
+            keys, values = lane.load(j < last, key_rows, 1)
+            key_position = j * n_keys + jnp.arange(n_keys)[None]
+            distance = key_position - position[:, None]
+            part = _attend(lane, q, keys, values, distance[None], key_position < seq_len)
+            return _merge(state, Softmax(*(x[0] for x in part))), plan(j + 1)
+
+        first = _first_tile(start - stop + seq_len, window, n_keys)
+        last = -(-jnp.minimum(start + n_queries - stop + seq_len, seq_len) // n_keys)
+        state = _start(lane, (n_kv_heads, group_size, n_queries, head_size))
+        state, _ = lax.fori_loop(first, last, body, (state, plan(first)))
+        is_own = (start <= token) & (token < stop)
+        before = lax.dynamic_slice_in_dim(out, first_token, n_queries)
+        rows = jnp.where(is_own[:, None, None, None], _finish(state).transpose(2, 0, 1, 3), before)
+        return lax.dynamic_update_slice_in_dim(out, rows, first_token, axis=0)
+
+    return lax.fori_loop(0, end[-1], query_tile, out)
+
+
+def _merge(a: Softmax, b: Softmax) -> Softmax:
+    top = jnp.maximum(a.top, b.top)
+    shrink, grow = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    acc = a.acc * shrink[..., None] + b.acc * grow[..., None]
+    return Softmax(acc, top, a.total * shrink + b.total * grow)
+
+
+def _flat_tables(tables: Int[Array, "S P"], multiple: int) -> tuple[Int[Array, "S*P"], int]:
+    """All block tables in one line, each padded with the scratch block to whole tiles."""
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % multiple)))
+    return tables.reshape(-1), tables.shape[1]
+
+
+def _first_tile(position: Int[Array, "..."], window: int | None, n_keys: int) -> Int[Array, "..."]:
     """The first tile of keys that a query at `position` may see."""
     if window is None:
         return jnp.zeros_like(position)
-    return jnp.maximum(position - window + 1, 0) // tile
+    return jnp.maximum(position - window + 1, 0) // n_keys

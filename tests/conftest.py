@@ -6,6 +6,7 @@ import ipaddress
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from tests import targets  # before jax: libtpu reads its environment when jax first loads it
 
@@ -26,6 +27,9 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Engines of the same shape compile once, in this run and in the next ones.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache/xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 # Recorded around every fetch of an executable, from the compiler or from the persistent cache.
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"

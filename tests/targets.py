@@ -1,7 +1,7 @@
 """Ahead-of-time compilation for accelerators that this machine lacks, with the real compilers.
 
-TPU programs need the `libtpu` wheel; CUDA programs `jax-cuda12-plugin` and `jax-cuda12-pjrt` of jax's
-version and `nvidia-cuda-nvcc-cu12`. A missing wheel skips the test, or fails it under
+TPU programs need the `libtpu` wheel; CUDA programs `jax-cuda12-plugin` and `jax-cuda12-pjrt` of
+jax's version and `nvidia-cuda-nvcc-cu12`. A missing wheel skips the test, or fails it under
 FASTGEN_REQUIRE_COMPILERS=1. Knows nothing of fastgen_jax. Imports jax only when asked for a target:
 ENVIRONMENT must be set before that.
 """

@@ -147,7 +147,7 @@ def test_prefix_behind_a_colliding_one_is_a_miss():
 
 
 class Pools(RuleBasedStateMachine):
-    """Sequences of blocks of a two-letter alphabet, so that prefixes collide; a hash of four bits."""
+    """Sequences of blocks of two letters, so that prefixes collide; digests of four bits."""
 
     @initialize(n_blocks=st.integers(2, 12))
     def start(self, n_blocks):

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import threading
 from functools import partial
 
 import numpy as np
@@ -281,6 +282,23 @@ def test_stats_count_waiting_samples():
     simulation.step()
     stats = simulation.engine.stats()
     assert (stats.n_running, stats.n_waiting) == (4, 4)
+
+
+def test_request_that_meets_a_stopping_engine_is_not_lost(monkeypatch):
+    engine, outputs = fake_engine(), []
+    stopper = threading.Thread(target=engine.run, args=(outputs.extend,))
+    enter = engine._admission.enter
+
+    def enter_and_stop(requests):
+        enter(requests)
+        engine.stop()
+        stopper.start()
+        stopper.join(0.2)  # it may wait for the submit to end
+
+    monkeypatch.setattr(engine._admission, "enter", enter_and_stop)
+    request_id = engine.submit(Request([0, 1], SamplingParams(max_tokens=4)))
+    stopper.join(10)
+    assert [(o.request_id, o.finish_reason) for o in outputs] == [(request_id, "abort")]
 
 
 def four_bits(parent: bytes, tokens: bytes) -> bytes:

@@ -15,8 +15,8 @@ from fastgen_jax.server.flags import markdown
 ROOT = Path(__file__).parents[1]
 # A file imports only those before it.
 ORDER = [
-    *("errors", "config", "types", "blocks", "scheduler", "batch", "sampling", "layers", "models"),
-    *("sharding", "checkpoint", "runner", "startup", "prefix", "admission", "engine"),
+    *("errors", "config", "types", "blocks", "prefix", "scheduler", "admission", "batch"),
+    *("sampling", "layers", "models", "sharding", "checkpoint", "runner", "startup", "engine"),
     *("tokenizer", "llm", "mii", "server", "serve", "demo"),
 ]
 PACKAGES = ("fastgen_jax", "pallas_kernels", "convert", "benchmarks")

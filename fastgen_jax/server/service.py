@@ -111,12 +111,11 @@ class Service:
             self.fail(generation, error)
 
     def stop(self) -> bool:
-        """Ends the engine's thread; False if it is still busy, in a compilation say."""
-        if self.backend is not None:
-            self.backend.engine.stop()
+        """Ends the engine's thread; False if it still loads, which nothing can interrupt."""
         self._attached.set()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
-        if self._thread.is_alive():
+        if self.backend is not None:
+            self.backend.engine.stop()
             self._thread.join(ENGINE_EXIT_TIMEOUT)
         return not self._thread.is_alive()
 
