@@ -55,8 +55,6 @@ TINY = SHAPE | {
     "intermediate_size": 64,
     "vocab_size": 256,
 }
-# transformers' ways to run a workload: strategy and batch size.
-STRATEGIES = [("static", 32), ("static", 16), ("static", 8), ("continuous", 32)]
 
 
 class Workload(NamedTuple):
@@ -157,7 +155,8 @@ class Ours:
 
     def _print_row(self, name: str, seconds: list[float]) -> None:
         ms = 1e3 * np.array(seconds)
-        print(f"  {name:22} median {np.median(ms):8.3f}  p90 {np.quantile(ms, 0.9):8.3f}")
+        p10, median, p90 = np.quantile(ms, [0.1, 0.5, 0.9])
+        print(f"  {name:22} p10 {p10:8.3f}  median {median:8.3f}  p90 {p90:8.3f}")
 
 
 class Theirs:
@@ -236,20 +235,22 @@ def measure(
     best: dict[str, float] = {}
 
     def note(key: str, seconds: float) -> None:
+        print(f"  {name} {key}: {seconds:.2f} s", file=sys.stderr, flush=True)
         best[key] = min(best.get(key, float("inf")), seconds)
 
-    strategies = STRATEGIES if theirs else []
+    n_requests = int(name.split("x")[0])
+    strategies = [("static", n_requests // part) for part in (1, 2, 4)]
+    strategies = [*strategies, ("continuous", n_requests)] if theirs else []
     for repetition in range(args.repeats):
         workload = make_workload(name, repetition + 1, args.new_std)
         if ours:
             note("fastgen_jax", ours.run(workload))
-        for strategy, batch_size in strategies if theirs else []:
+        for strategy, batch_size in strategies:
             assert theirs
             key = f"transformers {strategy} {batch_size}"
             note(key, theirs.run(workload, strategy, batch_size))
         fastest = sorted(strategies, key=lambda s: best[f"transformers {s[0]} {s[1]}"])
         strategies = fastest[:2]
-        print(f"  {name} repetition {repetition + 1} of {args.repeats}", file=sys.stderr)
     return best
 
 

@@ -29,6 +29,9 @@ FLOAT_PARAMS = (
 )
 INT_PARAMS = ("top_k", "seed", "n_logprobs", "n_prompt", "min_total", "has_bias")
 N_PARAMS = len(FLOAT_PARAMS) + len(INT_PARAMS)
+# The line of a row that is not there: greedy, nothing filtered, so that it makes no work.
+NO_PARAMS = np.zeros(N_PARAMS, np.int32)
+NO_PARAMS[: len(FLOAT_PARAMS)] = np.array([0, 1, 0, 1, 0, 0], np.float32).view(np.int32)
 
 
 class Shape(NamedTuple):
@@ -184,5 +187,6 @@ def pack(chunks: list[Chunk], tables: HostTables, shape: Shape, block_size: int)
     part["sample_rows"][:m] = rows[sampled]
     part["sample_rows"][m:] = tables.n_rows
     part["sample_params"][:m] = tables.params[rows[sampled]]
+    part["sample_params"][m:] = NO_PARAMS
     part["counts"][:] = n, int((lengths == 1).sum()), m
     return Batch(shape, packed, [chunks[i].sequence for i in sampled])

@@ -9,25 +9,21 @@ INVARIANT: n_free == free + evictable. Only full blocks are published, and a pub
 never written again.
 """
 
-import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
 class Published(NamedTuple):
-    """What a cached block holds: its tokens (as bytes), after the prefix with digest `parent`."""
+    """What a cached block holds: the tokens (as bytes) that lead from `parent` to `prefix`."""
 
-    digest: bytes
-    parent: bytes
+    prefix: int  # a number, never reused, so that nothing matches behind an evicted prefix
+    parent: int
     tokens: bytes
 
 
-def chain_digest(parent: bytes, tokens: bytes) -> bytes:
-    """Digest of a prefix: BLAKE2b over the digest of all blocks before and this block's token
-    bytes.
-    """
-    return hashlib.blake2b(parent + tokens, digest_size=16).digest()
+EMPTY_PREFIX = 0
 
 
 class BlockPool:
@@ -35,17 +31,15 @@ class BlockPool:
 
     Args:
         n_blocks: blocks in the cache, scratch included.
-        digest: hash of (parent digest, token bytes); a parameter so that tests can force
-        collisions.
     """
 
-    def __init__(self, n_blocks: int, *, digest=chain_digest):
+    def __init__(self, n_blocks: int):
         assert n_blocks >= 2, n_blocks
         self.n_blocks = n_blocks
-        self._digest = digest
         self._free = list(range(n_blocks - 1, 0, -1))
         self._ref = [0] * n_blocks
-        self._index: dict[bytes, int] = {}
+        self._prefixes = itertools.count(EMPTY_PREFIX + 1)
+        self._index: dict[tuple[int, bytes], int] = {}  # (parent, tokens) -> block
         self._published: dict[int, Published] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()
 
@@ -91,40 +85,40 @@ class BlockPool:
         """How many of these blocks would become free if their holder released them."""
         return sum(self._ref[block] == 1 for block in blocks)
 
-    def publish(self, block: int, parent: bytes, tokens: bytes) -> bytes:
-        """Offers a full block for reuse; returns the digest of the prefix that it ends.
+    def publish(self, block: int, parent: int, tokens: bytes) -> int:
+        """Offers a full block for reuse; returns the number of the prefix that it ends.
 
         A prefix that is published already stays as it is.
         """
         assert self._ref[block] > 0, block
-        digest = self._digest(parent, tokens)
-        if digest not in self._index and block not in self._published:
-            self._index[digest] = block
-            self._published[block] = Published(digest, parent, tokens)
-        return digest
+        key = parent, tokens
+        if key not in self._index:
+            assert block not in self._published, block
+            self._index[key] = block
+            self._published[block] = Published(next(self._prefixes), *key)
+        return self._published[self._index[key]].prefix
 
-    def match(self, tokens: Sequence[bytes]) -> tuple[list[int], bytes]:
+    def match(self, tokens: Sequence[bytes]) -> tuple[list[int], int]:
         """Holds the longest published prefix of `tokens` (bytes of each full block, in order).
 
-        Returns its blocks and its digest. Tokens are compared, so that a hash collision is a miss.
+        Returns its blocks and its number. Tokens are compared, not a hash of them.
         """
         blocks: list[int] = []
-        parent = b""
+        prefix = EMPTY_PREFIX
         for block_tokens in tokens:
-            digest = self._digest(parent, block_tokens)
-            block = self._index.get(digest)
-            if block is None or self._published[block] != (digest, parent, block_tokens):
+            block = self._index.get((prefix, block_tokens))
+            if block is None:
                 break
             blocks.append(block)
-            parent = digest
+            prefix = self._published[block].prefix
         for block in blocks:
             self._ref[block] += 1
             self._evictable.pop(block, None)
-        return blocks, parent
+        return blocks, prefix
 
     def _evict(self) -> None:
         block, _ = self._evictable.popitem(last=False)
-        del self._index[self._published.pop(block).digest]
+        del self._index[self._published.pop(block)[1:]]
         self._free.append(block)
 
     def check(self) -> None:
@@ -135,6 +129,6 @@ class BlockPool:
         classes = sorted(self._free + held + list(self._evictable))
         assert classes == list(range(1, self.n_blocks)), classes
         assert self._ref[0] == 0, "scratch is held"
-        assert all(self._published[b].digest == d for d, b in self._index.items())
+        assert all(self._published[b][1:] == key for key, b in self._index.items())
         assert len(self._index) == len(self._published)
         assert all(b in self._published for b in self._evictable)

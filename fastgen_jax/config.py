@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from fastgen_jax.errors import ConfigError, InvalidRequest
 
@@ -41,6 +41,15 @@ def check_known(kwargs: dict[str, Any], config_class: type) -> None:
             raise ConfigError(f"unknown option {name!r}{hint}")
 
 
+def _is_integer(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    """Whether `value` is a finite number."""
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary embedding: base frequency and context-extension scaling, named as transformers names
@@ -65,10 +74,10 @@ class RopeConfig:
             raise ConfigError(
                 f"rope type {self.kind!r} is not supported; known: {', '.join(ROPE_KINDS)}"
             )
-        if not (math.isfinite(self.theta) and self.theta > 0):
-            raise ConfigError(f"rope theta must be a positive number, got {self.theta}")
-        if not (math.isfinite(self.factor) and self.factor >= 1):
-            raise ConfigError(f"rope factor must be at least 1, got {self.factor}")
+        if not (_is_real(self.theta) and self.theta > 0):
+            raise ConfigError(f"rope theta must be a positive number, got {self.theta!r}")
+        if not (_is_real(self.factor) and self.factor >= 1):
+            raise ConfigError(f"rope factor must be at least 1, got {self.factor!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +109,10 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"model config: {name} must be a positive integer, got {value!r}")
+        if not (_is_real(self.norm_eps) and self.norm_eps > 0):
+            raise ConfigError(
+                f"model config: norm_eps must be a positive number, got {self.norm_eps!r}"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(
                 f"model config: {self.n_heads} query heads do not divide into "
@@ -185,31 +198,39 @@ class EngineConfig:
         for name in ("max_model_len", "block_size", "num_kv_blocks", "max_num_batched_tokens",
                      "max_num_seqs", "max_queued_requests", "tensor_parallel_size"):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            is_open = value is None and type(self).__dataclass_fields__[name].default is None
+            if not is_open and not (_is_integer(value) and value > 0):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        if self.memory_fraction is not None and not 0 < self.memory_fraction <= 1:
-            raise ConfigError(f"memory_fraction must be in (0, 1], got {self.memory_fraction}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must be in [0, 2**32), got {self.seed}")
+        share = self.memory_fraction
+        if share is not None and not (_is_real(share) and 0 < share <= 1):
+            raise ConfigError(f"memory_fraction must be in (0, 1], got {share!r}")
+        if not (_is_integer(self.seed) and 0 <= self.seed < 2**32):
+            raise ConfigError(f"seed must be an integer in [0, 2**32), got {self.seed!r}")
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
     """Raises InvalidRequest unless `value` is a finite number in [low, high] ((low, high] if
     open_low).
     """
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or value > high or value < low or (open_low and value == low):
+    ok = isinstance(value, int | float) and not isinstance(value, bool)
+    if not ok or not low <= value <= high or (open_low and value == low):  # nan is not in range
         bracket = "(" if open_low else "["
         raise InvalidRequest(
-            f"{name} must be in {bracket}{low}, {high}], got {value!r}", param=name
+            f"{name} must be in {bracket}{low}, {high}], got {_show(value)}", param=name
         )
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise InvalidRequest(
-            f"{name} must be an integer from {low} to {high}, got {value!r}", param=name
+            f"{name} must be an integer from {low} to {high}, got {_show(value)}", param=name
         )
+
+
+def _show(value: Any) -> str:
+    """A value in an error message; Python refuses to print integers of thousands of digits."""
+    is_huge = isinstance(value, int) and value.bit_length() > 256
+    return "a huge integer" if is_huge else f"{value!r:.80}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,8 +267,11 @@ class SamplingParams:
     def __post_init__(self):
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop or ()))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name) or ()
+            if not isinstance(value, list | tuple | set | frozenset):
+                raise InvalidRequest(f"{name} must be a list, got {_show(value)}", param=name)
+            object.__setattr__(self, name, tuple(value))
         _integer("n", self.n, 1, MAX_SAMPLES)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
@@ -293,6 +317,11 @@ class SamplingParams:
 
     def _check_bias(self):
         bias = self.logit_bias or {}
+        if not isinstance(bias, dict):
+            raise InvalidRequest(
+                f"logit_bias must be a mapping of token ids to numbers, got {_show(bias)}",
+                param="logit_bias",
+            )
         if len(bias) > MAX_LOGIT_BIAS:
             raise InvalidRequest(
                 f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS}", param="logit_bias"

@@ -82,6 +82,7 @@ class Engine:
         )
         self._last_step_time = time.monotonic()
         self._inbox: deque[Command] = deque()
+        self._lock = threading.Lock()
         self._wake = threading.Event()
         self._is_stopping = False
         self._request_ids, self._sequence_ids = itertools.count(), itertools.count()
@@ -124,10 +125,11 @@ class Engine:
     def submit_all(self, requests: list[Request]) -> list[int]:
         """Queues all of them or, raising as `submit` does, none."""
         totals = [self._admission.check(request) for request in requests]
-        self._admission.enter(requests)
-        ids = [next(self._request_ids) for _ in requests]
-        for request_id, request, total in zip(ids, requests, totals, strict=True):
-            self._command(self._enter(request_id, request, total))
+        with self._lock:  # whoever is let in reaches the inbox before a closed engine empties it
+            self._admission.enter(requests)
+            ids = [next(self._request_ids) for _ in requests]
+            for request_id, request, total in zip(ids, requests, totals, strict=True):
+                self._command(self._enter(request_id, request, total))
         return ids
 
     def cancel(self, request_id: int) -> None:
@@ -160,7 +162,7 @@ class Engine:
         pool, counters = self._blocks.pool, self._counters
         return Stats(
             n_running=n_running,
-            n_waiting=max(self._admission.n_open - n_running, 0),
+            n_waiting=max(len(self._live) - n_running, 0),
             n_blocks_used=pool.n_usable - pool.n_free,
             n_blocks=pool.n_usable,
             n_steps=counters["steps"],
@@ -206,28 +208,41 @@ class Engine:
         while self._inbox:
             self._inbox.popleft()(outputs)
         previous, self._in_flight = self._in_flight, None
-        try:
-            self._in_flight = self._dispatch(self._plan())
-            if previous:
+        batch = self._prepare(self._plan())
+        failed: list[tuple[Exception, Batch]] = []
+        if batch:
+            try:
+                self._in_flight = self._launch(batch)
+            except (RuntimeError, ValueError) as error:  # XLA's errors are RuntimeErrors
+                failed.append((error, batch))
+        if previous:
+            try:
                 self._commit(previous, outputs)
-            self._n_failed_steps = 0
-        except (RuntimeError, ValueError) as error:  # XLA's errors are RuntimeErrors
-            self._recover(error, previous or self._in_flight, outputs)
+                self._n_failed_steps = 0
+            except (RuntimeError, ValueError) as error:
+                failed.append((error, previous.batch))
+        if failed:
+            self._recover(failed, outputs)
         self._last_step_time = time.monotonic()
         return outputs
 
     def _plan(self) -> Plan:
         started = time.perf_counter()
         attached = self._attach_prefixes()
-        sequences = list(self._live.values())
-        n_free = self._blocks.pool.n_free
-        plan = schedule(sequences, n_free, self._limits, self._blocks.n_exclusive)
-        admitted = {chunk.sequence.id for chunk in plan.chunks} if attached else ()
+        plan = self._schedule()
+        is_starved = attached and (plan.preempted or not plan.chunks)
+        admitted = () if is_starved else {chunk.sequence.id for chunk in plan.chunks}
         for sequence in attached:
             if sequence.id not in admitted:
                 self._blocks.forget(sequence)
+        if is_starved:  # what waits must not hold blocks that what runs needs
+            plan = self._schedule()
         self.timings["plan"] += time.perf_counter() - started
         return plan
+
+    def _schedule(self) -> Plan:
+        sequences, n_free = list(self._live.values()), self._blocks.pool.n_free
+        return schedule(sequences, n_free, self._limits, self._blocks.n_exclusive)
 
     def _attach_prefixes(self) -> list[Sequence]:
         """Lets the first waiting sequences hold their cached prefix, for `schedule` to see."""
@@ -241,8 +256,8 @@ class Engine:
             self._blocks.attach(sequence)
         return attached
 
-    def _dispatch(self, plan: Plan) -> InFlight | None:
-        """Applies a plan: blocks, rows and counts change here, then the device gets its batch."""
+    def _prepare(self, plan: Plan) -> Batch | None:
+        """Applies a plan: blocks, rows and counts change here."""
         for sequence in plan.preempted:
             self._blocks.forget(sequence)
             self._tables.leave(sequence)
@@ -265,11 +280,14 @@ class Engine:
                 sequence.n_tokens += 1
                 if sequence.n_tokens == sequence.max_tokens:
                     self._retire(sequence)
-        packed = time.perf_counter()
+        self.timings["pack"] += time.perf_counter() - started
+        return batch
+
+    def _launch(self, batch: Batch) -> InFlight:
+        started = time.perf_counter()
         result = self._runner.dispatch(batch, self._tables)
         self._counters["steps"] += 1
-        self.timings["pack"] += packed - started
-        self.timings["dispatch"] += time.perf_counter() - packed
+        self.timings["dispatch"] += time.perf_counter() - started
         return InFlight(batch, result)
 
     def _commit(self, step: InFlight, outputs: list[Output]) -> None:
@@ -289,15 +307,16 @@ class Engine:
         self.timings["wait"] += fetched - started
         self.timings["commit"] += time.perf_counter() - fetched
 
-    def _recover(self, error: Exception, failed: InFlight | None, outputs: list[Output]) -> None:
-        """After a failed step: its requests end with an error, the others recompute."""
+    def _recover(self, failed: list[tuple[Exception, Batch]], outputs: list[Output]) -> None:
+        """After failed steps: their requests end with an error, the others recompute."""
         self._n_failed_steps += 1
         if self._n_failed_steps >= MAX_FAILED_STEPS:
-            raise error
-        for sequence in failed.batch.sampled if failed else ():
-            if not sequence.is_finished:
-                problem = f"the step failed: {type(error).__name__}"
-                self._end_with(sequence, "error", problem, outputs)
+            raise failed[0][0]
+        for error, batch in failed:
+            for sequence in batch.sampled:
+                if not sequence.is_finished:
+                    problem = f"the step failed: {type(error).__name__}"
+                    self._end_with(sequence, "error", problem, outputs)
         for samples in self._requests.values():
             for sequence in samples:
                 if sequence.row >= 0:
@@ -404,8 +423,9 @@ class Engine:
 
     def _end_all(self, reason: FinishReason, error: str | None) -> list[Output]:
         outputs: list[Output] = []
-        while self._inbox:
-            self._inbox.popleft()(outputs)
+        with self._lock:
+            while self._inbox:
+                self._inbox.popleft()(outputs)
         for sequence in list(itertools.chain.from_iterable(self._requests.values())):
             self._end_with(sequence, reason, error, outputs)
         self._in_flight = None

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from fastgen_jax.blocks import BlockPool
+from fastgen_jax.blocks import EMPTY_PREFIX, BlockPool
 from fastgen_jax.types import Sequence
 
 
 class SequenceBlocks:
-    """The only writer of `block_ids`, `n_published` and `digest` of a sequence besides
+    """The only writer of `block_ids`, `n_published` and `prefix` of a sequence besides
     HostTables.extend.
 
     Sharing is by whole blocks of known tokens; the last token of a sequence is always computed.
@@ -28,19 +28,19 @@ class SequenceBlocks:
         """Lets a sequence without blocks hold the cached prefix of its known tokens."""
         assert not sequence.block_ids
         n_full = (_n_known(sequence) - 1) // self.block_size
-        sequence.block_ids, sequence.digest = self.pool.match(self._split(sequence, 0, n_full))
+        sequence.block_ids, sequence.prefix = self.pool.match(self._split(sequence, 0, n_full))
         sequence.n_published = len(sequence.block_ids)
         sequence.n_cached = sequence.n_published * self.block_size
 
     def publish(self, sequence: Sequence) -> None:
-        """Offers the blocks that have become full of known tokens, if the sequence still lives."""
-        n_full = min(_n_known(sequence), sequence.n_cached) // self.block_size
+        """Offers the blocks full of cells that led to finite logits, if the sequence lives."""
+        n_full = min(_n_known(sequence) - 1, sequence.n_cached) // self.block_size
         if n_full <= sequence.n_published or not self.is_sharing:
             return
         contents = self._split(sequence, sequence.n_published, n_full)
         blocks = sequence.block_ids[sequence.n_published : n_full]
         for block, content in zip(blocks, contents, strict=True):
-            sequence.digest = self.pool.publish(block, sequence.digest, content)
+            sequence.prefix = self.pool.publish(block, sequence.prefix, content)
         sequence.n_published = n_full
 
     def forget(self, sequence: Sequence) -> None:
@@ -48,7 +48,7 @@ class SequenceBlocks:
         self.pool.release(sequence.block_ids)
         sequence.block_ids = []
         sequence.n_cached = sequence.n_published = 0
-        sequence.digest = b""
+        sequence.prefix = EMPTY_PREFIX
 
     def n_exclusive(self, sequence: Sequence) -> int:
         """Blocks that become free if this sequence is preempted."""

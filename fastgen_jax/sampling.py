@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from fastgen_jax.batch import FLOAT_PARAMS, INT_PARAMS
 from fastgen_jax.config import MAX_LOGPROBS
 
+TINY = 1e-30
+
 
 class RowParams(NamedTuple):
     """Sampling parameters of the sampled rows, each "S"; fields are FLOAT_PARAMS then INT_PARAMS of
@@ -164,7 +166,8 @@ def draw(
 ) -> Int[Array, "S"]:
     """One draw per row, its key fold_in(key(seed), position): never the row, step or batch."""
     temperature = jnp.where(params.temperature > 0.0, params.temperature, 1.0)
-    scaled = logits / temperature[:, None]
+    best = jnp.max(logits, axis=-1, keepdims=True)  # scaled to 0: no overflow near temperature 0
+    scaled = (logits - best) / temperature[:, None]
     wants_filter = (params.top_k > 0) | (params.top_p < 1.0) | (params.min_p > 0.0)
     scaled = lax.cond(jnp.any(wants_filter), lambda: keep_likely(scaled, params), lambda: scaled)
 
@@ -187,8 +190,9 @@ def keep_likely(logits: Float[Array, "S V"], params: RowParams) -> Float[Array, 
     logits = jnp.where(order >= kth[:, None], logits, -jnp.inf)
 
     probabilities = jax.nn.softmax(logits, axis=-1)
+    top_p = jnp.maximum(params.top_p, TINY)  # what float32 rounds to 0 still keeps the best
     nucleus = _largest(
-        lambda t: jnp.sum(jnp.where(order >= t, probabilities, 0.0), axis=-1) >= params.top_p,
+        lambda t: jnp.sum(jnp.where(order >= t, probabilities, 0.0), axis=-1) >= top_p,
         len(logits),
     )
     peak = jnp.max(probabilities, axis=-1, keepdims=True)

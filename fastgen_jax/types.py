@@ -48,7 +48,7 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
     n_published: int = 0  # leading blocks offered to the prefix cache
-    digest: bytes = b""  # of these blocks
+    prefix: int = 0  # the pool's number of what these blocks hold; 0: nothing
     is_dequeued: bool = False  # its prompt no longer counts as waiting
     n_bypassed: int = 0  # times a younger sequence was admitted before this one
     finish_reason: FinishReason | None = None
