@@ -145,13 +145,11 @@ def step(
 
 
 def buckets(smallest: int, largest: int) -> list[int]:
-    """Padded sizes: by factors of four up to 16, where padding is cheap, then of two; `largest`
-    too.
-    """
+    """Padded sizes: powers of two, but for 4, which 8 serves as well; `largest` too."""
     sizes, size = {largest}, smallest
     while size < largest:
         sizes.add(size)
-        size *= 4 if size < 16 else 2
+        size *= 4 if size == 2 else 2
     return sorted(sizes)
 
 

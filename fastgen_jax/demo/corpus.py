@@ -6,6 +6,7 @@ nothing else. What a story says of people, places and counts stays true to its e
 """
 
 import random
+import re
 from typing import NamedTuple
 
 from fastgen_jax.demo import stories
@@ -29,6 +30,7 @@ STARTS = (
     " Far Gor Hel Jan Kor Lin Mel Nel Pal Ros Sim Tam Ver Wen Bal Der Fal Gil Han Kal Lan Mor Nil"
 ).split()
 GIRL_ENDS = "a ina elle issa ora ia ette ena ola ilda una ey".split()
+CONSONANTS = "bcdfghjklmnprstvwyz"
 BOY_ENDS = "o an us in or ek ard ino ulf ric on is".split()
 
 SYSTEM_PROMPTS = ("You tell stories and remember codes.", "You are a friendly helper.")
@@ -109,14 +111,27 @@ HELD_OUT_PEOPLE = _people(held_out=True)
 CLASSIC_PEOPLE = TRAINING_PEOPLE[-len(CLASSIC_GIRLS) - len(CLASSIC_BOYS) :]
 
 
+HELD_OUT_NAMES = frozenset(person.name for person in HELD_OUT_PEOPLE)
+
+
+def spelled_name(rng: random.Random) -> Person:
+    """A name of any two or three open syllables, so that the model does not rely on known ones."""
+    syllables = [rng.choice(CONSONANTS) + rng.choice("aeiou") for _ in range(rng.randint(2, 3))]
+    name = ("".join(syllables) + rng.choice(["", "", *"lmnrst"])).title()
+    return Person(name, name.endswith(("a", "e", "i")))
+
+
 def pick_people(rng: random.Random, n: int, *, held_out: bool = False) -> list[Person]:
-    """`n` different people; in training one in five has a classic name, which would else be rare."""
+    """`n` different people; in training one in five has a classic name and one in ten any name."""
     if held_out:
         return rng.sample(HELD_OUT_PEOPLE, n)
     chosen: dict[str, Person] = {}
     while len(chosen) < n:
-        person = rng.choice(CLASSIC_PEOPLE if rng.random() < 0.2 else TRAINING_PEOPLE)
-        chosen[person.name] = person
+        die = rng.random()
+        person = rng.choice(CLASSIC_PEOPLE if die < 0.2 else TRAINING_PEOPLE)
+        person = spelled_name(rng) if die > 0.9 else person
+        if person.name not in HELD_OUT_NAMES:
+            chosen[person.name] = person
     return list(chosen.values())
 
 
@@ -145,12 +160,10 @@ def story(rng: random.Random, *, hero: Person | None = None, held_out: bool = Fa
 
 
 def n_tokens_about(text: str) -> int:
-    """Tokens of `text` as the demo's tokenizer counts them, within a few per cent, without the tokenizer."""
-    n_marks = sum(text.count(mark) for mark in '.,!?"')
-    n_capitals = sum(
-        word[0].isupper() for word in text.split()
-    )  # one in three is a name of two tokens
-    return len(text.split()) + n_marks + n_capitals // 3 + 4 * text.count("The code of")
+    """Tokens of a sentence as the demo's tokenizer counts them, within a few per cent, without it."""
+    n_marks = len(re.findall(r'[.,!?]"?|"(?=\w)', text))
+    n_names = len(re.findall(r"(?<=[a-z] )[A-Z]|^[A-Z]\w+ (?:had|gave|and|walked|looked|sat)", text))
+    return len(text.split()) + n_marks + n_names
 
 
 def _told_lines(rng: random.Random, n_tokens: int, *, held_out: bool) -> list[str]:
@@ -202,13 +215,13 @@ def plain_questions(rng: random.Random, facts: list[Fact], form: str) -> list[Pi
     return [*pieces, Piece("<|eos|>", ANSWER)]
 
 
-def chat_questions(rng: random.Random, facts: list[Fact]) -> list[Piece]:
-    """Each fact asked in a turn of its own; the first continues a user's turn that has begun."""
+def chat_questions(rng: random.Random, facts: list[Fact], *, begin: str) -> list[Piece]:
+    """Each fact asked in a turn of its own; the first question comes after `begin`."""
     pieces = []
     for i, fact in enumerate(facts):
         question = rng.choice(QUESTIONS).format(fact.person.name)
-        begin = "<|user|>" if i else "\n\n"
-        pieces.append(Piece(f"{begin}{question}<|end|><|assistant|>", SILENT))
+        start = "<|user|>" if i else begin
+        pieces.append(Piece(f"{start}{question}<|end|><|assistant|>", SILENT))
         pieces += answer_pieces(fact.code, after="<|end|>")
     return pieces
 
@@ -228,30 +241,51 @@ def recall_text(
     facts = pick_facts(rng, n_facts)
     told = story_pieces(rng, n_story_tokens, [(rng.random(), fact) for fact in facts])
     asked = rng.sample(facts, n_questions)
-    is_begun = rng.random() < begun
-    if not is_begun and rng.random() < 0.5:
-        return [*chat_start(rng), *told, *chat_questions(rng, asked)]
-    form = BEGUN if is_begun else rng.choice(FORMS)
-    return [Piece("<|bos|>", SILENT), *told, *plain_questions(rng, asked, form)]
+    if rng.random() < begun:
+        return [Piece("<|bos|>", SILENT), *told, *plain_questions(rng, asked, BEGUN)]
+    if rng.random() < 0.5:
+        return [Piece("<|bos|>", SILENT), *told, *plain_questions(rng, asked, rng.choice(FORMS))]
+    return [*chat_start(rng), *told, *chat_questions(rng, asked, begin="\n\n")]
+
+
+def long_chat_text(rng: random.Random, n_tokens: int) -> list[Piece]:
+    """A training text: a chat in which the user gives codes, asks for stories and then for the codes."""
+    facts: list[Fact] = pick_facts(rng, rng.randint(1, 8))
+    turns = [_fact_turn(fact) for fact in facts]
+    while sum(n_tokens_about(piece.text) for turn in turns for piece in turn) < n_tokens:
+        turns.append(_story_turn(rng))
+    rng.shuffle(turns)
+    turns[0][0] = Piece(turns[0][0].text.removeprefix("<|user|>"), SILENT)
+    told = [piece for turn in turns for piece in turn]
+    asked = rng.sample(facts, rng.randint(1, len(facts)))
+    return [*chat_start(rng), *told, *chat_questions(rng, asked, begin="<|user|>")]
+
+
+def _fact_turn(fact: Fact) -> list[Piece]:
+    reply = "I will remember it.<|end|>"
+    return [Piece(f"<|user|>{fact}<|end|><|assistant|>", SILENT), Piece(reply, SPOKEN)]
+
+
+def _story_turn(rng: random.Random) -> list[Piece]:
+    hero = pick_people(rng, 1)[0]
+    request = rng.choice(STORY_REQUESTS).format(hero.name)
+    if rng.random() < 0.15:
+        request, hero = "Tell me a story.", None
+    told = " ".join(story(rng, hero=hero))
+    return [
+        Piece(f"<|user|>{request}<|end|><|assistant|>", SILENT),
+        Piece(f"{told}<|end|>", SPOKEN),
+    ]
 
 
 def story_text(rng: random.Random) -> list[Piece]:
     """A training text: a story, plain or told in a chat on request."""
     if rng.random() < 0.3:
-        return [
-            Piece("<|bos|>", SILENT),
-            Piece(" ".join(story(rng)), SPOKEN),
-            Piece("<|eos|>", SPOKEN),
-        ]
-    hero = pick_people(rng, 1)[0]
-    request = rng.choice(STORY_REQUESTS).format(hero.name)
-    if rng.random() < 0.15:
-        request, hero = "Tell me a story.", None
-    return [
-        *chat_start(rng),
-        Piece(f"{request}<|end|><|assistant|>", SILENT),
-        Piece(" ".join(story(rng, hero=hero)) + "<|end|>", SPOKEN),
-    ]
+        told = " ".join(story(rng))
+        return [Piece("<|bos|>", SILENT), Piece(told, SPOKEN), Piece("<|eos|>", SPOKEN)]
+    asked, told = _story_turn(rng)
+    asked = Piece(asked.text.removeprefix("<|user|>"), SILENT)
+    return [*chat_start(rng), asked, told]
 
 
 def small_talk_text(rng: random.Random) -> list[Piece]:

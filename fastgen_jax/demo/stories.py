@@ -16,14 +16,14 @@ THINGS = {  # singular: plural
     "flower": "flowers", "coin": "coins", "button": "buttons", "feather": "feathers",
     "cake": "cakes", "book": "books", "berry": "berries",
 }  # fmt: skip
-COLOURS = "red green blue white yellow brown".split()
+COLORS = "red green blue white yellow brown".split()
 PLACES = "forest river garden lake market hill mill meadow harbor village".split()
 HOMES = (
     "a small house by the sea", "an old farm", "a white house near the forest", "a village in the hills",
     "a little house by the river", "a big town",
 )  # fmt: skip
 ANIMALS = "dog cat fox bird horse goat duck rabbit mouse owl".split()
-SIZES = "small big old young thin gray".split()
+SIZES = "small big little young thin gray".split()
 CHARACTERS = "kind brave clever quiet cheerful curious".split()
 CLOTHES = "hat coat scarf bag ring drum kite lamp".split()
 HIDING_PLACES = (
@@ -60,7 +60,7 @@ class World:
     hero: Person
     friend: Person
     thing: str
-    colour: str
+    color: str
     place: str
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -84,7 +84,7 @@ def opening(w: World) -> list[str]:
     return [
         f"Once upon a time there was a {rng.choice(CHARACTERS)} {hero.kind} named {hero.name}.",
         f"{hero.she.title()} lived in {rng.choice(HOMES)}.",
-        f"One day {hero.name} had {NUMBERS[n]} {w.colour} {THINGS[w.thing]}.",
+        f"One day {hero.name} had {NUMBERS[n]} {w.color} {THINGS[w.thing]}.",
     ]
 
 
@@ -211,8 +211,8 @@ TOGETHER: tuple[Scene, ...] = (give, give, ask, build, play, rain, move_on)
 
 def tell(rng: random.Random, hero: Person, friend: Person) -> list[str]:
     """The sentences of a story of `hero`, who meets `friend` on the way."""
-    thing, colour, place = rng.choice(list(THINGS)), rng.choice(COLOURS), rng.choice(PLACES)
-    world = World(rng, hero, friend, thing, colour, place)
+    thing, color, place = rng.choice(list(THINGS)), rng.choice(COLORS), rng.choice(PLACES)
+    world = World(rng, hero, friend, thing, color, place)
     alone = rng.sample(ALONE, rng.randint(1, 2))
     together = rng.sample(TOGETHER, rng.randint(1, 3))
     scenes = (opening, walk, *alone, meet, *together, closing)
