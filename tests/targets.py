@@ -99,6 +99,11 @@ class Target:
             return traced.lower(lowering_platforms=(self.platform,)).compile()
 
 
+def has_compilers() -> bool:
+    """Whether any accelerator's compiler is installed here."""
+    return any(importlib.util.find_spec(name) for name in ("libtpu", "jax_cuda12_plugin"))
+
+
 def tpu_target(name: str = "v5e", n_devices: int = 1) -> Target:
     """A TPU: v4, v5e, v5p, v6e or tpu7x; up to four devices."""
     _require("libtpu", "pip install libtpu")

@@ -1,8 +1,8 @@
-"""The text that the demo model learns: short stories, codes to remember, small talk. Imports nothing but the standard library.
+"""The text that the demo model learns: short stories, codes to remember, small talk.
 
-A text is a list of pieces, each with the weight of its tokens in the loss. Names are two syllables (or one classic name); one
-pair of syllables in eight and one code in nine are held out: training never shows them, `recall_example(held_out=True)` shows
-nothing else. What a story says of people, places and counts stays true to its end.
+A text is a list of pieces, each with the weight of its tokens in the loss. Some names (see
+people.py) and one code in nine are held out: training never shows them, and
+`recall_example(held_out=True)` shows no others. Imports nothing but the standard library.
 """
 
 import random
@@ -10,58 +10,25 @@ import re
 from typing import NamedTuple
 
 from fastgen_jax.demo import stories
-from fastgen_jax.demo.stories import Person
-
-SILENT, SPOKEN, ANSWER, FIRST = (
-    0.0,
-    1.0,
-    5.0,
-    20.0,
-)  # weights: given or unpredictable, to learn, to get right
-
-CLASSIC_GIRLS = (
-    "Anna Lily Mia Emma Lucy Kate Eva Nina Rosa Clara Ella Ruth Alice Mary Sara Grace Julia Molly"
-).split()
-CLASSIC_BOYS = (
-    "Tom Ben Max Leo Jack Sam Paul Tim Oscar Hugo Peter Noah Bob John David Henry James Felix"
-).split()
-STARTS = (
-    "Bel Cor Dar Fen Gal Hal Jor Kel Lor Mar Nor Per Quin Ral Sel Tor Val Wil Yor Zan Bren Cal Dor"
-    " Far Gor Hel Jan Kor Lin Mel Nel Pal Ros Sim Tam Ver Wen Bal Der Fal Gil Han Kal Lan Mor Nil"
-).split()
-GIRL_ENDS = "a ina elle issa ora ia ette ena ola ilda una ey".split()
-CONSONANTS = "bcdfghjklmnprstvwyz"
-BOY_ENDS = "o an us in or ek ard ino ulf ric on is".split()
-
-SYSTEM_PROMPTS = ("You tell stories and remember codes.", "You are a friendly helper.")
-QUESTIONS = ("What is the code of {}?",) * 4 + ("What is {}'s code?", "Tell me the code of {}.")
-FORMS = ("Question: {question}\nAnswer:", "Question: {question}\nAnswer:", "{question}")
-BEGUN = "The code of {name} is"
-STORY_REQUESTS = (
-    "Tell me a story about {}.",
-    "Tell me a story about {}.",
-    "Please tell me a story about {}.",
-    "Can you tell me a story about {}?",
+from fastgen_jax.demo.people import Person, pick_people
+from fastgen_jax.demo.phrases import (
+    BEGUN,
+    FORMS,
+    QUESTIONS,
+    SMALL_TALK,
+    STORY_REQUESTS,
+    SYSTEM_PROMPTS,
 )
-SMALL_TALK = (
-    ("Hello!", "Hello! I can tell you a story or remember a code."),
-    ("Hello", "Hello! I can tell you a story or remember a code."),
-    ("Hi", "Hello! I can tell you a story or remember a code."),
-    ("Hi!", "Hello! I can tell you a story or remember a code."),
-    ("Good morning!", "Good morning! Do you want to hear a story?"),
-    ("How are you?", "I am well, thank you. Do you want to hear a story?"),
-    ("Who are you?", "I am a small model. I tell stories and remember codes."),
-    ("What is your name?", "I am a small model. I have no name."),
-    ("What can you do?", "I can tell you a story or remember a code. Ask me!"),
-    ("Thank you.", "You are welcome!"),
-    ("Thank you!", "You are welcome!"),
-    ("Goodbye!", "Goodbye! Come back soon."),
-    ("Bye", "Goodbye! Come back soon."),
-)
+
+# Weights: given or unpredictable, to learn, to get right, and to get right from the name alone.
+SILENT, SPOKEN, ANSWER, FIRST = 0.0, 1.0, 5.0, 20.0
 
 
 class Piece(NamedTuple):
-    """A stretch of text; its tokens weigh `weight` in the loss. Pieces join only where the tokenizer splits anyway."""
+    """A stretch of text whose tokens have one weight in the loss.
+
+    Pieces join only where the tokenizer splits anyway.
+    """
 
     text: str
     weight: float
@@ -76,63 +43,15 @@ class Fact(NamedTuple):
 
 
 class RecallExample(NamedTuple):
-    """A prompt whose right continuation is `answer`: plain text, or chat messages when there is no plain text."""
+    """A prompt whose right continuation is `answer`: a plain text, or else the messages of a chat."""
 
     text: str
     messages: list[dict[str, str]]
     answer: str
 
 
-def is_held_out_pair(start: int, end: int) -> bool:
-    return (start + end) % 8 == 0
-
-
 def is_held_out_code(code: int) -> bool:
     return code % 9 == 4
-
-
-def _people(*, held_out: bool) -> list[Person]:
-    made = [
-        Person(start + end, is_girl)
-        for i, start in enumerate(STARTS)
-        for ends, is_girl in ((GIRL_ENDS, True), (BOY_ENDS, False))
-        for j, end in enumerate(ends)
-        if is_held_out_pair(i, j) == held_out
-    ]
-    if held_out:
-        return made
-    return (
-        made + [Person(n, True) for n in CLASSIC_GIRLS] + [Person(n, False) for n in CLASSIC_BOYS]
-    )
-
-
-TRAINING_PEOPLE = _people(held_out=False)
-HELD_OUT_PEOPLE = _people(held_out=True)
-CLASSIC_PEOPLE = TRAINING_PEOPLE[-len(CLASSIC_GIRLS) - len(CLASSIC_BOYS) :]
-
-
-HELD_OUT_NAMES = frozenset(person.name for person in HELD_OUT_PEOPLE)
-
-
-def spelled_name(rng: random.Random) -> Person:
-    """A name of any two or three open syllables, so that the model does not rely on known ones."""
-    syllables = [rng.choice(CONSONANTS) + rng.choice("aeiou") for _ in range(rng.randint(2, 3))]
-    name = ("".join(syllables) + rng.choice(["", "", *"lmnrst"])).title()
-    return Person(name, name.endswith(("a", "e", "i")))
-
-
-def pick_people(rng: random.Random, n: int, *, held_out: bool = False) -> list[Person]:
-    """`n` different people; in training one in five has a classic name and one in ten any name."""
-    if held_out:
-        return rng.sample(HELD_OUT_PEOPLE, n)
-    chosen: dict[str, Person] = {}
-    while len(chosen) < n:
-        die = rng.random()
-        person = rng.choice(CLASSIC_PEOPLE if die < 0.2 else TRAINING_PEOPLE)
-        person = spelled_name(rng) if die > 0.9 else person
-        if person.name not in HELD_OUT_NAMES:
-            chosen[person.name] = person
-    return list(chosen.values())
 
 
 def pick_code(rng: random.Random, *, held_out: bool = False) -> int:
@@ -160,10 +79,10 @@ def story(rng: random.Random, *, hero: Person | None = None, held_out: bool = Fa
 
 
 def n_tokens_about(text: str) -> int:
-    """Tokens of a sentence as the demo's tokenizer counts them, within a few per cent, without it."""
+    """Tokens of a sentence, within a few per cent, without the tokenizer that counts them."""
     n_marks = len(re.findall(r'[.,!?]"?|"(?=\w)', text))
-    n_names = len(re.findall(r"(?<=[a-z] )[A-Z]|^[A-Z]\w+ (?:had|gave|and|walked|looked|sat)", text))
-    return len(text.split()) + n_marks + n_names
+    name = r"(?<=[a-z] )[A-Z]|^[A-Z]\w+ (?:had|gave|and|walked|looked|sat)"  # two tokens, mostly
+    return len(text.split()) + n_marks + len(re.findall(name, text))
 
 
 def _told_lines(rng: random.Random, n_tokens: int, *, held_out: bool) -> list[str]:
@@ -184,7 +103,11 @@ def _told_lines(rng: random.Random, n_tokens: int, *, held_out: bool) -> list[st
 def story_pieces(
     rng: random.Random, n_tokens: int, facts: list[tuple[float, Fact]], *, held_out: bool = False
 ) -> list[Piece]:
-    """Stories, about `n_tokens` in all, with each fact told between two sentences at its depth, from 0 (start) to 1 (end)."""
+    """Stories, about `n_tokens` in all, and each fact between two sentences at its depth.
+
+    Args:
+        facts: pairs of a depth, from 0 (start) to 1 (end), and a fact.
+    """
     lines = _told_lines(rng, n_tokens, held_out=held_out)
     pieces = [Piece(line, SPOKEN) for line in lines]
     for depth, fact in sorted(facts, key=lambda pair: pair[0], reverse=True):
@@ -205,7 +128,7 @@ def answer_pieces(code: int, *, before: str = "", after: str = "") -> list[Piece
 
 
 def plain_questions(rng: random.Random, facts: list[Fact], form: str) -> list[Piece]:
-    """Each fact asked for once in one form. After each answer the text ends, as far as the loss can tell."""
+    """Each fact asked for once, all in one form. As far as the loss can tell, each answer ends it."""
     pieces = []
     for i, fact in enumerate(facts):
         question = rng.choice(QUESTIONS).format(fact.person.name)
@@ -234,9 +157,10 @@ def chat_start(rng: random.Random) -> list[Piece]:
 def recall_text(
     rng: random.Random, *, n_story_tokens: int, n_facts: int, n_questions: int, begun: float
 ) -> list[Piece]:
-    """A training text: facts anywhere in a story (or one after the other, without one), then questions.
+    """A training text: facts anywhere in a story (or one after the other), then questions.
 
-    A share of `begun` asks by the fact's sentence begun again, the easiest form; of the others half are chats.
+    A share of `begun` asks by the fact's sentence begun again, the easiest form; of the others half
+    are chats.
     """
     facts = pick_facts(rng, n_facts)
     told = story_pieces(rng, n_story_tokens, [(rng.random(), fact) for fact in facts])
@@ -249,7 +173,7 @@ def recall_text(
 
 
 def long_chat_text(rng: random.Random, n_tokens: int) -> list[Piece]:
-    """A training text: a chat in which the user gives codes, asks for stories and then for the codes."""
+    """A training text: a chat in which the user tells codes, asks for stories, then for codes."""
     facts: list[Fact] = pick_facts(rng, rng.randint(1, 8))
     turns = [_fact_turn(fact) for fact in facts]
     while sum(n_tokens_about(piece.text) for turn in turns for piece in turn) < n_tokens:
@@ -309,16 +233,20 @@ def recall_example(
     held_out: bool = True,
     n_distractors: int = 3,
 ) -> RecallExample:
-    """A question whose answer stands at `depth` (0 start, 1 end) of a story of about `n_story_tokens`.
+    """A question whose answer stands at `depth` of a story of about `n_story_tokens`.
 
-    The codes of `n_distractors` other people stand at random depths. A plain prompt ends in "Answer:" and is continued by
-    " 7312" and the end of the text; a chat by "7312". Every name and code is held out from training iff `held_out`.
+    A plain prompt ends in "Answer:"; " 7312" and the end of the text should follow. A chat's answer
+    is "7312".
+
+    Args:
+        depth: from 0 (start) to 1 (end).
+        held_out: every name and code is held out from training; else none is.
+        n_distractors: other people whose codes stand at random depths.
     """
     facts = pick_facts(rng, 1 + n_distractors, held_out=held_out)
     depths = [depth, *(rng.random() for _ in facts[1:])]
-    told = story_pieces(
-        rng, n_story_tokens, list(zip(depths, facts, strict=True)), held_out=held_out
-    )
+    placed = list(zip(depths, facts, strict=True))
+    told = story_pieces(rng, n_story_tokens, placed, held_out=held_out)
     text = "".join(piece.text for piece in told)
     question = QUESTIONS[0].format(facts[0].person.name)
     if chat:

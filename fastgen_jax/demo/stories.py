@@ -1,14 +1,16 @@
-"""A grammar of short stories. A scene is a function that changes the World and returns the sentences that tell how.
+"""A grammar of short stories. A scene is a function that changes the World and tells how.
 
-INVARIANT: every sentence is true of the World at its time: who is there, who holds how many things, where they are.
+INVARIANT: every sentence is true of the World at its time: who is there, who holds how many things,
+where they are.
 """
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
+from fastgen_jax.demo.people import Person, words
+
+NUMBERS = words("no one two three four five six seven eight nine ten eleven twelve")
 MAX_COUNT = len(NUMBERS) - 1
 
 THINGS = {  # singular: plural
@@ -16,40 +18,23 @@ THINGS = {  # singular: plural
     "flower": "flowers", "coin": "coins", "button": "buttons", "feather": "feathers",
     "cake": "cakes", "book": "books", "berry": "berries",
 }  # fmt: skip
-COLORS = "red green blue white yellow brown".split()
-PLACES = "forest river garden lake market hill mill meadow harbor village".split()
+COLORS = words("red green blue white yellow brown")
+PLACES = words("forest river garden lake market hill mill meadow harbor village")
 HOMES = (
-    "a small house by the sea", "an old farm", "a white house near the forest", "a village in the hills",
-    "a little house by the river", "a big town",
+    "a small house by the sea", "an old farm", "a white house near the forest",
+    "a village in the hills", "a little house by the river", "a big town",
 )  # fmt: skip
-ANIMALS = "dog cat fox bird horse goat duck rabbit mouse owl".split()
-SIZES = "small big little young thin gray".split()
-CHARACTERS = "kind brave clever quiet cheerful curious".split()
-CLOTHES = "hat coat scarf bag ring drum kite lamp".split()
+ANIMALS = words("dog cat fox bird horse goat duck rabbit mouse owl")
+SIZES = words("small big little young thin gray")
+CHARACTERS = words("kind brave clever quiet cheerful curious")
+CLOTHES = words("hat coat scarf bag ring drum kite lamp")
 HIDING_PLACES = (
     "under the bed", "behind the door", "in the kitchen", "on the roof", "under a tree",
     "in the barn", "behind the well", "in a box",
 )  # fmt: skip
-BUILT = "boat bridge table chair cart fence tower swing".split()
+BUILT = words("boat bridge table chair cart fence tower swing")
 GAMES = ("sang a song", "danced", "played ball", "ran a race", "told jokes", "flew a kite")
 MEALS = ("bread and cheese", "hot soup", "rice and beans", "fish and potatoes", "a warm pie")
-
-
-class Person(NamedTuple):
-    name: str
-    is_girl: bool
-
-    @property
-    def she(self) -> str:
-        return "she" if self.is_girl else "he"
-
-    @property
-    def her(self) -> str:
-        return "her" if self.is_girl else "his"
-
-    @property
-    def kind(self) -> str:
-        return "girl" if self.is_girl else "boy"
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Trains the demo checkpoint: `python -m fastgen_jax.demo.train`, under an hour on two cores.
 
-Short texts full of codes come first, because finding a code by a name is learned there within minutes; then the texts
-grow to the full context. The state is saved every hundred steps, and the same command continues from it.
+Short texts full of codes come first, because finding a code by a name is learned there within
+minutes; then the texts grow to the full context. The state is saved every hundred steps, and the
+same command continues from it.
 """
 
 import argparse
@@ -63,7 +64,7 @@ SAVE_EVERY = 100
 
 
 def optimizer() -> optax.GradientTransformation:
-    """Muon (Jordan et al., 2024); its rate is steady until codes are found by name, then falls to nothing."""
+    """Muon (Jordan et al., 2024); its rate is steady until codes are found by name, then falls."""
     n_steps = sum(stage.n_steps for stage in STAGES)
     rate = optax.join_schedules(
         [
@@ -83,7 +84,9 @@ def logits_of(model: llama.Model, batch: Batch) -> Float[Array, "B L V"]:
 
 
 def loss_of(params: nnx.State, graph: nnx.GraphDef, batch: Batch):
-    """Weighted mean cross-entropy. Beside it: of codes' first digits the share that is right, of stories the mean loss."""
+    """Weighted mean cross-entropy. Beside it: the share of codes' first digits that are right, and
+    the mean loss of stories.
+    """
     logits = logits_of(nnx.merge(graph, params), batch)[:, :-1]
     targets, weights = batch.tokens[:, 1:], batch.weights[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -136,7 +139,8 @@ def train(tokenizer: Tokenizer, *, seed: int, state_file: Path) -> llama.Model:
             save_state(state_file, step + 1, (params, state))
             right, story, loss = np.mean(jax.device_get(reports), axis=0)
             log.info(
-                "step %d of %d, length %d: loss %.3f, first digits right %.3f, story loss %.3f; %.0f s, %.0f s of CPU",
+                "step %d of %d, length %d: loss %.3f, first digits right %.3f, story loss %.3f; "
+                "%.0f s, %.0f s of CPU",
                 step + 1, len(stages), stages[step].length, loss, right, story,
                 time.monotonic() - start, time.process_time(),
             )  # fmt: skip

@@ -1,4 +1,7 @@
-"""The demo's tokenizer: byte-level BPE over the corpus, so that any text encodes and decodes back; each digit is a token."""
+"""The demo's tokenizer: byte-level BPE learned from the corpus; each digit is a token.
+
+Any text encodes, and decodes back to itself.
+"""
 
 import json
 import random
@@ -8,8 +11,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
-from fastgen_jax.demo import corpus, stories
-from fastgen_jax.demo.stories import Person
+from fastgen_jax.demo import people, phrases, stories
+from fastgen_jax.demo.people import Person
 
 VOCAB_SIZE = 1024
 BOS, EOS, USER, ASSISTANT, SYSTEM, END = SPECIAL = (
@@ -21,25 +24,26 @@ SPLIT = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('roles are system, user and assistant, got ' + message['role']) }}{% endif %}"
+    "{{ raise_exception('roles are system, user and assistant, got ' + message['role']) }}"
+    "{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
 def _texts() -> Iterator[str]:
-    """Text to learn merges from. Syllables of names come apart, so that no merge joins two of them."""
+    """Text to learn merges from. Syllables of names come alone, so that no merge joins two."""
     rng = random.Random(0)
     for _ in range(2000):
         yield " ".join(stories.tell(rng, Person("", rng.random() < 0.5), Person("", True)))
-    for text in [*corpus.QUESTIONS, *corpus.STORY_REQUESTS, *corpus.SYSTEM_PROMPTS]:
+    for text in [*phrases.QUESTIONS, *phrases.STORY_REQUESTS, *phrases.SYSTEM_PROMPTS]:
         yield from [f" {text}", text] * 20
-    for said, reply in corpus.SMALL_TALK:
+    for said, reply in phrases.SMALL_TALK:
         yield from [said, reply] * 20
     yield from ["The code of", " code", "Question:", "\nAnswer:", "\n\n", "What"] * 2000
-    for syllable in [*corpus.STARTS, *corpus.CLASSIC_GIRLS, *corpus.CLASSIC_BOYS]:
+    for syllable in [*people.STARTS, *people.CLASSIC_GIRLS, *people.CLASSIC_BOYS]:
         yield from [f" {syllable}"] * 2000
-    for syllable in [*corpus.GIRL_ENDS, *corpus.BOY_ENDS]:
+    for syllable in [*people.GIRL_ENDS, *people.BOY_ENDS]:
         yield from [syllable] * 2000
 
 

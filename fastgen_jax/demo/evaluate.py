@@ -1,0 +1,69 @@
+"""Measures how well the demo recalls: `python -m fastgen_jax.demo.evaluate`.
+
+Asks, through the engine and greedily, for codes told at each depth of stories of each length, among
+other people's codes. All names and numbers are held out from training (or none, with --seen).
+Prints the share of exact answers and a story.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+
+from fastgen_jax.config import SamplingParams
+from fastgen_jax.demo.corpus import RecallExample, recall_example
+from fastgen_jax.llm import LLM
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+LENGTHS = (100, 500, 1000, 1500)  # tokens of story
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
+
+
+def recalls(llm: LLM, examples: list[RecallExample]) -> np.ndarray:
+    """For each example, whether the whole text of the model is its answer and nothing more."""
+    assert llm.tokenizer is not None
+    prompts = [
+        llm.tokenizer.apply_chat_template(example.messages)
+        if example.messages
+        else llm.tokenizer.encode(example.text)
+        for example in examples
+    ]
+    outputs = llm.generate(prompts, GREEDY)
+    texts = [output.outputs[0].text.strip() for output in outputs]
+    return np.array([text == e.answer for text, e in zip(texts, examples, strict=True)])
+
+
+def table(llm: LLM, *, n_examples: int, held_out: bool, seed: int) -> np.ndarray:
+    """Share of exact answers, one row per length, one column per depth; half of them are chats."""
+    rng = random.Random(seed)
+    examples = [
+        recall_example(rng, length, depth, chat=i % 2 == 0, held_out=held_out)
+        for length in LENGTHS
+        for depth in DEPTHS
+        for i in range(n_examples)
+    ]
+    return recalls(llm, examples).reshape(len(LENGTHS), len(DEPTHS), n_examples).mean(axis=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--examples", type=int, default=40, help="per length and depth")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seen", action="store_true", help="ask for names and numbers as trained")
+    args = parser.parse_args()
+    with LLM(str(args.checkpoint), max_model_len=2048) as llm:
+        shares = table(llm, n_examples=args.examples, held_out=not args.seen, seed=args.seed)
+        print("story tokens", *(f"depth {depth:4.2f}" for depth in DEPTHS), sep="  ")
+        for length, row in zip(LENGTHS, shares, strict=True):
+            print(f"{length:12}", *(f"{share:10.3f}" for share in row), sep="  ")
+        print(f"all: {shares.mean():.4f} of {shares.size * args.examples} answers are exact\n")
+        ask = [{"role": "user", "content": "Tell me a story about Tom."}]
+        story = llm.chat(ask, SamplingParams(temperature=0.0, max_tokens=400), use_tqdm=False)
+        print(story[0].outputs[0].text)
+
+
+if __name__ == "__main__":
+    main()
