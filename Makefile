@@ -9,7 +9,7 @@ ARGS ?=
 PY := .venv/bin/python
 
 # The first interpreter that is new enough. Give another one with PYTHON=...
-PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+PYTHON = $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 
 help:  ## list the commands

@@ -27,6 +27,7 @@ from fastgen_jax.batch import UNKNOWN, Batch, HostTables, Shape, packed_size, un
 from fastgen_jax.config import MAX_LOGPROBS, ModelConfig
 from fastgen_jax.sampling import RowParams, RowTables, Sampled, sample
 from fastgen_jax.sharding import cache_sharding, replicated, shard_attend
+from pallas_kernels import cache_dtype as stored_dtype
 from pallas_kernels import select
 from pallas_kernels.contract import RaggedMeta
 
@@ -187,7 +188,7 @@ class Runner:
         self._steps: dict[Shape, Callable] = {}
         self._state_shape = (n_rows + 1, max_tokens)
         self._cache_shape = (n_blocks, config.n_kv_heads, 2, block_size, config.head_dim)
-        self._cache_dtype = cache_dtype
+        self._cache_dtype = stored_dtype(cache_dtype, jax.default_backend())
         self._n_layers = config.n_layers
         self.state = self._fresh_state()
         self._row_tables: tuple[Array, ...] = ()

@@ -108,7 +108,7 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
 
 def keep_compiled(directory: str | None) -> None:
     """Turns on jax's persistent compilation cache, unless the program has set one up itself."""
-    if directory and jax.config.jax_compilation_cache_dir is None:
+    if directory and getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

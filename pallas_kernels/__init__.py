@@ -5,9 +5,21 @@ Imports jax and numpy only, never fastgen_jax.
 
 import importlib
 
-from pallas_kernels.contract import AttentionSpec, RaggedMeta, RaggedPagedAttention
+from pallas_kernels.contract import (
+    AttentionSpec,
+    RaggedMeta,
+    RaggedPagedAttention,
+    cache_dtype,
+)
 
-__all__ = ["BACKENDS", "AttentionSpec", "RaggedMeta", "RaggedPagedAttention", "select"]
+__all__ = [
+    "BACKENDS",
+    "AttentionSpec",
+    "RaggedMeta",
+    "RaggedPagedAttention",
+    "cache_dtype",
+    "select",
+]
 
 BACKENDS = ("reference", "xla")
 PLANNED_BACKENDS = ("pallas_tpu", "pallas_gpu", "jax_triton", "mosaic_gpu")

@@ -7,6 +7,8 @@ C cells per block, N query heads, K KV heads, H head size. 'Page' in the literat
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 
@@ -48,7 +50,8 @@ class RaggedPagedAttention(Protocol):
         q: queries, rotary applied.
         k, v: this step's new tokens, rotary applied to k.
         kv_cache: one layer's pool "B K 2 C H" (CPU, GPU layout); donated by the jitted caller and
-            returned updated. Cells that hold no cached token may hold anything, NaN included.
+            returned updated. Its dtype is `cache_dtype(...)`. Cells that hold no cached token may
+            hold anything, NaN included.
         meta: see RaggedMeta.
         spec: see AttentionSpec.
         alibi_slopes: per query head; adds slope * (key position - query position) to the scores,
@@ -72,6 +75,28 @@ class RaggedPagedAttention(Protocol):
         sinks: Float[Array, "N"] | None = None,
         kv_scales: Float[Array, "B K 2 C"] | None = None,
     ) -> tuple[Float[Array, "T N H"], Num[Array, "B K 2 C H"]]: ...
+
+
+def cache_dtype(dtype: str, platform: str) -> str:
+    """How a KV cache of `dtype` is stored: bfloat16 as its bits in uint16 on CPU.
+
+    XLA:CPU has no scatter of bfloat16: it would convert the whole pool to float32 and back.
+    """
+    return "uint16" if platform == "cpu" and dtype == "bfloat16" else dtype
+
+
+def encode(x: Float[Array, "*dims"], dtype) -> Num[Array, "*dims"]:
+    """Keys or values as a cache of `dtype` stores them."""
+    if dtype == jnp.uint16:
+        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    return x.astype(dtype)
+
+
+def decode(cells: Num[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """Keys or values that a cache stores as `cells`."""
+    if cells.dtype == jnp.uint16:
+        return lax.bitcast_convert_type(cells, jnp.bfloat16)
+    return cells
 
 
 def check_arguments(q, k, v, kv_cache, meta: RaggedMeta, kv_scales) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.contract import AttentionSpec, RaggedMeta, check_arguments
+from pallas_kernels.contract import AttentionSpec, RaggedMeta, check_arguments, decode, encode
 
 
 def ragged_paged_attention(
@@ -57,7 +57,7 @@ def write(
 ) -> Num[Array, "B K 2 C H"]:
     """The cache with each token's key and value in its cell; slots past the pool are dropped."""
     n_cells = kv_cache.shape[3]
-    new = jnp.stack([k, v], axis=2).astype(kv_cache.dtype)  # T K 2 H
+    new = encode(jnp.stack([k, v], axis=2), kv_cache.dtype)  # T K 2 H
     return kv_cache.at[slots // n_cells, :, :, slots % n_cells].set(new, mode="drop")
 
 
@@ -65,7 +65,8 @@ def _context(
     kv_cache: Num[Array, "B K 2 C H"], block_table: Int[Array, "P"]
 ) -> Float[Array, "2 K M H"]:
     """The keys and values of one sequence in order of position; M = P * C."""
-    kv = kv_cache[block_table].astype(jnp.float32).transpose(2, 1, 0, 3, 4)  # 2 K P C H
+    kv = decode(kv_cache[block_table]).astype(jnp.float32)
+    kv = kv.transpose(2, 1, 0, 3, 4)  # 2 K P C H
     return kv.reshape(2, kv.shape[1], -1, kv.shape[4])
 
 

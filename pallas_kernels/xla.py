@@ -6,12 +6,13 @@ and no intermediate is larger than one tile, whatever the pool and the block tab
 What XLA:CPU is good at decides the form (jax 0.10.2, measured):
 - A gather of rows "n, C * H" from the flat pool copies at memory speed; fused with a reshape, with
   arithmetic on its indices or with a mask it is 3 to 6 times slower. So indices are computed one
-  iteration ahead and carried by the loop, and the gather is a branch of a `cond`, which nothing
+  iteration ahead and carried by the loop, and each gather is a branch of a `cond`, which nothing
   fuses with.
-- Scatters and slices of bfloat16 convert the whole array to float32 and back. So a bfloat16 cache
-  is stored as uint16 on CPU (contract.storage_dtype).
-- A loop body runs on one core, loops that do not depend on each other run at the same time. So KV
-  heads are divided among `n_lanes` loops.
+- Scatters of bfloat16 convert the whole array to float32 and back. So a bfloat16 cache is stored
+  as uint16 (contract.cache_dtype).
+- Gathers and large elementwise steps use all cores and run beside what does not need them: the
+  values arrive during the product with the keys. Small batched products use one core, and loops
+  that do not depend on each other still run one after the other.
 """
 
 from dataclasses import dataclass
@@ -21,23 +22,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels.contract import AttentionSpec, RaggedMeta, check_arguments
+from pallas_kernels.contract import AttentionSpec, RaggedMeta, check_arguments, decode, encode
 
 LOWEST = -1e30  # a score that weighs nothing; finite, so that differences are never NaN
-FEW_ROWS = (
-    16  # below this many query rows per KV head, reading the tile costs more than the products
-)
+FEW_ROWS = 16  # per KV head; with fewer queries, reading a tile costs more than its products
 
 
 @dataclass(frozen=True)
 class Tiles:
     """How much work one loop iteration does; rounded up to whole blocks of the cache."""
 
-    n_lanes: int = 2  # loops that run at the same time
     single_keys: int = 64  # KV cells of one sequence, single-token sequences
     single_items: int = 32  # such tiles, of any sequences
-    chunk_keys: int = 128  # KV cells, chunks
-    chunk_queries: int = 128  # tokens, chunks
+    chunk_keys: int = 256  # KV cells, chunks
+    chunk_queries: int = 256  # tokens, chunks
 
 
 TILES = Tiles()
@@ -66,34 +64,26 @@ def ragged_paged_attention(
 ) -> tuple[Float[Array, "T N H"], Num[Array, "B K 2 C H"]]:
     """See contract.RaggedPagedAttention."""
     check_arguments(q, k, v, kv_cache, meta, kv_scales)
-    n_tokens, n_heads, head_size = q.shape
+    n_tokens, _, head_size = q.shape
     n_kv_heads = k.shape[1]
     kv_cache = write(k, v, kv_cache, meta.slots)
-    is_bfloat16 = q.dtype == jnp.bfloat16 and kv_cache.dtype in (jnp.bfloat16, jnp.uint16)
+    is_bfloat16 = kv_cache.dtype in (jnp.bfloat16, jnp.uint16)
     q_grouped = q.astype(jnp.bfloat16 if is_bfloat16 else jnp.float32)
     q_grouped = q_grouped.reshape(n_tokens, n_kv_heads, -1, head_size)  # T K G H
     slopes, sinks = (
         None if x is None else x.astype(jnp.float32).reshape(n_kv_heads, -1)  # K G
         for x in (alibi_slopes, sinks)
     )
-    n_lanes = max(n for n in range(1, tiles.n_lanes + 1) if n_kv_heads % n == 0)
-    heads_per_lane = n_kv_heads // n_lanes
-    out = jnp.zeros((n_tokens, n_kv_heads, n_heads // n_kv_heads, head_size), q.dtype)
-    for first_head in range(0, n_kv_heads, heads_per_lane):
-        heads = slice(first_head, first_head + heads_per_lane)
-        lane = Lane(
-            q=q_grouped[:, heads],
-            rows=kv_cache.reshape(-1, kv_cache.shape[3] * head_size),
-            heads=heads,
-            n_kv_heads=n_kv_heads,
-            meta=meta,
-            spec=spec,
-            slopes=None if slopes is None else slopes[heads],
-            sinks=None if sinks is None else sinks[heads],
-            tiles=tiles,
-        )
-        result = _chunks(lane, _singles(lane)).astype(q.dtype)
-        out = lax.dynamic_update_slice_in_dim(out, result, first_head, axis=1)
+    batch = RaggedBatch(
+        q=q_grouped,
+        rows=kv_cache.reshape(-1, *kv_cache.shape[3:]),
+        meta=meta,
+        spec=spec,
+        slopes=slopes,
+        sinks=sinks,
+        tiles=tiles,
+    )
+    out = _chunks(batch, _singles(batch)).astype(q.dtype)
     return out.reshape(q.shape), kv_cache
 
 
@@ -103,24 +93,27 @@ def write(
     kv_cache: Num[Array, "B K 2 C H"],
     slots: Int[Array, "T"],
 ) -> Num[Array, "B K 2 C H"]:
-    """The cache, changed in place, with each token's key and value in its cell."""
-    block, cell = slots // kv_cache.shape[3], slots % kv_cache.shape[3]
+    """The cache, changed in place, with each token's key and value in its cell.
+
+    The pool is written as cells "B*K*2*C H": TPU would transpose it, twice, to scatter into 5 axes.
+    """
+    _, n_kv_heads, _, n_cells, head_size = kv_cache.shape
+    block, cell = slots[:, None] // n_cells, slots[:, None] % n_cells
+    cells = kv_cache.reshape(-1, head_size)
     for i, x in enumerate((k, v)):
-        x = x.astype(jnp.bfloat16 if kv_cache.dtype == jnp.uint16 else kv_cache.dtype)
-        if kv_cache.dtype == jnp.uint16:
-            x = lax.bitcast_convert_type(x, jnp.uint16)
-        kv_cache = kv_cache.at[block, :, i, cell].set(x, mode="drop")
-    return kv_cache
+        head = jnp.arange(n_kv_heads)[None]
+        index = ((block * n_kv_heads + head) * 2 + i) * n_cells + cell  # T K
+        rows = encode(x, kv_cache.dtype).reshape(-1, head_size)
+        cells = cells.at[index.reshape(-1)].set(rows, mode="promise_in_bounds")
+    return cells.reshape(kv_cache.shape)
 
 
 @dataclass(frozen=True)
-class Lane:
-    """What one lane needs: its share of the heads, and everything of the batch."""
+class RaggedBatch:
+    """The arguments of one call, prepared."""
 
-    q: Float[Array, "T K G H"]  # of the lane's heads, in the dtype of the products
-    rows: Num[Array, "B*K*2 C*H"]  # the whole pool; row (block * K + head) * 2 + (0: K, 1: V)
-    heads: slice
-    n_kv_heads: int
+    q: Float[Array, "T K G H"]  # in the dtype of the products
+    rows: Num[Array, "B*K*2 C H"]  # the whole pool; row (block * K + head) * 2 + (0: K, 1: V)
     meta: RaggedMeta
     spec: AttentionSpec
     slopes: Float[Array, "K G"] | None
@@ -129,32 +122,43 @@ class Lane:
 
     @property
     def n_cells(self) -> int:
-        return self.rows.shape[1] // self.q.shape[3]
+        return self.rows.shape[1]
 
     def key_rows(self, blocks: Int[Array, "W J"]) -> Int[Array, "W*K*J"]:
         """Where in `rows` the keys of these blocks are; their values are one row below."""
-        head = jnp.arange(self.heads.start, self.heads.stop)[None, :, None]
-        return ((blocks[:, None] * self.n_kv_heads + head) * 2).reshape(-1)
+        n_kv_heads = self.q.shape[1]
+        head = jnp.arange(n_kv_heads)[None, :, None]
+        return ((blocks[:, None] * n_kv_heads + head) * 2).reshape(-1)
 
     def load(self, is_real: Bool[Array, ""], key_rows: Int[Array, "W*K*J"], n_tiles: int):
         """Keys and values "W K M H" of tiles of whole blocks. `is_real` is always true: see top."""
 
-        def gather(index):
-            x = self.rows.at[index].get(mode="promise_in_bounds")
-            if x.dtype == jnp.uint16:
-                x = lax.bitcast_convert_type(x, jnp.bfloat16)
-            return x.astype(self.q.dtype)
+        n_kv_heads, _, head_size = self.q.shape[1:]
 
-        empty = jnp.zeros((len(key_rows), self.rows.shape[1]), self.q.dtype)
-        tiles = lax.cond(
-            is_real, lambda: (gather(key_rows), gather(key_rows + 1)), lambda: (empty, empty)
-        )
-        shape = n_tiles, self.q.shape[1], -1, self.q.shape[3]
-        return tiles[0].reshape(shape), tiles[1].reshape(shape)
+        def gather(index):
+            rows = lax.platform_dependent(self.rows, index, cpu=_take_flat, default=_take)
+            return decode(rows).astype(self.q.dtype)
+
+        def tiles(index):
+            empty = jnp.zeros((len(index), self.n_cells * head_size), self.q.dtype)
+            rows = lax.cond(is_real, lambda: gather(index), lambda: empty)
+            return rows.reshape(n_tiles, n_kv_heads, -1, head_size)
+
+        return tiles(key_rows), tiles(key_rows + 1)
+
+
+def _take(rows: Num[Array, "R C H"], index: Int[Array, "n"]) -> Num[Array, "n C*H"]:
+    """Those rows of the pool, flat; the pool keeps its layout, which TPU would have to change."""
+    return rows.at[index].get(mode="promise_in_bounds").reshape(len(index), -1)
+
+
+def _take_flat(rows: Num[Array, "R C H"], index: Int[Array, "n"]) -> Num[Array, "n C*H"]:
+    """The same on CPU, where a flat pool is the same bytes and its rows are copied faster."""
+    return rows.reshape(len(rows), -1).at[index].get(mode="promise_in_bounds")
 
 
 def _attend(
-    lane: Lane,
+    batch: RaggedBatch,
     q: Float[Array, "W K G Q H"],
     keys: Float[Array, "W K M H"],
     values: Float[Array, "W K M H"],
@@ -166,32 +170,34 @@ def _attend(
     `distance` is key position - query position. A query that sees no key of its tile comes out with
     top = LOWEST and must be given weight 0 by whoever merges it.
     """
-    spec = lane.spec
+    spec = batch.spec
     visible = is_cached[:, None] & (distance <= 0)
     if spec.window is not None:
         visible &= distance > -spec.window
-    scores = _dot(q, keys) * spec.scale
+    scores = _dot(q, keys, spec.scale)
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    if lane.slopes is not None:
+    if batch.slopes is not None:
         bias = distance.astype(jnp.float32)[:, None, None]
-        scores = scores + lane.slopes[None, :, :, None, None] * bias
+        scores = scores + batch.slopes[None, :, :, None, None] * bias
     scores = jnp.where(visible[:, None, None], scores, LOWEST)
     top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
     return Softmax(_weighted_sum(weights, values, is_cached), top, weights.sum(-1))
 
 
-def _dot(q: Float[Array, "W K G Q H"], keys: Float[Array, "W K M H"]) -> Float[Array, "W K G Q M"]:
+def _dot(
+    q: Float[Array, "W K G Q H"], keys: Float[Array, "W K M H"], scale: float
+) -> Float[Array, "W K G Q M"]:
     n_rows = q.shape[2] * q.shape[3]
     shape = (*q.shape[:4], keys.shape[2])
     q = q.reshape(*q.shape[:2], n_rows, q.shape[4])
     if q.dtype == jnp.float32 and n_rows < FEW_ROWS:
         # Few queries: 1.6 times faster this way round; the factor keeps XLA from turning it back.
         scores = jnp.einsum("wkmh,wklh->wkml", keys, q, preferred_element_type=jnp.float32)
-        return scores.transpose(0, 1, 3, 2).reshape(shape)
+        return (scores * scale).transpose(0, 1, 3, 2).reshape(shape)
     scores = jnp.einsum("wklh,wkmh->wklm", q, keys, preferred_element_type=jnp.float32)
-    return scores.reshape(shape)
+    return (scores * scale).reshape(shape)
 
 
 def _weighted_sum(
@@ -210,18 +216,19 @@ def _weighted_sum(
 
     if rows.shape[2] < FEW_ROWS:
         out = dot(values)
-        out = lax.cond(jnp.isfinite(out).all(), lambda: out, clean_dot)
+        is_clean = jnp.isfinite(out.sum(-1)).all()
+        out = lax.cond(is_clean, lambda: out, clean_dot)
     else:
         out = clean_dot()
     return out.reshape(*weights.shape[:4], -1)
 
 
-def _start(lane: Lane, shape: tuple[int, ...]) -> Softmax:
+def _start(batch: RaggedBatch, shape: tuple[int, ...]) -> Softmax:
     """A softmax over the sinks alone. `shape` is "... K G Q H"."""
     acc = jnp.zeros(shape, jnp.float32)
-    if lane.sinks is None:
+    if batch.sinks is None:
         return Softmax(acc, jnp.full(shape[:-1], LOWEST), jnp.zeros(shape[:-1]))
-    top = jnp.broadcast_to(lane.sinks[..., None], shape[:-1])
+    top = jnp.broadcast_to(batch.sinks[..., None], shape[:-1])
     return Softmax(acc, top, jnp.ones(shape[:-1]))
 
 
@@ -229,19 +236,19 @@ def _finish(state: Softmax) -> Float[Array, "*rows H"]:
     return state.acc / jnp.where(state.total == 0, 1.0, state.total)[..., None]
 
 
-def _singles(lane: Lane) -> Float[Array, "T K G H"]:
+def _singles(batch: RaggedBatch) -> Float[Array, "T K G H"]:
     """Attention of the sequences with one new token; zeros for all other tokens.
 
     The work is a list of items, one per sequence and tile of its context; each iteration takes the
     next `n_items`, so that its cost follows the sum of the contexts, not the longest one.
     """
-    meta, window = lane.meta, lane.spec.window
-    n_tokens, n_kv_heads, group_size, head_size = lane.q.shape
+    meta, window = batch.meta, batch.spec.window
+    n_tokens, n_kv_heads, group_size, head_size = batch.q.shape
     n_rows = min(n_tokens, len(meta.seq_lens))
-    n_items = min(lane.tiles.single_items, max(4, n_rows))
-    n_blocks = -(-lane.tiles.single_keys // lane.n_cells)
-    n_keys = n_blocks * lane.n_cells
-    q = lane.q[:n_rows]
+    n_items = min(batch.tiles.single_items, max(4, n_rows))
+    n_blocks = -(-batch.tiles.single_keys // batch.n_cells)
+    n_keys = n_blocks * batch.n_cells
+    q = batch.q[:n_rows]
     table, table_width = _flat_tables(meta.block_tables, n_blocks)
 
     is_single = jnp.arange(n_rows) < jnp.minimum(meta.n_single, meta.n_seqs)
@@ -259,22 +266,22 @@ def _singles(lane: Lane) -> Float[Array, "T K G H"]:
         tile = jnp.where(is_item, last_tile - (end[row] - 1 - item), 0)
         block = (row * table_width + tile * n_blocks)[:, None] + jnp.arange(n_blocks)[None]
         n_cached = jnp.where(is_item, jnp.minimum(seq_lens[row] - tile * n_keys, n_keys), 0)
-        return row, tile, n_cached, lane.key_rows(table[block])
+        return row, tile, n_cached, batch.key_rows(table[block])
 
     def body(i, carry):
         state, (row, tile, n_cached, key_rows) = carry
-        keys, values = lane.load(i * n_items < n_total, key_rows, n_items)
+        keys, values = batch.load(i * n_items < n_total, key_rows, n_items)
         cell = jnp.arange(n_keys)[None]
         distance = tile[:, None] * n_keys + cell - (seq_lens[row] - 1)[:, None]
         is_cached = cell < n_cached[:, None]
-        part = _attend(lane, q[row][:, :, :, None], keys, values, distance[:, None], is_cached)
+        part = _attend(batch, q[row][:, :, :, None], keys, values, distance[:, None], is_cached)
         part = Softmax(*(x[:, :, :, 0] for x in part))
         return _merge_rows(state, part, jnp.where(n_cached > 0, row, n_rows)), plan(i + 1)
 
-    state = _start(lane, (n_rows, n_kv_heads, group_size, 1, head_size))
+    state = _start(batch, (n_rows, n_kv_heads, group_size, 1, head_size))
     state = Softmax(*(x[:, :, :, 0] for x in state))
     state, _ = lax.fori_loop(0, -(-n_total // n_items), body, (state, plan(0)))
-    out = jnp.zeros(lane.q.shape, jnp.float32)
+    out = jnp.zeros(batch.q.shape, jnp.float32)
     return lax.dynamic_update_slice_in_dim(out, _finish(state), 0, axis=0)
 
 
@@ -287,13 +294,13 @@ def _merge_rows(state: Softmax, part: Softmax, row: Int[Array, "W"]) -> Softmax:
     return Softmax(acc, top, (state.total * shrink).at[row].add(part.total * grow, mode="drop"))
 
 
-def _chunks(lane: Lane, out: Float[Array, "T K G H"]) -> Float[Array, "T K G H"]:
+def _chunks(batch: RaggedBatch, out: Float[Array, "T K G H"]) -> Float[Array, "T K G H"]:
     """`out` with the sequences that have several new tokens added, a tile of queries at a time."""
-    meta, window = lane.meta, lane.spec.window
-    n_tokens, n_kv_heads, group_size, head_size = lane.q.shape
-    n_queries = min(lane.tiles.chunk_queries, n_tokens)
-    n_blocks = -(-lane.tiles.chunk_keys // lane.n_cells)
-    n_keys = n_blocks * lane.n_cells
+    meta, window = batch.meta, batch.spec.window
+    n_tokens, n_kv_heads, group_size, head_size = batch.q.shape
+    n_queries = min(batch.tiles.chunk_queries, n_tokens)
+    n_blocks = -(-batch.tiles.chunk_keys // batch.n_cells)
+    n_keys = n_blocks * batch.n_cells
     table, table_width = _flat_tables(meta.block_tables, n_blocks)
 
     n_new = jnp.diff(meta.cu_q_lens)
@@ -308,24 +315,24 @@ def _chunks(lane: Lane, out: Float[Array, "T K G H"]) -> Float[Array, "T K G H"]
         first_token = jnp.minimum(start, n_tokens - n_queries)  # slices are clamped to the array
         token = first_token + jnp.arange(n_queries)
         position = token - stop + seq_len
-        q = lax.dynamic_slice_in_dim(lane.q, first_token, n_queries)
+        q = lax.dynamic_slice_in_dim(batch.q, first_token, n_queries)
         q = q.transpose(1, 2, 0, 3)[None]  # 1 K G Q H
 
         def plan(j):
             blocks = lax.dynamic_slice(table, (row * table_width + j * n_blocks,), (n_blocks,))
-            return lane.key_rows(blocks[None])
+            return batch.key_rows(blocks[None])
 
         def body(j, carry):
             state, key_rows = carry
-            keys, values = lane.load(j < last, key_rows, 1)
+            keys, values = batch.load(j < last, key_rows, 1)
             key_position = j * n_keys + jnp.arange(n_keys)[None]
             distance = key_position - position[:, None]
-            part = _attend(lane, q, keys, values, distance[None], key_position < seq_len)
+            part = _attend(batch, q, keys, values, distance[None], key_position < seq_len)
             return _merge(state, Softmax(*(x[0] for x in part))), plan(j + 1)
 
         first = _first_tile(start - stop + seq_len, window, n_keys)
         last = -(-jnp.minimum(start + n_queries - stop + seq_len, seq_len) // n_keys)
-        state = _start(lane, (n_kv_heads, group_size, n_queries, head_size))
+        state = _start(batch, (n_kv_heads, group_size, n_queries, head_size))
         state, _ = lax.fori_loop(first, last, body, (state, plan(first)))
         is_own = (start <= token) & (token < stop)
         before = lax.dynamic_slice_in_dim(out, first_token, n_queries)

@@ -9,6 +9,7 @@ ENVIRONMENT must be set before that.
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,9 @@ class Target:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), args
         )
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh), warnings.catch_warnings():
+            # Programs for a described device enter the cache, but only a real one can read them.
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
             traced = jitted.trace(*shapes)
             return traced.lower(lowering_platforms=(self.platform,)).compile()
 

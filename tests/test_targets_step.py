@@ -19,9 +19,9 @@ CONFIG = ModelConfig(
     vocab_size=32000,
     hidden_size=1024,
     n_layers=4,
-    n_heads=16,
+    n_heads=8,
     n_kv_heads=4,
-    head_dim=64,
+    head_dim=128,  # of 64, TPU would store the cache transposed, to save lanes, and copy it
     ffn_size=2816,
     max_position=4096,
 )

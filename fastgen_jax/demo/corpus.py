@@ -43,7 +43,7 @@ class Fact(NamedTuple):
 
 
 class RecallExample(NamedTuple):
-    """A prompt whose right continuation is `answer`: a plain text, or else the messages of a chat."""
+    """A prompt that `answer` should follow: a plain text, or else the messages of a chat."""
 
     text: str
     messages: list[dict[str, str]]
@@ -128,7 +128,7 @@ def answer_pieces(code: int, *, before: str = "", after: str = "") -> list[Piece
 
 
 def plain_questions(rng: random.Random, facts: list[Fact], form: str) -> list[Piece]:
-    """Each fact asked for once, all in one form. As far as the loss can tell, each answer ends it."""
+    """Each fact asked for once, all in one form; to the loss, the text ends after each answer."""
     pieces = []
     for i, fact in enumerate(facts):
         question = rng.choice(QUESTIONS).format(fact.person.name)

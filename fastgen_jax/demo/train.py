@@ -78,8 +78,8 @@ def optimizer() -> optax.GradientTransformation:
 
 def logits_of(model: llama.Model, batch: Batch) -> Float[Array, "B L V"]:
     attend = causal_attention(jnp.asarray(batch.segments))
-    caches = (None,) * model.config.n_layers
-    hidden, _ = model(batch.tokens.reshape(-1), batch.positions.reshape(-1), caches, attend)
+    tokens, positions = (jnp.asarray(x).reshape(-1) for x in (batch.tokens, batch.positions))
+    hidden, _ = model(tokens, positions, (None,) * model.config.n_layers, attend)
     return model.unembed(hidden).reshape(*batch.tokens.shape, -1)
 
 
@@ -110,9 +110,9 @@ def train_step(
 
 
 def save_state(path: Path, n_done: int, tree: Any) -> None:
-    leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tree))}
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     part = path.with_suffix(".part.npz")
-    np.savez(part, n_done=np.int32(n_done), **leaves)
+    np.savez(part, np.int32(n_done), *leaves)
     part.replace(path)
 
 
@@ -121,8 +121,9 @@ def load_state(path: Path, tree: Any) -> tuple[int, Any]:
     if not path.exists():
         return 0, tree
     with np.load(path, allow_pickle=False) as saved:
-        leaves = [jnp.asarray(saved[f"leaf{i}"]) for i in range(len(jax.tree.leaves(tree)))]
-        return int(saved["n_done"]), jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        n_done, *leaves = (saved[f"arr_{i}"] for i in range(1 + len(jax.tree.leaves(tree))))
+        leaves = [jnp.asarray(leaf) for leaf in leaves]
+        return int(n_done), jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def train(tokenizer: Tokenizer, *, seed: int, state_file: Path) -> llama.Model:
