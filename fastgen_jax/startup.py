@@ -45,7 +45,7 @@ class Backend:
 
 BACKENDS = {
     # A batch of one token: XLA:CPU then copies the cache to write its cell (memory_analysis says).
-    "cpu": Backend("float32", "xla", 32, 512, 64, 0.25, 32, 2),
+    "cpu": Backend("float32", "xla", 64, 512, 64, 0.25, 32, 2),
     "gpu": Backend("bfloat16", "xla", 64, 768, 256, 0.9, 1024, 8),
     "tpu": Backend("bfloat16", "xla", 128, 768, 256, 0.9, 1024, 16),
 }

@@ -132,7 +132,6 @@ class RaggedBatch:
 
     def load(self, is_real: Bool[Array, ""], key_rows: Int[Array, "W*K*J"], n_tiles: int):
         """Keys and values "W K M H" of tiles of whole blocks. `is_real` is always true: see top."""
-
         n_kv_heads, _, head_size = self.q.shape[1:]
 
         def gather(index):

@@ -1,6 +1,6 @@
 """The text that the demo model learns: short stories, codes to remember, small talk.
 
-A text is a list of pieces, each with the weight of its tokens in the loss. Some names (see
+A text is a list of pieces, each of one kind (SILENT ... LATER). Some names (see
 people.py) and one code in nine are held out: training never shows them, and
 `recall_example(held_out=True)` shows no others. Imports nothing but the standard library.
 """
@@ -20,18 +20,16 @@ from fastgen_jax.demo.phrases import (
     SYSTEM_PROMPTS,
 )
 
-# Weights: given or unpredictable, to learn, to get right, and to get right from the name alone.
-SILENT, SPOKEN, ANSWER, FIRST = 0.0, 1.0, 5.0, 20.0
+# Kinds of text, which weigh differently in the loss: given or unpredictable; told; told about a
+# count that changed; an answer's first digit, which needs the right person; its other digits.
+SILENT, SPOKEN, COUNTED, FIRST, LATER = range(5)
 
 
 class Piece(NamedTuple):
-    """A stretch of text whose tokens have one weight in the loss.
-
-    Pieces join only where the tokenizer splits anyway.
-    """
+    """A stretch of text of one kind. Pieces join only where the tokenizer splits anyway."""
 
     text: str
-    weight: float
+    kind: int
 
 
 class Fact(NamedTuple):
@@ -60,10 +58,12 @@ def pick_code(rng: random.Random, *, held_out: bool = False) -> int:
     return code
 
 
-def pick_facts(rng: random.Random, n: int, *, held_out: bool = False) -> list[Fact]:
+def pick_facts(
+    rng: random.Random, n: int, *, held_out: bool = False, alike: float = 0.0
+) -> list[Fact]:
     """`n` facts of different people with different codes."""
     facts: dict[int, Fact] = {}
-    for person in pick_people(rng, n, held_out=held_out):
+    for person in pick_people(rng, n, held_out=held_out, alike=alike):
         while (code := pick_code(rng, held_out=held_out)) in facts:
             pass
         facts[code] = Fact(person, code)
@@ -100,6 +100,16 @@ def _told_lines(rng: random.Random, n_tokens: int, *, held_out: bool) -> list[st
     return lines
 
 
+def story_piece(sentence: str) -> Piece:
+    states_count = re.match(r"\s*(Now \w+ had|In the evening)", sentence)
+    return Piece(sentence, COUNTED if states_count else SPOKEN)
+
+
+def whole_story(sentences: list[str], end: str) -> list[Piece]:
+    spaced = [sentences[0], *(" " + sentence for sentence in sentences[1:])]
+    return [*map(story_piece, spaced), Piece(end, SPOKEN)]
+
+
 def story_pieces(
     rng: random.Random, n_tokens: int, facts: list[tuple[float, Fact]], *, held_out: bool = False
 ) -> list[Piece]:
@@ -109,22 +119,21 @@ def story_pieces(
         facts: pairs of a depth, from 0 (start) to 1 (end), and a fact.
     """
     lines = _told_lines(rng, n_tokens, held_out=held_out)
-    pieces = [Piece(line, SPOKEN) for line in lines]
+    pieces = [story_piece(line) for line in lines]
     for depth, fact in sorted(facts, key=lambda pair: pair[0], reverse=True):
         at = round(depth * len(lines))
         if at == 0:
             pieces.insert(0, Piece(f"{fact}", SILENT))
             if len(pieces) > 1:
-                pieces[1] = Piece(" " + pieces[1].text.lstrip(), pieces[1].weight)
+                pieces[1] = Piece(" " + pieces[1].text.lstrip(), pieces[1].kind)
         else:
             pieces.insert(at, Piece(f" {fact}", SILENT))
     return pieces
 
 
 def answer_pieces(code: int, *, before: str = "", after: str = "") -> list[Piece]:
-    """The first digit weighs most: it needs the right person, the others only follow."""
     digits = str(code)
-    return [Piece(before + digits[0], FIRST), Piece(digits[1:] + after, ANSWER)]
+    return [Piece(before + digits[0], FIRST), Piece(digits[1:] + after, LATER)]
 
 
 def plain_questions(rng: random.Random, facts: list[Fact], form: str) -> list[Piece]:
@@ -135,7 +144,7 @@ def plain_questions(rng: random.Random, facts: list[Fact], form: str) -> list[Pi
         asked = form.format(question=question, name=fact.person.name)
         pieces.append(Piece(("\n" if i else "\n\n") + asked, SILENT))
         pieces += answer_pieces(fact.code, before=" ")
-    return [*pieces, Piece("<|eos|>", ANSWER)]
+    return [*pieces, Piece("<|eos|>", LATER)]
 
 
 def chat_questions(rng: random.Random, facts: list[Fact], *, begin: str) -> list[Piece]:
@@ -155,14 +164,20 @@ def chat_start(rng: random.Random) -> list[Piece]:
 
 
 def recall_text(
-    rng: random.Random, *, n_story_tokens: int, n_facts: int, n_questions: int, begun: float
+    rng: random.Random,
+    *,
+    n_story_tokens: int,
+    n_facts: int,
+    n_questions: int,
+    begun: float,
+    alike: float = 0.0,
 ) -> list[Piece]:
     """A training text: facts anywhere in a story (or one after the other), then questions.
 
     A share of `begun` asks by the fact's sentence begun again, the easiest form; of the others half
     are chats.
     """
-    facts = pick_facts(rng, n_facts)
+    facts = pick_facts(rng, n_facts, alike=alike)
     told = story_pieces(rng, n_story_tokens, [(rng.random(), fact) for fact in facts])
     asked = rng.sample(facts, n_questions)
     if rng.random() < begun:
@@ -176,13 +191,18 @@ def long_chat_text(rng: random.Random, n_tokens: int) -> list[Piece]:
     """A training text: a chat in which the user tells codes, asks for stories, then for codes."""
     facts: list[Fact] = pick_facts(rng, rng.randint(1, 8))
     turns = [_fact_turn(fact) for fact in facts]
-    while sum(n_tokens_about(piece.text) for turn in turns for piece in turn) < n_tokens:
+    while sum(_n_turn_tokens_about(turn) for turn in turns) < n_tokens:
         turns.append(_story_turn(rng))
     rng.shuffle(turns)
     turns[0][0] = Piece(turns[0][0].text.removeprefix("<|user|>"), SILENT)
     told = [piece for turn in turns for piece in turn]
     asked = rng.sample(facts, rng.randint(1, len(facts)))
     return [*chat_start(rng), *told, *chat_questions(rng, asked, begin="<|user|>")]
+
+
+def _n_turn_tokens_about(turn: list[Piece]) -> int:
+    asked, *told = turn
+    return n_tokens_about(asked.text) + n_tokens_about("".join(piece.text for piece in told))
 
 
 def _fact_turn(fact: Fact) -> list[Piece]:
@@ -195,21 +215,17 @@ def _story_turn(rng: random.Random) -> list[Piece]:
     request = rng.choice(STORY_REQUESTS).format(hero.name)
     if rng.random() < 0.15:
         request, hero = "Tell me a story.", None
-    told = " ".join(story(rng, hero=hero))
-    return [
-        Piece(f"<|user|>{request}<|end|><|assistant|>", SILENT),
-        Piece(f"{told}<|end|>", SPOKEN),
-    ]
+    asked = Piece(f"<|user|>{request}<|end|><|assistant|>", SILENT)
+    return [asked, *whole_story(story(rng, hero=hero), "<|end|>")]
 
 
 def story_text(rng: random.Random) -> list[Piece]:
     """A training text: a story, plain or told in a chat on request."""
     if rng.random() < 0.3:
-        told = " ".join(story(rng))
-        return [Piece("<|bos|>", SILENT), Piece(told, SPOKEN), Piece("<|eos|>", SPOKEN)]
-    asked, told = _story_turn(rng)
+        return [Piece("<|bos|>", SILENT), *whole_story(story(rng), "<|eos|>")]
+    asked, *told = _story_turn(rng)
     asked = Piece(asked.text.removeprefix("<|user|>"), SILENT)
-    return [*chat_start(rng), asked, told]
+    return [*chat_start(rng), asked, *told]
 
 
 def small_talk_text(rng: random.Random) -> list[Piece]:

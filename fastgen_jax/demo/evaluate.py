@@ -2,17 +2,20 @@
 
 Asks, through the engine and greedily, for codes told at each depth of stories of each length, among
 other people's codes. All names and numbers are held out from training (or none, with --seen).
-Prints the share of exact answers and a story.
+Prints the share of exact answers, the share of true counts in stories, and a story.
 """
 
 import argparse
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 
 from fastgen_jax.config import SamplingParams
 from fastgen_jax.demo.corpus import RecallExample, recall_example
+from fastgen_jax.demo.people import HELD_OUT_PEOPLE
+from fastgen_jax.demo.stories import NUMBERS
 from fastgen_jax.llm import LLM
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -47,6 +50,41 @@ def table(llm: LLM, *, n_examples: int, held_out: bool, seed: int) -> np.ndarray
     return recalls(llm, examples).reshape(len(LENGTHS), len(DEPTHS), n_examples).mean(axis=2)
 
 
+def check_counts(sentences: list[str]) -> list[bool]:
+    """For each count that a story states after a change, whether it follows from what was told."""
+    number = rf"({'|'.join(NUMBERS)})"
+    counts: dict[str, int] = {}
+    checks = []
+    for sentence in sentences:
+        if match := re.match(rf"(?:One day )?(\w+) had {number} ", sentence):
+            counts[match[1]] = NUMBERS.index(match[2])
+        hero = next(iter(counts), "")
+        if match := re.match(rf"At the \w+ s?he found {number} more", sentence):
+            counts[hero] += NUMBERS.index(match[1])
+        if re.match(r"On the way one \w+ fell", sentence):
+            counts[hero] -= 1
+        if match := re.match(rf"(\w+) gave {number} \w+ to (\w+)\.", sentence):
+            counts[match[1]] = counts.get(match[1], 0) - NUMBERS.index(match[2])
+            counts[match[3]] = counts.get(match[3], 0) + NUMBERS.index(match[2])
+        stated = rf"(?:Now (?=\w+ had)|In the evening )(\w+) (?:had|went home with) {number} "
+        if match := re.match(stated, sentence):
+            checks.append(counts.get(match[1]) == NUMBERS.index(match[2]))
+    return checks
+
+
+def split_sentences(text: str) -> list[str]:
+    return re.split(r'(?<=[.!?"]) (?=["A-Z])', text)
+
+
+def stories_of(llm: LLM, *, n_stories: int, seed: int) -> list[str]:
+    """Stories told greedily about people whose names are held out."""
+    heroes = random.Random(seed).sample(HELD_OUT_PEOPLE, n_stories)
+    requests = [f"Tell me a story about {hero.name}." for hero in heroes]
+    chats = [[{"role": "user", "content": request}] for request in requests]
+    outputs = llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=500))
+    return [output.outputs[0].text for output in outputs]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
@@ -60,9 +98,9 @@ def main() -> None:
         for length, row in zip(LENGTHS, shares, strict=True):
             print(f"{length:12}", *(f"{share:10.3f}" for share in row), sep="  ")
         print(f"all: {shares.mean():.4f} of {shares.size * args.examples} answers are exact\n")
-        ask = [{"role": "user", "content": "Tell me a story about Tom."}]
-        story = llm.chat(ask, SamplingParams(temperature=0.0, max_tokens=400), use_tqdm=False)
-        print(story[0].outputs[0].text)
+        told = stories_of(llm, n_stories=50, seed=args.seed)
+        checks = [is_true for text in told for is_true in check_counts(split_sentences(text))]
+        print(f"{sum(checks)} of {len(checks)} counts in {len(told)} stories are true\n\n{told[0]}")
 
 
 if __name__ == "__main__":

@@ -74,12 +74,31 @@ def spelled_name(rng: random.Random) -> Person:
     return Person(name, name.endswith(("a", "e", "i")))
 
 
-def pick_people(rng: random.Random, n: int, *, held_out: bool = False) -> list[Person]:
-    """`n` different people; in training one in five has a classic name and one in ten any name."""
+def alike_person(rng: random.Random, person: Person) -> Person:
+    """Someone whose name begins or ends like that of `person`."""
+    name = person.name
+    return rng.choice(
+        [p for p in TRAINING_PEOPLE if p.name[:3] == name[:3] or p.name[-2:] == name[-2:]]
+        or TRAINING_PEOPLE
+    )
+
+
+def pick_people(
+    rng: random.Random, n: int, *, held_out: bool = False, alike: float = 0.0
+) -> list[Person]:
+    """`n` different people; in training one in five has a classic name and one in ten any name.
+
+    Args:
+        alike: share of people whose name resembles one picked before, hard to tell apart.
+    """
     if held_out:
         return rng.sample(HELD_OUT_PEOPLE, n)
     chosen: dict[str, Person] = {}
     while len(chosen) < n:
+        if chosen and alike and rng.random() < alike:
+            person = alike_person(rng, rng.choice(list(chosen.values())))
+            chosen[person.name] = person
+            continue
         die = rng.random()
         person = rng.choice(CLASSIC_PEOPLE if die < 0.2 else TRAINING_PEOPLE)
         person = spelled_name(rng) if die > 0.9 else person

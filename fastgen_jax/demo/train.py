@@ -51,7 +51,8 @@ HF_CONFIG: dict[str, Any] = {
     "eos_token_id": [vocabulary.EOS_ID, vocabulary.END_ID],
     "dtype": "bfloat16",
 }
-STAGES = (
+HARD: dict[str, Any] = {"alike": 0.4, "weights": (0, 1, 4, 20, 20)}
+FIRST_CYCLE = (
     Stage(n_steps=200, n_rows=24, length=128, max_facts=2, max_story=0, recall=0.95, begun=0.8),
     Stage(n_steps=600, n_rows=24, length=128, max_facts=4, max_story=0, recall=0.95, begun=0.5),
     Stage(n_steps=700, n_rows=12, length=256, max_facts=8, max_story=60, recall=0.9, begun=0.2),
@@ -59,19 +60,47 @@ STAGES = (
     Stage(n_steps=400, n_rows=4, length=1024, max_facts=12, max_story=800, recall=0.7, begun=0.1),
     Stage(n_steps=500, n_rows=3, length=2048, max_facts=14, max_story=1700, recall=0.7, begun=0.1),
 )
-PEAK_RATE, STEADY_STEPS = 0.01, 1000
+# Names that are alike, and the later digits of codes.
+SECOND_CYCLE = tuple(
+    Stage(**stage, begun=0.1, **HARD)
+    for stage in (
+        {"n_steps": 600, "n_rows": 12, "length": 256, "max_facts": 8, "max_story": 60,
+         "recall": 0.75},
+        {"n_steps": 300, "n_rows": 8, "length": 512, "max_facts": 10, "max_story": 350,
+         "recall": 0.6},
+        {"n_steps": 400, "n_rows": 3, "length": 2048, "max_facts": 14, "max_story": 1700,
+         "recall": 0.7},
+    )
+)  # fmt: skip
+# Codes told long ago.
+THIRD_CYCLE = (
+    Stage(
+        n_steps=300, n_rows=3, length=2048, max_facts=6, min_story=1000, max_story=1700,
+        recall=0.9, begun=0.1, **HARD,
+    ),
+)  # fmt: skip
+STAGES = FIRST_CYCLE + SECOND_CYCLE + THIRD_CYCLE
 SAVE_EVERY = 100
 
 
 def optimizer() -> optax.GradientTransformation:
-    """Muon (Jordan et al., 2024); its rate is steady until codes are found by name, then falls."""
-    n_steps = sum(stage.n_steps for stage in STAGES)
+    """Muon (Jordan et al., 2024). Its rate is steady until codes are found by name, then falls as a
+    parabola; it starts again, lower, with each further cycle.
+    """
+    first, second, third = (
+        sum(stage.n_steps for stage in cycle) for cycle in (FIRST_CYCLE, SECOND_CYCLE, THIRD_CYCLE)
+    )
+    warmup, steady = 50, 1000
     rate = optax.join_schedules(
         [
-            optax.warmup_constant_schedule(0.0, PEAK_RATE, 50),
-            optax.polynomial_schedule(PEAK_RATE, 1e-4, 2, n_steps - STEADY_STEPS),
+            optax.warmup_constant_schedule(0.0, 0.01, warmup),
+            optax.polynomial_schedule(0.01, 1e-4, 2, first - steady),
+            optax.warmup_constant_schedule(1e-4, 0.005, warmup),
+            optax.polynomial_schedule(0.005, 1e-4, 2, second - warmup),
+            optax.warmup_constant_schedule(1e-4, 0.002, warmup),
+            optax.polynomial_schedule(0.002, 1e-4, 2, third - warmup),
         ],
-        [STEADY_STEPS],
+        [steady, first, first + warmup, first + second, first + second + warmup],
     )
     return optax.contrib.muon(rate, weight_decay=0.01, adam_b2=0.98)
 
@@ -83,28 +112,36 @@ def logits_of(model: llama.Model, batch: Batch) -> Float[Array, "B L V"]:
     return model.unembed(hidden).reshape(*batch.tokens.shape, -1)
 
 
-def loss_of(params: nnx.State, graph: nnx.GraphDef, batch: Batch):
+def loss_of(params: nnx.State, graph: nnx.GraphDef, batch: Batch, weights: tuple[float, ...]):
     """Weighted mean cross-entropy. Beside it: the share of codes' first digits that are right, and
     the mean loss of stories.
     """
     logits = logits_of(nnx.merge(graph, params), batch)[:, :-1]
-    targets, weights = batch.tokens[:, 1:], batch.weights[:, 1:]
+    targets, kinds = batch.tokens[:, 1:], batch.kinds[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
-    def mean(values: Array, weight: float) -> Array:
-        mask = weights == weight
+    def mean(values: Array, kind: int) -> Array:
+        mask = kinds == kind
         return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
     is_right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
     report = jnp.stack([mean(is_right, corpus.FIRST), mean(losses, corpus.SPOKEN)])
-    return jnp.sum(losses * weights) / jnp.sum(weights), report
+    weight = jnp.asarray(weights, jnp.float32)[kinds]
+    return jnp.sum(losses * weight) / jnp.sum(weight), report
 
 
-@partial(jax.jit, static_argnames=("graph", "tx"), donate_argnames=("params", "state"))
+@partial(jax.jit, static_argnames=("graph", "tx", "weights"), donate_argnames=("params", "state"))
 def train_step(
-    params: nnx.State, state: optax.OptState, batch: Batch, *, graph: nnx.GraphDef, tx: Any
+    params: nnx.State,
+    state: optax.OptState,
+    batch: Batch,
+    *,
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    weights: tuple[float, ...],
 ):
-    (loss, report), grads = jax.value_and_grad(loss_of, has_aux=True)(params, graph, batch)
+    grad = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, report), grads = grad(params, graph, batch, weights)
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, jnp.append(report, loss)
 
@@ -133,8 +170,11 @@ def train(tokenizer: Tokenizer, *, seed: int, state_file: Path) -> llama.Model:
     stages = [stage for stage in STAGES for _ in range(stage.n_steps)]
     start, reports = time.monotonic(), []
     for step in range(n_done, len(stages)):
-        batch = sample_batch(tokenizer, random.Random(f"{seed} {step}"), stages[step])
-        params, state, report = train_step(params, state, batch, graph=graph, tx=tx)
+        stage = stages[step]
+        batch = sample_batch(tokenizer, random.Random(f"{seed} {step}"), stage)
+        params, state, report = train_step(
+            params, state, batch, graph=graph, tx=tx, weights=stage.weights
+        )
         reports.append(report)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == len(stages):
             save_state(state_file, step + 1, (params, state))
@@ -142,7 +182,7 @@ def train(tokenizer: Tokenizer, *, seed: int, state_file: Path) -> llama.Model:
             log.info(
                 "step %d of %d, length %d: loss %.3f, first digits right %.3f, story loss %.3f; "
                 "%.0f s, %.0f s of CPU",
-                step + 1, len(stages), stages[step].length, loss, right, story,
+                step + 1, len(stages), stage.length, loss, right, story,
                 time.monotonic() - start, time.process_time(),
             )  # fmt: skip
             reports = []
