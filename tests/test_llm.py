@@ -323,6 +323,15 @@ def test_fault_of_the_engine_cancels_the_rest():
     assert not llm.engine.live
 
 
+@pytest.fixture
+def sigint():
+    """Python's own handler, which a shell's background jobs start without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 def test_interrupt_cancels_everything_and_the_llm_stays_usable():
     steps = []
 
@@ -341,6 +350,7 @@ def test_interrupt_cancels_everything_and_the_llm_stays_usable():
     assert token_ids(llm.generate([1], GREEDY, use_tqdm=False)) == [list(range(20, 28))]
 
 
+@pytest.mark.usefixtures("sigint")
 def test_second_interrupt_acts_at_once():
     def press_twice(engine):
         engine.on_step = None
