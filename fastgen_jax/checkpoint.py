@@ -132,13 +132,9 @@ def random_model(config: ModelConfig, policy: Policy, mesh: Mesh, seed: int) -> 
 
 
 def _tree_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-    flat = {
-        path: parameter_sharding(".".join(map(str, path)), mesh)
-        for path, _ in nnx.to_flat_state(state)
-    }
-    paths = [path for path, _ in nnx.to_flat_state(state)]
-    treedef = jax.tree.structure(state)
-    return jax.tree.unflatten(treedef, [flat[path] for path in paths])
+    paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
+    shardings = [parameter_sharding(path, mesh) for path in paths]
+    return jax.tree.unflatten(jax.tree.structure(state), shardings)
 
 
 def load_model(
@@ -227,19 +223,20 @@ def plan_sources(
     """Which tensor fills which part of which parameter; CheckpointError lists all that does not
     fit.
     """
-    expected = [s for s in _expand(family.WEIGHTS, config.n_layers) if s.path in params]
+    sources = _expand(family.WEIGHTS, config.n_layers)
+    expected = [s for s in sources if s.path in params]
     # With tied embeddings some checkpoints repeat the table as lm_head: known, not needed.
-    known = {s.name for s in _expand(family.WEIGHTS, config.n_layers)}
+    known = {s.name for s in sources}
     known |= {name.format(i) for name in family.IGNORED for i in range(config.n_layers)}
     problems = [f"missing: {s.name}" for s in expected if s.name not in stored]
     problems += [
         f"unused: {name} (in {stored[name].file.name})" for name in stored if name not in known
     ]
-    has_bias = {s.name for s in expected}
+    needed = {s.name for s in expected}
     problems += [
         f"unused: {name} (the config says there is no such parameter)"
         for name in stored
-        if name in known and name not in has_bias and name.endswith(".bias")
+        if name in known and name not in needed and name.endswith(".bias")
     ]
     for source in expected:
         if source.name in stored:
