@@ -41,6 +41,9 @@ class Case(NamedTuple):
 CASES = {
     "a: 32 decodes, context 290": Case(32, 290),
     "b: 29 decodes, context 290, and two prompts of 240": Case(29, 290, ((250, 250), (233, 233))),
+    "g: 16 decodes, context 290, and parts of three prompts": Case(
+        16, 290, ((250, 120), (260, 260), (110, 110))
+    ),
     "c: 32 decodes, context 1024": Case(32, 1024),
     "d: 256 decodes, context 290": Case(256, 290),
     "e: 500 tokens of a prompt of 1000, 12 decodes, context 1024": Case(12, 1024, ((1000, 500),)),

@@ -1,6 +1,9 @@
-"""Speed of this machine's matrix products by dtype, weight layout and rows: what bounds a step.
+"""Speed of this machine's matrix products by dtype, form and rows: what bounds a step.
 
 python benchmarks/matmul.py
+
+As in a step, each of many weights is used once, so that it comes from memory. The barrier keeps XLA
+from turning a product round.
 """
 
 import time
@@ -9,36 +12,43 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-ROWS = (1, 8, 32, 256)
-WEIGHTS = ((768, 1280), (768, 4096), (768, 32000))
-LAYOUTS = {"(in, out)": 0, "(out, in)": 1}  # which axis of the weight is contracted
+ROWS = (2, 8, 16, 32, 64, 128, 256, 512)
+SHAPE = 4096, 768  # (out, in)
+N_WEIGHTS = 24
+FORMS = {"x W^T": False, "(W x^T)^T": True}
 
 
-def gflops(rows: int, n_in: int, n_out: int, dtype: str, axis: int, repeats: int = 20) -> float:
+def gflops(rows: int, dtype: str, weight_first: bool, repeats: int = 10) -> float:
     """The best of some runs, with products accumulated in float32."""
-    contract = (((1,), (axis,)), ((), ()))
-    product = jax.jit(
-        lambda x, w: lax.dot_general(x, w, contract, preferred_element_type=jnp.float32)
-    )
-    x = jnp.ones((rows, n_in), dtype)
-    w = jnp.ones((n_in, n_out) if axis == 0 else (n_out, n_in), dtype)
-    product(x, w).block_until_ready()
+
+    def dot(a, b):
+        contract = (((1,), (1,)), ((), ()))
+        return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+    @jax.jit
+    def run(x, weights):
+        for weight in weights:
+            y = lax.optimization_barrier(dot(weight, x)).T if weight_first else dot(x, weight)
+            x = x + y[:, : x.shape[1]].astype(x.dtype)
+        return x
+
+    x = jnp.ones((rows, SHAPE[1]), dtype)
+    weights = [jnp.full(SHAPE, 1e-3, dtype) for _ in range(N_WEIGHTS)]
+    run(x, weights).block_until_ready()
     best = float("inf")
     for _ in range(repeats):
         started = time.perf_counter()
-        product(x, w).block_until_ready()
+        run(x, weights).block_until_ready()
         best = min(best, time.perf_counter() - started)
-    return 2 * rows * n_in * n_out / best / 1e9
+    return 2 * rows * SHAPE[0] * SHAPE[1] * N_WEIGHTS / best / 1e9
 
 
 def main() -> None:
-    columns = [(dtype, layout) for dtype in ("float32", "bfloat16") for layout in LAYOUTS]
-    print("GFLOP/s".ljust(24), *(f"{dtype} {layout}".rjust(20) for dtype, layout in columns))
-    for n_in, n_out in WEIGHTS:
-        for rows in ROWS:
-            speeds = [gflops(rows, n_in, n_out, dtype, LAYOUTS[la]) for dtype, la in columns]
-            label = f"{rows} x {n_in} x {n_out}".ljust(24)
-            print(label, *(f"{speed:20.0f}" for speed in speeds), flush=True)
+    columns = [(dtype, form) for dtype in ("float32", "bfloat16") for form in FORMS]
+    print("GFLOP/s, rows".ljust(14), *(f"{dtype} {form}".rjust(20) for dtype, form in columns))
+    for rows in ROWS:
+        speeds = [gflops(rows, dtype, FORMS[form]) for dtype, form in columns]
+        print(str(rows).ljust(14), *(f"{speed:20.0f}" for speed in speeds), flush=True)
 
 
 if __name__ == "__main__":

@@ -268,8 +268,8 @@ def _expand(weights: dict[str, tuple[str, str]], n_layers: int) -> list[Source]:
     return sources
 
 
-def _columns(part: str, n_out: int, config: ModelConfig, policy: Policy):
-    """How the output columns of a product are laid out, and which of them `part` is."""
+def _rows(part: str, n_out: int, config: ModelConfig, policy: Policy):
+    """How the rows (outputs) of a product are laid out, and which of them `part` is."""
     g = config.group_size
     heads = (config.n_kv_heads, g + 2, config.head_dim)
     pairs = (policy.n_shards, 2, config.ffn_size // policy.n_shards)
@@ -289,9 +289,9 @@ def _source_shape(
     """The shape that a tensor must have on disk, (out, in) for a product."""
     if source.part == "plain":
         return tuple(shape)
-    layout, index = _columns(source.part, shape[-1], config, policy)
+    layout, index = _rows(source.part, shape[0], config, policy)
     n_out = math.prod(np.empty(layout, np.bool_)[index].shape)
-    return (n_out, *shape[:-1])
+    return (n_out, *shape[1:])
 
 
 def _assemble(
@@ -302,11 +302,9 @@ def _assemble(
         return _read(sources[0], stored).astype(param.dtype)
     array = np.empty(param.shape, param.dtype)
     for source in sources:
-        layout, index = _columns(source.part, param.shape[-1], config, policy)
-        into = array.reshape(*param.shape[:-1], *layout)
-        lead = (slice(None),) * (len(param.shape) - 1)
-        target = into[(*lead, *index)]
-        target[...] = _read(source, stored).T.reshape(target.shape)
+        layout, index = _rows(source.part, param.shape[0], config, policy)
+        target = array.reshape(*layout, *param.shape[1:])[index]
+        target[...] = _read(source, stored).reshape(target.shape)
     return array
 
 

@@ -359,8 +359,9 @@ class Engine:
     def _admit(self, sequence: Sequence) -> None:
         self._tables.enter(sequence)
         if not sequence.is_dequeued and self._blocks.may_share(sequence):
+            sequence.n_reused = sequence.n_cached
             self._counters["prefix_queries"] += sequence.n_prompt
-            self._counters["prefix_hits"] += sequence.n_cached
+            self._counters["prefix_hits"] += sequence.n_reused
         self._dequeue(sequence)
 
     def _dequeue(self, sequence: Sequence) -> None:
@@ -388,9 +389,9 @@ class Engine:
             stop_reason = token if token in sequence.params.stop_token_ids else None
         elif sequence.n_prompt + n_output == sequence.max_tokens:
             reason = "length"
-        outputs.append(
-            Output(sequence.request_id, sequence.index, token, logprobs, reason, stop_reason)
-        )
+        key, n_reused = (sequence.request_id, sequence.index), sequence.n_reused
+        output = Output(*key, token, logprobs, reason, stop_reason, n_reused=n_reused)
+        outputs.append(output)
         self._blocks.publish(sequence)
         if reason:
             self._end(sequence, reason)

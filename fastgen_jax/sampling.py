@@ -91,7 +91,7 @@ def sample(
         lambda: adjust(logits, params, tables, rows, n_tokens),
         lambda: logits,
     )
-    greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    greedy = first_best(adjusted)
     is_random = params.temperature > 0.0
     drawn = lax.cond(jnp.any(is_random), lambda: draw(adjusted, params, n_tokens), lambda: greedy)
     token_ids = jnp.where(is_random, drawn, greedy)
@@ -106,6 +106,16 @@ def sample(
         top_logits - normaliser,
         jnp.isfinite(normaliser[:, 0]),
     )
+
+
+def first_best(logits: Float[Array, "S V"]) -> Int[Array, "S"]:
+    """argmax of each row, as two plain reductions: XLA:CPU runs its own on one core, 10 times
+    slower. A row with NaN gives some id of the vocabulary.
+    """
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    last = logits.shape[1] - 1
+    return jnp.min(jnp.where(logits == best, ids, last), axis=-1)
 
 
 def _top(logits):
@@ -176,7 +186,7 @@ def draw(
         return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
 
     gumbel = jax.vmap(noise)(params.seed, n_tokens)
-    return jnp.argmax(scaled + gumbel, axis=-1).astype(jnp.int32)
+    return first_best(scaled + gumbel)
 
 
 def keep_likely(logits: Float[Array, "S V"], params: RowParams) -> Float[Array, "S V"]:

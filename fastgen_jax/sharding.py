@@ -1,8 +1,8 @@
 """Tensor parallelism: one mesh axis, and which axis of each parameter it splits (Shoeybi et al.,
 Megatron-LM, 2019).
 
-Queries, keys, values, gate and up are split by columns, the products that follow by rows, the cache
-by KV heads.
+Queries, keys, values, gate and up are split by their outputs, the products that follow by their
+inputs, the cache by KV heads.
 """
 
 import jax
@@ -15,13 +15,13 @@ from fastgen_jax.errors import ConfigError
 AXIS = "tensor"
 # Suffix of a parameter's path -> how it is split; parameters not named are replicated.
 RULES = {
-    "attention.qkv.weight": PartitionSpec(None, AXIS),
+    "attention.qkv.weight": PartitionSpec(AXIS, None),
     "attention.qkv.bias": PartitionSpec(AXIS),
-    "attention.out.weight": PartitionSpec(AXIS, None),
-    "mlp.gate_up.weight": PartitionSpec(None, AXIS),
+    "attention.out.weight": PartitionSpec(None, AXIS),
+    "mlp.gate_up.weight": PartitionSpec(AXIS, None),
     "mlp.gate_up.bias": PartitionSpec(AXIS),
-    "mlp.down.weight": PartitionSpec(AXIS, None),
-    "lm_head.weight": PartitionSpec(None, AXIS),
+    "mlp.down.weight": PartitionSpec(None, AXIS),
+    "lm_head.weight": PartitionSpec(AXIS, None),
 }
 CACHE = PartitionSpec(None, AXIS)  # "B K 2 C H" by KV heads
 HEADS = PartitionSpec(None, AXIS)  # "T N H" by heads

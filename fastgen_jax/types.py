@@ -51,6 +51,7 @@ class Sequence:
     prefix: int = 0  # the pool's number of what these blocks hold; 0: nothing
     is_dequeued: bool = False  # its prompt no longer counts as waiting
     n_bypassed: int = 0  # times a younger sequence was admitted before this one
+    n_reused: int = 0  # prompt tokens that the prefix cache held when it was admitted
     finish_reason: FinishReason | None = None
 
     @property
@@ -99,6 +100,7 @@ class Output(NamedTuple):
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None  # the stop token, when one ended it
     error: str | None = None
+    n_reused: int = 0  # prompt tokens that came from the prefix cache
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Tiles:
     single_keys: int = 64  # KV cells of one sequence, single-token sequences
     single_items: int = 32  # such tiles, of any sequences
     chunk_keys: int = 256  # KV cells, chunks
-    chunk_queries: int = 256  # tokens, chunks
+    chunk_queries: int = 128  # tokens, chunks
 
 
 TILES = Tiles()

@@ -118,6 +118,20 @@ def assert_everything_is_free_again(url: str) -> None:
     assert metric(url, "kv_cache_usage_perc") == 0
 
 
+def test_usage_says_how_much_of_a_prompt_was_in_the_prefix_cache(server_url):
+    client = OpenAI(base_url=f"{server_url}/v1", api_key="none", timeout=60)
+    example = recall_example(random.Random(3), 300, 0.5, chat=True, held_out=True)
+
+    def cached() -> int:
+        chat = client.chat.completions.create(
+            model="fastgen-demo", messages=example.messages, temperature=0.0, max_tokens=20
+        )
+        return chat.usage.prompt_tokens_details.cached_tokens
+
+    assert cached() == 0
+    assert cached() >= 256
+
+
 def test_demo_tells_a_story_that_stays_with_its_hero(server_url):
     client = OpenAI(base_url=f"{server_url}/v1", api_key="none", timeout=60)
     chat = client.chat.completions.create(

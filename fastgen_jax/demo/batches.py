@@ -23,6 +23,7 @@ class Stage:
     recall: float  # share of texts that ask for codes; the others are stories and small talk
     begun: float  # share of those that ask in the easiest form
     min_story: int = 0
+    edges: float = 0.0  # share of facts told at the very start or end
     alike: float = 0.0  # share of people whose names are hard to tell from another's
     weights: tuple[float, ...] = (0, 1, 1, 20, 5)  # in the loss, of SILENT ... LATER
 
@@ -61,6 +62,7 @@ def sample_text(rng: random.Random, stage: Stage) -> list[Piece]:
         n_questions=n_questions,
         begun=stage.begun,
         alike=stage.alike,
+        edges=stage.edges,
     )
 
 

@@ -171,14 +171,18 @@ def recall_text(
     n_questions: int,
     begun: float,
     alike: float = 0.0,
+    edges: float = 0.0,
 ) -> list[Piece]:
     """A training text: facts anywhere in a story (or one after the other), then questions.
 
     A share of `begun` asks by the fact's sentence begun again, the easiest form; of the others half
-    are chats.
+    are chats. A share of `edges` of the facts stands at the very start or end.
     """
     facts = pick_facts(rng, n_facts, alike=alike)
-    told = story_pieces(rng, n_story_tokens, [(rng.random(), fact) for fact in facts])
+    depths = [rng.random() for _ in facts]
+    if edges:
+        depths = [rng.choice([0.0, 1.0]) if rng.random() < edges else d for d in depths]
+    told = story_pieces(rng, n_story_tokens, list(zip(depths, facts, strict=True)))
     asked = rng.sample(facts, n_questions)
     if rng.random() < begun:
         return [Piece("<|bos|>", SILENT), *told, *plain_questions(rng, asked, BEGUN)]

@@ -25,7 +25,7 @@ def hf_tensors(model: llama.Model) -> dict[str, np.ndarray]:
             suffix = "" if part == "plain" else ".weight"
             if path.format(i) + suffix in params:
                 array = np.asarray(params[path.format(i) + suffix][...])
-                tensor = array if part == "plain" else _part(array, part, model.config).T
+                tensor = array if part == "plain" else _part(array, part, model.config)
                 tensors[name.format(i) + suffix] = np.ascontiguousarray(
                     tensor.astype(ml_dtypes.bfloat16)
                 )
@@ -33,15 +33,15 @@ def hf_tensors(model: llama.Model) -> dict[str, np.ndarray]:
 
 
 def _part(array: np.ndarray, part: str, config) -> np.ndarray:
-    """The columns of a joint product that make up one of Hugging Face's (see layers.py)."""
-    n_in, group = len(array), config.group_size
+    """The rows of a joint product that make up one of Hugging Face's (see layers.py)."""
+    n_in, group = array.shape[1], config.group_size
     if part == "linear":
         return array
     if part in ("gate", "up"):
-        return array.reshape(n_in, 2, -1)[:, ("gate", "up").index(part)]
-    heads = array.reshape(n_in, config.n_kv_heads, group + 2, config.head_dim)
+        return array.reshape(2, -1, n_in)[("gate", "up").index(part)]
+    heads = array.reshape(config.n_kv_heads, group + 2, config.head_dim, n_in)
     which = {"q": slice(0, group), "k": group, "v": group + 1}[part]
-    return heads[:, :, which].reshape(n_in, -1)
+    return heads[:, which].reshape(-1, n_in)
 
 
 def export(

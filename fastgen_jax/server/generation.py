@@ -16,8 +16,8 @@ class Choice:
     """One sample: text and tokens not taken yet. Finished once finish_reason is set."""
 
     __slots__ = (
-        "finish_reason", "index", "last_time", "n_tokens", "pending_ids", "pending_logprobs",
-        "pending_text", "stop_reason", "stream", "wants_logprobs",
+        "finish_reason", "index", "last_time", "n_reused", "n_tokens", "pending_ids",
+        "pending_logprobs", "pending_text", "stop_reason", "stream", "wants_logprobs",
     )  # fmt: skip
 
     def __init__(self, index: int, stream: TextStream, wants_logprobs: bool):
@@ -25,6 +25,7 @@ class Choice:
         self.stream = stream
         self.wants_logprobs = wants_logprobs
         self.n_tokens = 0
+        self.n_reused = 0  # prompt tokens that came from the prefix cache
         self.last_time = 0.0
         self.pending_text: list[str] = []
         self.pending_ids: list[int] = []
@@ -37,6 +38,7 @@ class Choice:
         delta = self.stream.push(output)
         if output.token_id is not None:
             self.n_tokens += 1
+            self.n_reused = output.n_reused
             self.pending_ids.append(output.token_id)
             if self.wants_logprobs and output.logprobs is not None:
                 self.pending_logprobs.append(output.logprobs)
@@ -76,6 +78,12 @@ class Generation:
     @property
     def n_prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
+
+    @property
+    def n_reused_tokens(self) -> int:
+        """Prompt tokens that the prefix cache saved each prompt's first sample."""
+        n_samples = len(self.choices) // len(self.prompts)
+        return sum(choice.n_reused for choice in self.choices[::n_samples])
 
     @property
     def n_tokens(self) -> int:

@@ -187,6 +187,7 @@ def usage_of(generation: Generation) -> dict[str, Any]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": generation.n_reused_tokens},
     }
 
 
