@@ -132,15 +132,20 @@ def test_usage_says_how_much_of_a_prompt_was_in_the_prefix_cache(server_url):
     assert cached() >= 256
 
 
-def test_demo_tells_a_story_that_stays_with_its_hero(server_url):
+@pytest.mark.parametrize(
+    ("name", "kind", "pronoun"), [("Tom", "boy", "He"), ("Mia", "girl", "She")]
+)
+def test_demo_tells_a_story_that_stays_with_its_hero(server_url, name, kind, pronoun):
     client = OpenAI(base_url=f"{server_url}/v1", api_key="none", timeout=60)
     chat = client.chat.completions.create(
         model="fastgen-demo",
-        messages=[{"role": "user", "content": "Tell me a story about Tom."}],
+        messages=[{"role": "user", "content": f"Tell me a story about {name}."}],
         temperature=0.0,
         max_tokens=400,
     )
     choice = chat.choices[0]
     assert choice.finish_reason == "stop"
-    assert choice.message.content.count("Tom") >= 3
+    story = choice.message.content
+    assert f"{kind} named {name}. {pronoun} lived" in story
+    assert story.count(name) >= 3
     assert choice.message.content.rstrip().endswith((".", "!", '"'))

@@ -220,7 +220,11 @@ def _story_turn(rng: random.Random) -> list[Piece]:
     if rng.random() < 0.15:
         request, hero = "Tell me a story.", None
     asked = Piece(f"<|user|>{request}<|end|><|assistant|>", SILENT)
-    return [asked, *whole_story(story(rng, hero=hero), "<|end|>")]
+    told = whole_story(story(rng, hero=hero), "<|end|>")
+    if hero is not None:  # whether it is a girl or a boy follows from the name that was asked for
+        before, kind, after = told[0].text.partition(f" {hero.kind}")
+        told[:1] = [Piece(before, SPOKEN), Piece(kind, COUNTED), Piece(after, SPOKEN)]
+    return [asked, *told]
 
 
 def story_text(rng: random.Random) -> list[Piece]:

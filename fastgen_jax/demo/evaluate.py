@@ -2,7 +2,7 @@
 
 Asks, through the engine and greedily, for codes told at each depth of stories of each length, among
 other people's codes. All names and numbers are held out from training (or none, with --seen).
-Prints the share of exact answers, the share of true counts in stories, and a story.
+Prints the shares of exact answers, of true counts and of fitting names in stories, and a story.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 
 from fastgen_jax.config import SamplingParams
 from fastgen_jax.demo.corpus import RecallExample, recall_example
-from fastgen_jax.demo.people import HELD_OUT_PEOPLE
+from fastgen_jax.demo.people import HELD_OUT_PEOPLE, Person
 from fastgen_jax.demo.stories import NUMBERS
 from fastgen_jax.llm import LLM
 
@@ -76,9 +76,8 @@ def split_sentences(text: str) -> list[str]:
     return re.split(r'(?<=[.!?"]) (?=["A-Z])', text)
 
 
-def stories_of(llm: LLM, *, n_stories: int, seed: int) -> list[str]:
-    """Stories told greedily about people whose names are held out."""
-    heroes = random.Random(seed).sample(HELD_OUT_PEOPLE, n_stories)
+def stories_of(llm: LLM, heroes: list[Person]) -> list[str]:
+    """A story told greedily about each of them."""
     requests = [f"Tell me a story about {hero.name}." for hero in heroes]
     chats = [[{"role": "user", "content": request}] for request in requests]
     outputs = llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=500))
@@ -98,9 +97,13 @@ def main() -> None:
         for length, row in zip(LENGTHS, shares, strict=True):
             print(f"{length:12}", *(f"{share:10.3f}" for share in row), sep="  ")
         print(f"all: {shares.mean():.4f} of {shares.size * args.examples} answers are exact\n")
-        told = stories_of(llm, n_stories=50, seed=args.seed)
+        heroes = random.Random(args.seed).sample(HELD_OUT_PEOPLE, 50)
+        told = stories_of(llm, heroes)
         checks = [is_true for text in told for is_true in check_counts(split_sentences(text))]
-        print(f"{sum(checks)} of {len(checks)} counts in {len(told)} stories are true\n\n{told[0]}")
+        print(f"{sum(checks)} of {len(checks)} counts in {len(told)} stories are true")
+        pairs = list(zip(heroes, told, strict=True))
+        n_right = sum(f"{hero.kind} named {hero.name}." in text for hero, text in pairs)
+        print(f"{n_right} of {len(told)} heroes are the girl or boy their name says\n\n{told[0]}")
 
 
 if __name__ == "__main__":
