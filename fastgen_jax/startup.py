@@ -49,7 +49,6 @@ BACKENDS = {
     "gpu": Backend("bfloat16", "xla", 64, 768, 256, 0.9, 1024, 8),
     "tpu": Backend("bfloat16", "xla", 128, 768, 256, 0.9, 1024, 16),
 }
-SMALLEST_HALF_BATCH = 8  # XLA:CPU multiplies 16-bit matrices of fewer rows 20 times as slowly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,9 +163,8 @@ def _load(
 
 
 def _shapes(config: ResolvedConfig, backend: Backend) -> list[Shape]:
-    is_half_on_cpu = backend is BACKENDS["cpu"] and config.dtype != "float32"
     return make_shapes(
-        smallest=SMALLEST_HALF_BATCH if is_half_on_cpu else backend.smallest_batch,
+        smallest=backend.smallest_batch,
         max_batched_tokens=config.max_num_batched_tokens,
         max_seqs=config.max_num_seqs,
         table_width=config.table_width,
