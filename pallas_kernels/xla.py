@@ -16,8 +16,10 @@ What XLA:CPU is good at decides the form (jax 0.10.2, measured):
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
@@ -49,6 +51,7 @@ class Softmax(NamedTuple):
     total: Float[Array, "*rows"]
 
 
+@partial(jax.jit, static_argnames=("spec", "tiles"))
 def ragged_paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
