@@ -10,6 +10,8 @@ from pallas_kernels.contract import (
     RaggedMeta,
     RaggedPagedAttention,
     cache_dtype,
+    cache_shape,
+    quantize,
 )
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "RaggedMeta",
     "RaggedPagedAttention",
     "cache_dtype",
+    "cache_shape",
+    "quantize",
     "select",
 ]
 

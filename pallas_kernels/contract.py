@@ -1,11 +1,13 @@
-"""The attention contract that every backend implements: a ragged batch's arrays, the static spec.
+"""The attention contract that every backend implements: a ragged batch's arrays, the static spec,
+how a KV cache is stored.
 
 Dim letters: T tokens in the batch, S sequences, P blocks per sequence, B blocks in the pool,
 C cells per block, N query heads, K KV heads, H head size. 'Page' in the literature is our block.
 """
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 from jax import lax
@@ -28,6 +30,7 @@ class RaggedMeta(NamedTuple):
     cu_q_lens: Int[Array, "S+1"]  # new tokens before each sequence; constant after n_seqs
     n_seqs: Int[Array, ""]
     n_single: Int[Array, ""]
+    plan: Any = None  # plan.Plan, the host's division of the work; GPU backends need it
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,22 @@ class RaggedPagedAttention(Protocol):
     Args:
         q: queries, rotary applied.
         k, v: this step's new tokens, rotary applied to k.
-        kv_cache: one layer's pool "B K 2 C H" (CPU, GPU layout); donated by the jitted caller and
-            returned updated. Its dtype is `cache_dtype(...)`. Cells that hold no cached token may
-            hold anything, NaN included.
+        kv_cache: one layer's pool "B K 2 C H" ("B K 2 H C" for pallas_tpu: see `cache_shape`);
+            donated by the jitted caller and returned updated. Its dtype is `cache_dtype(...)`, or
+            int8 or float8_e4m3fn with `kv_scales`. Cells that hold no cached token may hold
+            anything, NaN included. At most MAX_CACHE_SIZE elements.
         meta: see RaggedMeta.
         spec: see AttentionSpec.
         alibi_slopes: per query head; adds slope * (key position - query position) to the scores,
             after the soft cap.
         sinks: per query head; adds exp(sink) to the softmax denominator only.
+        kv_scales: of a quantised cache: the key or value of a token and head is its cell times this
+            (see `quantize`); donated and updated like the cache. As the cache, it may hold anything
+            where no token is cached.
 
     Returns:
-        out "T N H" in q's dtype, softmax in float32; padding tokens' rows are zeros. And the cache.
+        out "T N H" in q's dtype, softmax in float32; padding tokens' rows are zeros. And the cache;
+        with kv_scales also those: (out, kv_cache, kv_scales).
     """
 
     def __call__(
@@ -74,7 +82,45 @@ class RaggedPagedAttention(Protocol):
         alibi_slopes: Float[Array, "N"] | None = None,
         sinks: Float[Array, "N"] | None = None,
         kv_scales: Float[Array, "B K 2 C"] | None = None,
-    ) -> tuple[Float[Array, "T N H"], Num[Array, "B K 2 C H"]]: ...
+    ) -> tuple[Array, ...]: ...
+
+
+MAX_CACHE_SIZE = 2**31 - 1  # elements of one layer's cache: kernels address cells with 32 bits
+QUANTIZED = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}  # largest cell
+
+
+def cache_shape(
+    backend: str, *, n_blocks: int, n_kv_heads: int, block_size: int, head_size: int
+) -> tuple[int, ...]:
+    """Of one layer's cache. On TPU cells are lanes, so that no head size needs padding there.
+
+    Raises:
+        ValueError: the cache is too large, or a block size that the backend does not take.
+    """
+    if backend == "pallas_tpu" and block_size != 128:
+        raise ValueError(f"pallas_tpu has blocks of 128 cells, not {block_size}")
+    tile = (head_size, block_size) if backend == "pallas_tpu" else (block_size, head_size)
+    shape = (n_blocks, n_kv_heads, 2, *tile)
+    if math.prod(shape) > MAX_CACHE_SIZE:
+        raise ValueError(
+            f"a KV cache of {n_blocks} blocks has {math.prod(shape)} elements per layer; at most "
+            f"{MAX_CACHE_SIZE} fit: use {MAX_CACHE_SIZE // math.prod(shape[1:])} blocks"
+        )
+    return shape
+
+
+def quantize(
+    x: Float[Array, "*dims H"], dtype
+) -> tuple[Num[Array, "*dims H"], Float[Array, "*dims"]]:
+    """Cells and scales of keys or values: one scale per token and head, x = cell * scale."""
+    largest = QUANTIZED[jnp.dtype(dtype)]
+    x = x.astype(jnp.float32)
+    top = jnp.abs(x).max(-1)
+    scale = jnp.where(top > 0, top / largest, 1.0)
+    cells = x / scale[..., None]
+    if jnp.issubdtype(dtype, jnp.integer):
+        cells = jnp.round(cells)
+    return cells.astype(dtype), scale
 
 
 def cache_dtype(dtype: str, platform: str) -> str:
@@ -99,18 +145,27 @@ def decode(cells: Num[Array, "*dims"]) -> Float[Array, "*dims"]:
     return cells
 
 
-def check_arguments(q, k, v, kv_cache, meta: RaggedMeta, kv_scales) -> None:
-    """Raises ValueError for shapes that do not fit each other: static, so free at run time."""
-    if kv_scales is not None:
-        raise NotImplementedError("quantised KV (kv_scales) is not supported by this backend")
-    n_kv_heads, two, _, head_size = kv_cache.shape[1:]
+def check_arguments(q, k, v, kv_cache, meta: RaggedMeta, kv_scales, *, cells_last=False) -> None:
+    """Raises ValueError for shapes that do not fit each other: static, so free at run time.
+
+    cells_last: the cache is "B K 2 H C".
+    """
+    n_blocks, n_kv_heads, two, n_cells, head_size = kv_cache.shape
+    if cells_last:
+        n_cells, head_size = head_size, n_cells
     if two != 2 or not k.shape == v.shape == (len(q), n_kv_heads, head_size):
         raise ValueError(
             f"k {k.shape} and v {v.shape} do not fit q {q.shape} and the cache {kv_cache.shape}"
         )
+    if kv_cache.size > MAX_CACHE_SIZE:
+        raise ValueError(f"a cache of {kv_cache.size} elements: at most {MAX_CACHE_SIZE} fit")
     if q.shape[2] != head_size or q.shape[1] % n_kv_heads:
         raise ValueError(f"q {q.shape} does not fit {n_kv_heads} KV heads of size {head_size}")
     n_tokens, n_rows = len(q), len(meta.block_tables)
     shapes = meta.positions.shape, meta.slots.shape, meta.seq_lens.shape, meta.cu_q_lens.shape
     if shapes != ((n_tokens,), (n_tokens,), (n_rows,), (n_rows + 1,)):
         raise ValueError(f"meta of shapes {shapes} does not fit T={n_tokens}, S={n_rows}")
+    if (kv_cache.dtype in QUANTIZED) != (kv_scales is not None):
+        raise ValueError(f"a cache of {kv_cache.dtype} with kv_scales={kv_scales is not None}")
+    if kv_scales is not None and kv_scales.shape != (n_blocks, n_kv_heads, 2, n_cells):
+        raise ValueError(f"kv_scales {kv_scales.shape} do not fit the cache {kv_cache.shape}")

@@ -24,8 +24,10 @@ def ragged_paged_attention(
 ) -> tuple[Float[Array, "T N H"], Num[Array, "B K 2 C H"]]:
     """See contract.RaggedPagedAttention."""
     check_arguments(q, k, v, kv_cache, meta, kv_scales)
+    if kv_scales is not None:
+        raise NotImplementedError("quantised KV (kv_scales) is not supported by this backend")
     q, k, v, kv_cache = (jnp.asarray(x) for x in (q, k, v, kv_cache))
-    meta = RaggedMeta(*(jnp.asarray(x) for x in meta))
+    meta = jax.tree.map(jnp.asarray, meta)
     kv_cache = write(k, v, kv_cache, meta.slots)
     token = jnp.arange(len(q))
 

@@ -67,6 +67,8 @@ def ragged_paged_attention(
 ) -> tuple[Float[Array, "T N H"], Num[Array, "B K 2 C H"]]:
     """See contract.RaggedPagedAttention."""
     check_arguments(q, k, v, kv_cache, meta, kv_scales)
+    if kv_scales is not None:
+        raise NotImplementedError("quantised KV (kv_scales) is not supported by this backend")
     n_tokens, _, head_size = q.shape
     n_kv_heads = k.shape[1]
     kv_cache = write(k, v, kv_cache, meta.slots)
