@@ -13,6 +13,7 @@ import numpy as np
 
 from fastgen_jax.config import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from fastgen_jax.types import Chunk, Sequence
+from pallas_kernels.plan import PlanSizes, make_plan
 
 UNKNOWN = -1  # a token id that only the device knows yet
 MAX_EOS = 16
@@ -35,11 +36,14 @@ NO_PARAMS[: len(FLOAT_PARAMS)] = np.array([0, 1, 0, 1, 0, 0], np.float32).view(n
 
 
 class Shape(NamedTuple):
-    """One compiled program's sizes: tokens, sequences, block-table width."""
+    """One compiled program's sizes: tokens, sequences, block-table width; of the kernels' plan, if
+    they want one.
+    """
 
     n_tokens: int
     n_seqs: int
     n_blocks: int
+    plan: PlanSizes | None = None
 
 
 class Batch(NamedTuple):
@@ -54,8 +58,9 @@ class Batch(NamedTuple):
 
 def fields(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the parts of the packed array, in order."""
-    t, s, p = shape
-    return {
+    t, s, p, plan = shape
+    plan_fields = {} if plan is None else {f"plan_{k}": v for k, v in plan.shapes.items()}
+    return plan_fields | {
         "token_ids": (t,),  # UNKNOWN: read the device's table
         "positions": (t,),
         "token_rows": (t,),
@@ -179,6 +184,10 @@ def pack(chunks: list[Chunk], tables: HostTables, shape: Shape, block_size: int)
     part["seq_lens"][:n] = starts + lengths
     part["cu_q_lens"][1 : n + 1] = ends
     part["cu_q_lens"][n + 1 :] = total
+    if shape.plan is not None:
+        plan = make_plan(part["seq_lens"], part["cu_q_lens"], n, sizes=shape.plan)
+        for name, lines in plan._asdict().items():
+            part[f"plan_{name}"][:] = lines
 
     known = np.array([c.sequence.n_tokens for c in chunks], np.int32)
     sampled = np.flatnonzero(starts + lengths == known)

@@ -185,7 +185,9 @@ class EngineConfig:
     )
     tensor_parallel_size: int = option(1, "devices over which the model is sharded", "parallelism")
     attention_backend: str = option(
-        "auto", "attention implementation: auto, xla, reference", "parallelism"
+        "auto",
+        "attention implementation: auto, pallas_tpu, pallas_gpu, xla, reference",
+        "parallelism",
     )
 
     def __post_init__(self):

@@ -26,10 +26,11 @@ from jaxtyping import Array, Int
 from fastgen_jax.batch import UNKNOWN, Batch, HostTables, Shape, packed_size, unpack
 from fastgen_jax.config import MAX_LOGPROBS, ModelConfig
 from fastgen_jax.sampling import RowParams, RowTables, Sampled, sample
-from fastgen_jax.sharding import cache_sharding, replicated, shard_attend
+from fastgen_jax.sharding import cache_sharding, replicated, shard_attention
 from pallas_kernels import cache_dtype as stored_dtype
-from pallas_kernels import select
+from pallas_kernels import cache_shape, select
 from pallas_kernels.contract import RaggedMeta
+from pallas_kernels.plan import Plan
 
 RESULT_SIZE = 3 + 2 * MAX_LOGPROBS
 
@@ -110,15 +111,15 @@ def step(
         cu_q_lens=part["cu_q_lens"],
         n_seqs=n_seqs,
         n_single=n_single,
+        plan=shape.plan and Plan(*(part[f"plan_{name}"] for name in Plan._fields)),
     )
-    kernel = select(program.attention_backend)
+    attention = shard_attention(select(program.attention_backend), program.mesh)
 
     def attend(q, k, v, cache, *, spec):
         with jax.named_scope("attention"):
-            return kernel(q, k, v, cache, meta, spec=spec)
+            return attention(q, k, v, cache, meta, spec=spec)
 
     model = program.model(leaves)
-    attend = shard_attend(attend, program.mesh)
     hidden, caches = model(token_ids, positions, state.caches, attend)
     sample_rows, n_tokens = part["sample_rows"], positions[part["sample_tokens"]] + 1
     params = RowParams.unpack(part["sample_params"])
@@ -187,7 +188,14 @@ class Runner:
         self.shapes = shapes
         self._steps: dict[Shape, Callable] = {}
         self._state_shape = (n_rows + 1, max_tokens)
-        self._cache_shape = (n_blocks, config.n_kv_heads, 2, block_size, config.head_dim)
+        own = cache_shape(  # of one device
+            attention_backend,
+            n_blocks=n_blocks,
+            n_kv_heads=config.n_kv_heads // mesh.size,
+            block_size=block_size,
+            head_size=config.head_dim,
+        )
+        self._cache_shape = (n_blocks, config.n_kv_heads, *own[2:])
         self._cache_dtype = stored_dtype(cache_dtype, jax.default_backend())
         self._n_layers = config.n_layers
         self.state = self._fresh_state()

@@ -63,18 +63,18 @@ def cache_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, CACHE)
 
 
-def shard_attend(attend, mesh: Mesh):
-    """`attend` run on each device for its own KV heads and their queries."""
+def shard_attention(attention, mesh: Mesh):
+    """`attention` run on each device for its own KV heads and their queries."""
     if mesh.size == 1:
-        return attend
+        return attention
 
-    def sharded(q, k, v, cache, *, spec):
+    def sharded(q, k, v, cache, meta, *, spec):
         return jax.shard_map(
-            lambda *arrays: attend(*arrays, spec=spec),
+            lambda *arrays: attention(*arrays, spec=spec),
             mesh=mesh,
-            in_specs=(HEADS, HEADS, HEADS, CACHE),
+            in_specs=(HEADS, HEADS, HEADS, CACHE, PartitionSpec()),
             out_specs=(HEADS, CACHE),
             check_vma=False,
-        )(q, k, v, cache)
+        )(q, k, v, cache, meta)
 
     return sharded

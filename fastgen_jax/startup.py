@@ -25,6 +25,10 @@ from fastgen_jax.errors import ConfigError
 from fastgen_jax.layers import Policy
 from fastgen_jax.runner import Runner, make_shapes
 from fastgen_jax.sharding import check_divides, make_mesh
+from pallas_kernels import BACKENDS as BACKENDS_BY_NAME
+from pallas_kernels import NEED_PLAN, PLATFORMS, cache_shape
+from pallas_kernels.contract import MAX_CACHE_SIZE
+from pallas_kernels.plan import PlanSizes
 
 OnPhase = Callable[[str, int, int], None]  # phase, done, total
 
@@ -46,9 +50,12 @@ class Backend:
 BACKENDS = {
     # A batch of one token: XLA:CPU then copies the cache to write its cell (memory_analysis says).
     "cpu": Backend("float32", "xla", 64, 512, 64, 0.25, 32, 2),
-    "gpu": Backend("bfloat16", "xla", 64, 768, 256, 0.9, 1024, 8),
-    "tpu": Backend("bfloat16", "xla", 128, 768, 256, 0.9, 1024, 16),
+    "gpu": Backend("bfloat16", "pallas_gpu", 64, 768, 256, 0.9, 1024, 8),
+    "tpu": Backend("bfloat16", "pallas_tpu", 128, 768, 256, 0.9, 1024, 16),
 }
+
+
+DEFAULT_PROCESSORS = 132  # of a GPU that does not tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +100,11 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
     backend = BACKENDS[jax.default_backend()]
     resolved = resolve(config, model_config, backend)
     check_divides(model_config, config.tensor_parallel_size)
+    check_cache(resolved, model_config, config.num_kv_blocks or 2)
     mesh = make_mesh(config.tensor_parallel_size)
     policy = make_policy(resolved)
     model = _load(resolved, directory, model_config, policy, mesh, on_phase)
-    shapes = _shapes(resolved, backend)
+    shapes = _shapes(resolved, model_config, backend)
     if config.num_kv_blocks is None:
         n_blocks = _fit_blocks(resolved, model_config, model, shapes, mesh)
         resolved = dataclasses.replace(resolved, num_kv_blocks=n_blocks)
@@ -125,10 +133,14 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Resol
     block_size = config.block_size or backend.block_size
     batched = config.max_num_batched_tokens or backend.max_num_batched_tokens
     max_seqs = min(config.max_num_seqs or backend.max_num_seqs, batched)
-    is_auto = config.attention_backend == "auto"
+    attention = config.attention_backend
+    if attention == "auto":
+        attention = backend.attention
+    else:
+        check_attention(attention, jax.default_backend())
     chosen = {
         "dtype": backend.dtype if config.dtype == "auto" else config.dtype,
-        "attention_backend": backend.attention if is_auto else config.attention_backend,
+        "attention_backend": attention,
         "max_model_len": length,
         "block_size": block_size,
         "max_num_batched_tokens": batched,
@@ -137,6 +149,34 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Resol
         "num_kv_blocks": config.num_kv_blocks or max_seqs * math.ceil(length / block_size) + 1,
     }
     return ResolvedConfig(**{f.name: getattr(config, f.name) for f in fields(config)} | chosen)
+
+
+def check_attention(name: str, platform: str) -> None:
+    """Raises ConfigError unless that attention backend exists and runs on the platform."""
+    if name not in BACKENDS_BY_NAME:
+        raise ConfigError(
+            f"attention_backend must be one of auto, {', '.join(BACKENDS_BY_NAME)}, got {name!r}"
+        )
+    needed = PLATFORMS.get(name, platform)
+    if needed != platform:
+        raise ConfigError(
+            f"attention_backend={name!r} runs on {needed}, and this is {platform}; "
+            "leave it out, and the right one is chosen"
+        )
+
+
+def check_cache(config: ResolvedConfig, model: ModelConfig, n_blocks: int) -> None:
+    """Raises ConfigError unless the attention backend can have a cache of so many blocks."""
+    try:
+        cache_shape(
+            config.attention_backend,
+            n_blocks=n_blocks,
+            n_kv_heads=model.n_kv_heads // config.tensor_parallel_size,
+            block_size=config.block_size,
+            head_size=model.head_dim,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def make_policy(config: ResolvedConfig) -> Policy:
@@ -162,13 +202,30 @@ def _load(
     return checkpoint.load_model(directory, model_config, policy, mesh, on_progress)
 
 
-def _shapes(config: ResolvedConfig, backend: Backend) -> list[Shape]:
-    return make_shapes(
+def _shapes(config: ResolvedConfig, model: ModelConfig, backend: Backend) -> list[Shape]:
+    shapes = make_shapes(
         smallest=backend.smallest_batch,
         max_batched_tokens=config.max_num_batched_tokens,
         max_seqs=config.max_num_seqs,
         table_width=config.table_width,
         tile=backend.sample_tile,
+    )
+    if config.attention_backend not in NEED_PLAN:
+        return shapes
+    return [shape._replace(plan=plan_sizes(shape, config, model)) for shape in shapes]
+
+
+def plan_sizes(shape: Shape, config: ResolvedConfig, model: ModelConfig) -> PlanSizes:
+    """Of the attention kernels' plan; two programs per multiprocessor fill a GPU."""
+    n_processors = getattr(jax.devices()[0], "core_count", DEFAULT_PROCESSORS)
+    return PlanSizes(
+        n_tokens=shape.n_tokens,
+        n_seqs=shape.n_seqs,
+        n_heads=model.n_heads // config.tensor_parallel_size,
+        n_kv_heads=model.n_kv_heads // config.tensor_parallel_size,
+        head_size=model.head_dim,
+        max_context=config.table_width * config.block_size,
+        n_ctas=2 * n_processors,
     )
 
 
@@ -194,10 +251,15 @@ def make_runner(
     )
 
 
+def block_elements(config: ResolvedConfig, model: ModelConfig) -> int:
+    """Elements of one block in one layer on one device."""
+    heads = model.n_kv_heads // config.tensor_parallel_size
+    return 2 * heads * config.block_size * model.head_dim
+
+
 def block_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
     """Bytes of one block in all layers on one device."""
-    cells = model.n_layers * config.block_size * model.n_kv_heads // config.tensor_parallel_size
-    return 2 * cells * model.head_dim * jnp.dtype(config.dtype).itemsize
+    return model.n_layers * block_elements(config, model) * jnp.dtype(config.dtype).itemsize
 
 
 def _fit_blocks(
@@ -219,6 +281,7 @@ def _fit_blocks(
         free -= probe.temporary_bytes(shapes[-1])
     size = block_bytes(config, model_config)
     n_blocks = min(config.num_kv_blocks, int(free * config.memory_fraction) // size)
+    n_blocks = min(n_blocks, MAX_CACHE_SIZE // block_elements(config, model_config))
     if n_blocks < 2:
         raise ConfigError(
             f"no room for a KV cache: a block takes {size} bytes and {free} bytes are free; use a "

@@ -16,6 +16,8 @@ from pallas_kernels.contract import (
 
 __all__ = [
     "BACKENDS",
+    "NEED_PLAN",
+    "PLATFORMS",
     "AttentionSpec",
     "RaggedMeta",
     "RaggedPagedAttention",
@@ -25,8 +27,15 @@ __all__ = [
     "select",
 ]
 
-BACKENDS = ("reference", "xla")
-PLANNED_BACKENDS = ("pallas_tpu", "pallas_gpu", "jax_triton", "mosaic_gpu")
+BACKENDS = {  # name -> module
+    "reference": "reference",
+    "xla": "xla",
+    "pallas_tpu": "tpu",
+    "pallas_gpu": "gpu",
+}
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # where a backend runs, if not everywhere
+NEED_PLAN = ("pallas_gpu",)  # want the host's plan in their meta
+PLANNED_BACKENDS = ("jax_triton", "mosaic_gpu")
 
 
 def select(name: str) -> RaggedPagedAttention:
@@ -37,7 +46,7 @@ def select(name: str) -> RaggedPagedAttention:
         ValueError: no such backend.
     """
     if name in BACKENDS:
-        return importlib.import_module(f"pallas_kernels.{name}").ragged_paged_attention
+        return importlib.import_module(f"pallas_kernels.{BACKENDS[name]}").ragged_paged_attention
     known = ", ".join(BACKENDS)
     if name in PLANNED_BACKENDS:
         raise NotImplementedError(f"attention backend {name!r} is not there yet; known: {known}")

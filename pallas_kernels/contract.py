@@ -65,6 +65,8 @@ class RaggedPagedAttention(Protocol):
             (see `quantize`); donated and updated like the cache. As the cache, it may hold anything
             where no token is cached.
 
+    A call may change cells behind a sequence's last token in its own blocks.
+
     Returns:
         out "T N H" in q's dtype, softmax in float32; padding tokens' rows are zeros. And the cache;
         with kv_scales also those: (out, kv_cache, kv_scales).
@@ -86,6 +88,7 @@ class RaggedPagedAttention(Protocol):
 
 
 MAX_CACHE_SIZE = 2**31 - 1  # elements of one layer's cache: kernels address cells with 32 bits
+TINY = 1e-30  # keys and values that are smaller throughout become zeros: their scale would too
 QUANTIZED = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}  # largest cell
 
 
@@ -98,7 +101,9 @@ def cache_shape(
         ValueError: the cache is too large, or a block size that the backend does not take.
     """
     if backend == "pallas_tpu" and block_size != 128:
-        raise ValueError(f"pallas_tpu has blocks of 128 cells, not {block_size}")
+        raise ValueError(
+            f"pallas_tpu has blocks of 128 cells, not {block_size}; use block_size=128"
+        )
     tile = (head_size, block_size) if backend == "pallas_tpu" else (block_size, head_size)
     shape = (n_blocks, n_kv_heads, 2, *tile)
     if math.prod(shape) > MAX_CACHE_SIZE:
@@ -116,7 +121,7 @@ def quantize(
     largest = QUANTIZED[jnp.dtype(dtype)]
     x = x.astype(jnp.float32)
     top = jnp.abs(x).max(-1)
-    scale = jnp.where(top > 0, top / largest, 1.0)
+    scale = jnp.where(top > TINY, top / largest, 1.0)
     cells = x / scale[..., None]
     if jnp.issubdtype(dtype, jnp.integer):
         cells = jnp.round(cells)

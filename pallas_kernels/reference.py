@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.contract import AttentionSpec, RaggedMeta, check_arguments, decode, encode
+from pallas_kernels.contract import (
+    AttentionSpec,
+    RaggedMeta,
+    check_arguments,
+    decode,
+    encode,
+    quantize,
+)
 
 
 def ragged_paged_attention(
@@ -21,18 +28,17 @@ def ragged_paged_attention(
     alibi_slopes: Float[Array, "N"] | None = None,
     sinks: Float[Array, "N"] | None = None,
     kv_scales: Float[Array, "B K 2 C"] | None = None,
-) -> tuple[Float[Array, "T N H"], Num[Array, "B K 2 C H"]]:
+) -> tuple[Array, ...]:
     """See contract.RaggedPagedAttention."""
     check_arguments(q, k, v, kv_cache, meta, kv_scales)
-    if kv_scales is not None:
-        raise NotImplementedError("quantised KV (kv_scales) is not supported by this backend")
-    q, k, v, kv_cache = (jnp.asarray(x) for x in (q, k, v, kv_cache))
-    meta = jax.tree.map(jnp.asarray, meta)
-    kv_cache = write(k, v, kv_cache, meta.slots)
+    q, k, v, kv_cache, meta, kv_scales = jax.tree.map(
+        jnp.asarray, (q, k, v, kv_cache, meta, kv_scales)
+    )
+    kv_cache, kv_scales = write(k, v, kv_cache, kv_scales, meta.slots)
     token = jnp.arange(len(q))
 
     def add_sequence(s, out):
-        keys, values = _context(kv_cache, meta.block_tables[s])
+        keys, values = _context(kv_cache, kv_scales, meta.block_tables[s])
         key_position = jnp.arange(keys.shape[1])
         is_cached = key_position < meta.seq_lens[s]
         values = jnp.where(is_cached[None, :, None], values, 0.0)  # unused cells may be NaN
@@ -48,26 +54,37 @@ def ragged_paged_attention(
     with jax.default_matmul_precision("highest"), jax.numpy_rank_promotion("allow"):
         out = jnp.zeros(q.shape, jnp.float32)
         out = jax.lax.fori_loop(0, meta.n_seqs, add_sequence, out)
-    return out.astype(q.dtype), kv_cache
+    out = out.astype(q.dtype)
+    return (out, kv_cache) if kv_scales is None else (out, kv_cache, kv_scales)
 
 
 def write(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     kv_cache: Num[Array, "B K 2 C H"],
+    kv_scales: Float[Array, "B K 2 C"] | None,
     slots: Int[Array, "T"],
-) -> Num[Array, "B K 2 C H"]:
+) -> tuple[Num[Array, "B K 2 C H"], Float[Array, "B K 2 C"] | None]:
     """The cache with each token's key and value in its cell; slots past the pool are dropped."""
     n_cells = kv_cache.shape[3]
-    new = encode(jnp.stack([k, v], axis=2), kv_cache.dtype)  # T K 2 H
-    return kv_cache.at[slots // n_cells, :, :, slots % n_cells].set(new, mode="drop")
+    index = slots // n_cells, slice(None), slice(None), slots % n_cells
+    new = jnp.stack([k, v], axis=2)  # T K 2 H
+    if kv_scales is None:
+        return kv_cache.at[index].set(encode(new, kv_cache.dtype), mode="drop"), None
+    cells, scales = quantize(new, kv_cache.dtype)
+    kv_cache = kv_cache.at[index].set(cells, mode="drop")
+    return kv_cache, kv_scales.at[index].set(scales.astype(kv_scales.dtype), mode="drop")
 
 
 def _context(
-    kv_cache: Num[Array, "B K 2 C H"], block_table: Int[Array, "P"]
+    kv_cache: Num[Array, "B K 2 C H"],
+    kv_scales: Float[Array, "B K 2 C"] | None,
+    block_table: Int[Array, "P"],
 ) -> Float[Array, "2 K M H"]:
     """The keys and values of one sequence in order of position; M = P * C."""
     kv = decode(kv_cache[block_table]).astype(jnp.float32)
+    if kv_scales is not None:
+        kv = kv * kv_scales[block_table].astype(jnp.float32)[..., None]
     kv = kv.transpose(2, 1, 0, 3, 4)  # 2 K P C H
     return kv.reshape(2, kv.shape[1], -1, kv.shape[4])
 

@@ -9,7 +9,9 @@ What XLA:CPU is good at decides the form (jax 0.10.2, measured):
   iteration ahead and carried by the loop, and each gather is a branch of a `cond`, which nothing
   fuses with.
 - Scatters of bfloat16 convert the whole array to float32 and back. So a bfloat16 cache is stored
-  as uint16 (contract.cache_dtype).
+  as uint16 (contract.cache_dtype). One of float8 does pay for it: prefer int8 on CPU.
+- Cells of a quantised cache are cast as they are loaded; their scales are applied to scores and
+  weights, one per key instead of one per element.
 - Gathers and large elementwise steps use all cores and run beside what does not need them: the
   values arrive during the product with the keys. Small batched products use one core, and loops
   that do not depend on each other still run one after the other.
@@ -24,7 +26,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels.contract import AttentionSpec, RaggedMeta, check_arguments, decode, encode
+from pallas_kernels.contract import (
+    QUANTIZED,
+    AttentionSpec,
+    RaggedMeta,
+    check_arguments,
+    decode,
+    encode,
+    quantize,
+)
 
 LOWEST = -1e30  # a score that weighs nothing; finite, so that differences are never NaN
 FEW_ROWS = 16  # per KV head; with fewer queries, reading a tile costs more than its products
@@ -51,6 +61,13 @@ class Softmax(NamedTuple):
     total: Float[Array, "*rows"]
 
 
+class Scales(NamedTuple):
+    """What the keys and values of one tile of a quantised cache are to be multiplied by."""
+
+    keys: Float[Array, "W K M"]
+    values: Float[Array, "W K M"]
+
+
 @partial(jax.jit, static_argnames=("spec", "tiles"))
 def ragged_paged_attention(
     q: Float[Array, "T N H"],
@@ -64,16 +81,14 @@ def ragged_paged_attention(
     sinks: Float[Array, "N"] | None = None,
     kv_scales: Float[Array, "B K 2 C"] | None = None,
     tiles: Tiles = TILES,
-) -> tuple[Float[Array, "T N H"], Num[Array, "B K 2 C H"]]:
+) -> tuple[Array, ...]:
     """See contract.RaggedPagedAttention."""
     check_arguments(q, k, v, kv_cache, meta, kv_scales)
-    if kv_scales is not None:
-        raise NotImplementedError("quantised KV (kv_scales) is not supported by this backend")
     n_tokens, _, head_size = q.shape
     n_kv_heads = k.shape[1]
-    kv_cache = write(k, v, kv_cache, meta.slots)
-    is_bfloat16 = kv_cache.dtype in (jnp.bfloat16, jnp.uint16)
-    q_grouped = q.astype(jnp.bfloat16 if is_bfloat16 else jnp.float32)
+    kv_cache, kv_scales = write(k, v, kv_cache, kv_scales, meta.slots)
+    dtype = q.dtype if kv_cache.dtype in QUANTIZED else kv_cache.dtype
+    q_grouped = q.astype(jnp.bfloat16 if dtype in (jnp.bfloat16, jnp.uint16) else jnp.float32)
     q_grouped = q_grouped.reshape(n_tokens, n_kv_heads, -1, head_size)  # T K G H
     slopes, sinks = (
         None if x is None else x.astype(jnp.float32).reshape(n_kv_heads, -1)  # K G
@@ -82,6 +97,7 @@ def ragged_paged_attention(
     batch = RaggedBatch(
         q=q_grouped,
         rows=kv_cache.reshape(-1, *kv_cache.shape[3:]),
+        scales=None if kv_scales is None else kv_scales.reshape(-1, kv_scales.shape[3]),
         meta=meta,
         spec=spec,
         slopes=slopes,
@@ -89,28 +105,39 @@ def ragged_paged_attention(
         tiles=tiles,
     )
     out = _chunks(batch, _singles(batch)).astype(q.dtype)
-    return out.reshape(q.shape), kv_cache
+    out = out.reshape(q.shape)
+    return (out, kv_cache) if kv_scales is None else (out, kv_cache, kv_scales)
 
 
 def write(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     kv_cache: Num[Array, "B K 2 C H"],
+    kv_scales: Float[Array, "B K 2 C"] | None,
     slots: Int[Array, "T"],
-) -> Num[Array, "B K 2 C H"]:
-    """The cache, changed in place, with each token's key and value in its cell.
+) -> tuple[Num[Array, "B K 2 C H"], Float[Array, "B K 2 C"] | None]:
+    """The cache, changed in place, with each token's key and value in its cell; so the scales.
 
     The pool is written as cells "B*K*2*C H": TPU would transpose it, twice, to scatter into 5 axes.
     """
     _, n_kv_heads, _, n_cells, head_size = kv_cache.shape
     block, cell = slots[:, None] // n_cells, slots[:, None] % n_cells
     cells = kv_cache.reshape(-1, head_size)
+    scales = None if kv_scales is None else kv_scales.reshape(-1)
     for i, x in enumerate((k, v)):
         head = jnp.arange(n_kv_heads)[None]
         index = ((block * n_kv_heads + head) * 2 + i) * n_cells + cell  # T K
-        rows = encode(x, kv_cache.dtype).reshape(-1, head_size)
+        if scales is None:
+            rows = encode(x, kv_cache.dtype)
+        else:
+            rows, new = quantize(x, kv_cache.dtype)
+            new = new.reshape(-1).astype(scales.dtype)
+            scales = scales.at[index.reshape(-1)].set(new, mode="promise_in_bounds")
+        rows = rows.reshape(-1, head_size)
         cells = cells.at[index.reshape(-1)].set(rows, mode="promise_in_bounds")
-    return cells.reshape(kv_cache.shape)
+    if scales is not None:
+        scales = scales.reshape(-1, n_kv_heads, 2, n_cells)
+    return cells.reshape(kv_cache.shape), scales
 
 
 @dataclass(frozen=True)
@@ -119,6 +146,7 @@ class RaggedBatch:
 
     q: Float[Array, "T K G H"]  # in the dtype of the products
     rows: Num[Array, "B*K*2 C H"]  # the whole pool; row (block * K + head) * 2 + (0: K, 1: V)
+    scales: Float[Array, "B*K*2 C"] | None  # of a quantised pool's cells
     meta: RaggedMeta
     spec: AttentionSpec
     slopes: Float[Array, "K G"] | None
@@ -150,6 +178,17 @@ class RaggedBatch:
 
         return tiles(key_rows), tiles(key_rows + 1)
 
+    def load_scales(self, key_rows: Int[Array, "W*K*J"], n_tiles: int) -> Scales | None:
+        """The scales of what `load` gives; where no token is cached they may be NaN."""
+        if self.scales is None:
+            return None
+        keys, values = (
+            self.scales.at[index].get(mode="promise_in_bounds").astype(jnp.float32)
+            for index in (key_rows, key_rows + 1)
+        )
+        shape = n_tiles, self.q.shape[1], -1
+        return Scales(keys.reshape(shape), values.reshape(shape))
+
 
 def _take(rows: Num[Array, "R C H"], index: Int[Array, "n"]) -> Num[Array, "n C*H"]:
     """Those rows of the pool, flat; the pool keeps its layout, which TPU would have to change."""
@@ -166,6 +205,7 @@ def _attend(
     q: Float[Array, "W K G Q H"],
     keys: Float[Array, "W K M H"],
     values: Float[Array, "W K M H"],
+    scales: Scales | None,
     distance: Int[Array, "W Q M"],
     is_cached: Bool[Array, "W M"],
 ) -> Softmax:
@@ -179,6 +219,8 @@ def _attend(
     if spec.window is not None:
         visible &= distance > -spec.window
     scores = _dot(q, keys, spec.scale)
+    if scales is not None:
+        scores = scores * scales.keys[:, :, None, None]
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     if batch.slopes is not None:
@@ -187,7 +229,10 @@ def _attend(
     scores = jnp.where(visible[:, None, None], scores, LOWEST)
     top = scores.max(-1)
     weights = jnp.exp(scores - top[..., None])
-    return Softmax(_weighted_sum(weights, values, is_cached), top, weights.sum(-1))
+    factors = weights
+    if scales is not None:
+        factors = weights * jnp.where(is_cached[:, None], scales.values, 0.0)[:, :, None, None]
+    return Softmax(_weighted_sum(factors, values, is_cached), top, weights.sum(-1))
 
 
 def _dot(
@@ -278,7 +323,9 @@ def _singles(batch: RaggedBatch) -> Float[Array, "T K G H"]:
         cell = jnp.arange(n_keys)[None]
         distance = tile[:, None] * n_keys + cell - (seq_lens[row] - 1)[:, None]
         is_cached = cell < n_cached[:, None]
-        part = _attend(batch, q[row][:, :, :, None], keys, values, distance[:, None], is_cached)
+        scales = batch.load_scales(key_rows, n_items)
+        query = q[row][:, :, :, None]
+        part = _attend(batch, query, keys, values, scales, distance[:, None], is_cached)
         part = Softmax(*(x[:, :, :, 0] for x in part))
         return _merge_rows(state, part, jnp.where(n_cached > 0, row, n_rows)), plan(i + 1)
 
@@ -331,7 +378,8 @@ def _chunks(batch: RaggedBatch, out: Float[Array, "T K G H"]) -> Float[Array, "T
             keys, values = batch.load(j < last, key_rows, 1)
             key_position = j * n_keys + jnp.arange(n_keys)[None]
             distance = key_position - position[:, None]
-            part = _attend(batch, q, keys, values, distance[None], key_position < seq_len)
+            scales = batch.load_scales(key_rows, 1)
+            part = _attend(batch, q, keys, values, scales, distance[None], key_position < seq_len)
             return _merge(state, Softmax(*(x[0] for x in part))), plan(j + 1)
 
         first = _first_tile(start - stop + seq_len, window, n_keys)

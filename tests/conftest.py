@@ -95,3 +95,12 @@ def no_compile() -> Iterator[None]:
 def forbid_compile():
     """`with forbid_compile(): ...` fails if anything inside compiles."""
     return no_compile
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Unloads what a file compiled: each program takes some of the 65530 memory maps that Linux
+    allows a process, and XLA crashes where none is left.
+    """
+    yield
+    jax.clear_caches()

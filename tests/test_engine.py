@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import threading
 
 import jax
@@ -7,11 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pallas_kernels
+from fastgen_jax import runner, startup
 from fastgen_jax.admission import Admission
 from fastgen_jax.config import EngineConfig, SamplingParams
 from fastgen_jax.engine import Engine
-from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
+from fastgen_jax.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+)
 from fastgen_jax.types import Request
+from pallas_kernels.tpu_tiles import Tiles
 from tests.tiny import Naive, make_engine, random_requests, run, tokens, write_config
 
 
@@ -339,6 +349,46 @@ def test_tensor_parallel_engine_makes_the_same_tokens():
     assert [tokens(o) for o in run(sharded, requests)] == expected
     cache = sharded._runner.state.caches[0]
     assert cache.sharding.shard_shape(cache.shape)[1] == cache.shape[1] // 2
+
+
+@pytest.mark.parametrize("backend", ["pallas_gpu", "pallas_tpu"])
+def test_engine_with_interpreted_kernels_on_two_devices_makes_the_same_tokens(
+    tmp_path, monkeypatch, backend
+):
+    options = EngineConfig(
+        model=write_config(tmp_path, hidden_size=64, num_hidden_layers=1),  # heads of 16
+        load_format="dummy",
+        block_size=128,
+        num_kv_blocks=16,
+        max_num_batched_tokens=8,
+        max_num_seqs=2,
+        tensor_parallel_size=2,
+    )
+    requests = random_requests(16, 3, longest=150, max_tokens=6)
+    expected = [tokens(o) for o in run(Engine(options), requests)]
+    monkeypatch.setitem(
+        startup.BACKENDS, "cpu", dataclasses.replace(startup.BACKENDS["cpu"], attention=backend)
+    )
+    monkeypatch.setattr(runner, "select", interpreted)
+    assert [tokens(o) for o in run(Engine(options), requests)] == expected
+
+
+def interpreted(name):
+    small = {"tiles": Tiles(decode_blocks=1, chunk_blocks=1)} if name == "pallas_tpu" else {}
+    return functools.partial(pallas_kernels.select(name), interpret=True, **small)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention_backend": "cuda"}, "must be one of auto, .*pallas_gpu.*, got 'cuda'"),
+        ({"attention_backend": "pallas_tpu"}, "'pallas_tpu' runs on tpu, and this is cpu; leave"),
+        ({"num_kv_blocks": 2**28}, "at most 2147483647 fit: use 8388607 blocks"),
+    ],
+)
+def test_attention_that_cannot_work_is_refused(folder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_engine(folder, **options)
 
 
 def test_pool_is_sized_from_memory_and_capped_by_use(folder):
