@@ -28,6 +28,9 @@ ENVIRONMENT = {
 
 TPU_TOPOLOGIES = {name: f"{name}:2x2x1" for name in ("v4", "v5e", "v5p", "v6e", "tpu7x")}
 
+# Operations of a compiled program's text that devices communicate by.
+COLLECTIVE = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+
 # XLA's GpuTargetConfigProto in text form, filled with what differs between the GPUs.
 GPU_CONFIG = """
 gpu_device_info {{
@@ -75,7 +78,7 @@ class Target:
     """One described accelerator: `compile` runs the real compiler for it and never the program."""
 
     platform: str  # "tpu" or "cuda"
-    sharding: Any  # of every argument: replicated over `mesh`
+    sharding: Any  # of arguments without their own: replicated over `mesh`
     mesh: Any
 
     def compile(self, fn: Callable, *args: Any, **jit_options: Any) -> Any:
@@ -83,7 +86,8 @@ class Target:
 
         Args:
             fn: a function, or something already jitted (then without jit_options).
-            args: arrays or anything else with shape and dtype, in pytrees; only their shapes count.
+            args: arrays or anything else with shape and dtype, in pytrees; only their shapes count,
+                and the sharding of a ShapeDtypeStruct that has one.
             jit_options: of jax.jit: donate_argnums, static_argnames ...
 
         Returns:
@@ -92,9 +96,12 @@ class Target:
         import jax
 
         jitted = jax.jit(fn, **jit_options) if jit_options or not hasattr(fn, "trace") else fn
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding), args
-        )
+
+        def place(x):
+            own = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own or self.sharding)
+
+        shapes = jax.tree.map(place, args)
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh), warnings.catch_warnings():
             # Programs for a described device enter the cache, but only a real one can read them.
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
@@ -113,16 +120,16 @@ def tpu_target(name: str = "v5e", n_devices: int = 1) -> Target:
     return _target("tpu", n_devices, topology_name=TPU_TOPOLOGIES[name])
 
 
-def gpu_target(name: str = "h100") -> Target:
-    """A GPU: h100 or a100."""
+def gpu_target(name: str = "h100", n_devices: int = 1) -> Target:
+    """A GPU: h100 or a100; several of one host."""
     _require(
         "jax_cuda12_plugin", "pip install jax-cuda12-plugin and jax-cuda12-pjrt of jax's version"
     )
     return _target(
         "cuda",
-        1,
+        n_devices,
         topology_name=name,
-        topology="1x1x1",
+        topology=f"1x1x{n_devices}",
         target_config=GPU_CONFIG.format(**GPUS[name]),
     )
 
