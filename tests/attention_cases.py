@@ -428,6 +428,7 @@ def implementation(
                 num_cores_or_threads=tiles.get("n_cores", 1),
                 out_of_bounds_reads="raise",
                 uninitialized_memory="nan",
+                vector_clock_size=128,  # copies share its entries; races among a share are missed
             )
             function = functools.partial(function, interpret=simulator if interpret else False)
             if is_cut_small:

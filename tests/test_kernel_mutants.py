@@ -1,7 +1,8 @@
 """Kernels with one bug seeded must not match the oracle: what the attention cases can find.
 
 A mutant is a kernel whose source has one fragment replaced; the fragment must occur exactly once,
-so a kernel that changes takes its mutants along.
+so a kernel that changes takes its mutants along. On TPU the simulator may tell before the oracle,
+and where its copies are eager, results are right and it alone can.
 """
 
 import functools
@@ -9,17 +10,19 @@ import importlib
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 import pallas_kernels
 from tests.attention_cases import (
     MODULES,
     Case,
+    Complaint,
     Implementation,
     Mismatch,
     check,
@@ -35,20 +38,30 @@ CASES = {
     # so that each tile outweighs the one before.
     "mixed": Case(QUANTIZED, (6, 2), 64, window=40, soft_cap=2.0, alibi=True, sinks=True),
     "long": Case(QUANTIZED, (6, 2), 64, alibi=True, sinks=True, kind="multi-token decodes"),
-    "tpu": Case(heads=(4, 2), window=200, soft_cap=2.0, alibi=True, sinks=True),
+    "tpu": Case(heads=(2, 1), window=200, soft_cap=2.0, alibi=True, sinks=True),
+    "tpu heads": Case(heads=(4, 2), alibi=True),
+    "tpu scales": Case(QUANTIZED, (2, 1), window=40, sinks=True),
     "decodes": Case(QUANTIZED, (6, 2), 64, alibi=True, sinks=True, kind="decodes"),
 }
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A bug: `old` becomes `new` in the file, and the case tells."""
+    """A bug: `old` becomes `new` in the file, and the case tells.
+
+    error, message: what it tells with; by default wrong results or a complaint of any kind.
+    tiles: sizes of TPU's small tiles, by name; is_eager: see `attention_cases.implementation`.
+    """
 
     name: str
     file: str  # of pallas_kernels
     old: str = "def ragged_paged_attention("  # by default no bug at all
     new: str = "def ragged_paged_attention("
     case: str = "mixed"
+    error: type[Exception] | tuple[type[Exception], ...] = (Mismatch, Complaint)
+    message: str | None = None
+    tiles: Mapping[str, int] = field(default_factory=dict)
+    is_eager: bool = False
 
     def __str__(self) -> str:
         return self.name.replace(" ", "_")
@@ -94,7 +107,7 @@ def breed(mutant: Mutant) -> Implementation:
         sys.modules[name] = module
         exec(compile(mutant.source(), str(SOURCES / mutant.file), "exec"), vars(module))
         function = importlib.import_module(entry).ragged_paged_attention
-    return implementation(mutant.implementation, function)
+    return implementation(mutant.implementation, function, is_eager=mutant.is_eager, **mutant.tiles)
 
 
 def run(tested: Implementation, name: str) -> None:
@@ -226,8 +239,9 @@ GPU_MUTANTS = [
         new="first_slot, first_slot + n_slots - 1,",
         case="decodes",
     ),
-    GPU(
+    Mutant(
         "tokens are written one cell on",
+        file="gpu_layout.py",
         old="slice(None), slots % n_cells",
         new="slice(None), (slots + 1) % n_cells",
     ),
@@ -236,6 +250,9 @@ STREAM = functools.partial(Mutant, file="tpu_stream.py", case="tpu")
 DECODE = functools.partial(Mutant, file="tpu_decode.py", case="tpu")
 CHUNK = functools.partial(Mutant, file="tpu_chunk.py", case="tpu")
 WRITE = functools.partial(Mutant, file="tpu_write.py", case="tpu")
+RACE = {"error": Complaint, "message": "RACE DETECTED"}
+RACE |= {"is_eager": True, "tiles": {"decode_streams": 1}}
+TWO_CORES = {"n_cores": 2, "decode_blocks": 1, "chunk_blocks": 1}
 TPU_MUTANTS = [
     STREAM(
         "a token sees the next one", old="visible = distance <= 0", new="visible = distance <= 1"
@@ -244,6 +261,7 @@ TPU_MUTANTS = [
         "the window is one too wide",
         old="visible &= distance > -spec.window",
         new="visible &= distance >= -spec.window",
+        case="tpu scales",  # ALiBi would hide what is far
     ),
     STREAM("ALiBi has the wrong sign", old="scores + (slope", new="scores - (slope"),
     STREAM(
@@ -259,10 +277,55 @@ TPU_MUTANTS = [
         old="slot, n_queries = item % stream.n_buffers,",
         new="slot, n_queries = (item + 1) % stream.n_buffers,",
     ),
+    CHUNK(
+        "a chunk's sum is not rescaled",
+        old="refs.acc[k, g] = refs.acc[k, g] * shrink + added",
+        new="refs.acc[k, g] = refs.acc[k, g] + added",
+    ),
+    CHUNK(
+        "a chunk's keys get the values' scales",
+        old="keys = keys.astype(jnp.float32) * scales[0][0:1]",
+        new="keys = keys.astype(jnp.float32) * scales[0][1:2]",
+        case="tpu scales",
+    ),
+    CHUNK(
+        "a chunk's last partial block is missed",
+        old="blocks = -(-(tile * size + high + shift) // n_cells)",
+        new="blocks = jnp.maximum((tile * size + high + shift) // n_cells, 1)",
+    ),
+    CHUNK(
+        "every KV head attends to the first one's cells",
+        old="blocks = [[ring.at[slot, b, k] for",
+        new="blocks = [[ring.at[slot, b, 0] for",
+        case="tpu heads",
+    ),
+    CHUNK(
+        "a tile of queries is shared by two cores",
+        old="borders = jnp.where(borders > 0, is_before.sum(1, dtype=jnp.int32), 0)",
+        new="",
+        tiles=TWO_CORES,
+    ),
+    CHUNK(
+        "results change while they are copied",
+        old="""        pl.when(is_last & (leaving >= 0))(lambda: self._out_copy(0).wait())
+        pl.when(is_last)(lambda: self._leave(p))
+""",
+        new="""        pl.when(is_last)(lambda: self._leave(p))
+        pl.when(is_last & (leaving >= 0))(lambda: self._out_copy(0).wait())
+""",
+        **RACE,
+    ),
     DECODE(
         "a single's sum is not rescaled",
         old="acc_ref[...] * _widen(shrink, acc_ref.shape[1]) + added",
         new="acc_ref[...] + added",
+        case="tpu heads",  # sinks would be the maximum before and after
+    ),
+    DECODE(
+        "a single's values get the keys' scales",
+        old="part * tile[1][1:2]",
+        new="part * tile[1][0:1]",
+        case="tpu scales",
     ),
     DECODE(
         "the sink is added in every lane",
@@ -270,14 +333,47 @@ TPU_MUTANTS = [
         new="jnp.where(lane >= 0, 1.0, 0.0)",
     ),
     DECODE(
+        "a single's last partial block is missed",
+        old="n_blocks = lax.div(self.refs.seq_lens[s] + self.n_cells - 1, self.n_cells)",
+        new="n_blocks = jnp.maximum(lax.div(self.refs.seq_lens[s], self.n_cells), 1)",
+        error=JaxRuntimeError,  # that block is to be written: its place is behind the buffer
+        message="Out-of-bounds read",
+    ),
+    DECODE(
+        "the second core serves the first one's sequences",
+        old="index = pl.program_id(0) * tiles.decode_streams + w",
+        new="index = w",
+        tiles=TWO_CORES,
+    ),
+    DECODE(
         "a single is written one cell on",
         old="new_cell = lax.rem(refs.seq_lens[s] - 1, self.n_cells)",
         new="new_cell = lax.rem(refs.seq_lens[s], self.n_cells)",
+    ),
+    DECODE(
+        "a block is refilled while it is written back",
+        old="""        pl.when(lane.is_writing > 0)(lambda: self._wait_for_write())
+        stream.fetch(lane.ahead, item + stream.n_buffers - 1, self._fetch_row)
+""",
+        new="""        stream.fetch(lane.ahead, item + stream.n_buffers - 1, self._fetch_row)
+        pl.when(lane.is_writing > 0)(lambda: self._wait_for_write())
+""",
+        **RACE,
     ),
     WRITE(
         "a chunk's first block loses its earlier tokens",
         old="pl.when(n_old(i) > 0)(lambda: each(old_copies, i, method))",
         new="pl.when(n_old(i) > 1000)(lambda: each(old_copies, i, method))",
+    ),
+    WRITE(
+        "a chunk's first new cell keeps what it held",
+        old="len(placed.shape) - 1) < first",
+        new="len(placed.shape) - 1) <= first",
+    ),
+    WRITE(
+        "a chunk is written one cell back",
+        old="return pl.multiple_of(aligned, ROWS), start - aligned",
+        new="return pl.multiple_of(aligned, ROWS), start - aligned + 1",
     ),
 ]
 MUTANTS = XLA_MUTANTS + GPU_MUTANTS + TPU_MUTANTS
@@ -293,17 +389,24 @@ def of_present(name: str, *values, id: str):
 @pytest.mark.parametrize("mutant", [of_present(m.implementation, m, id=str(m)) for m in MUTANTS])
 def test_mutant_does_not_match_the_oracle(mutant: Mutant):
     tested = breed(mutant)
-    with pytest.raises(Mismatch):
+    with pytest.raises(mutant.error, match=mutant.message):
         run(tested, mutant.case)
 
 
+def without_bugs() -> list[Mutant]:
+    """One for each way that mutants are run."""
+    ways = {}
+    for mutant in MUTANTS:
+        file = MODULES[mutant.implementation].removeprefix("pallas_kernels.") + ".py"
+        way = file, mutant.case, tuple(mutant.tiles.items()), mutant.is_eager
+        name = " ".join([mutant.case, *mutant.tiles, *["eager"] * mutant.is_eager])
+        sizes = {"tiles": mutant.tiles, "is_eager": mutant.is_eager}
+        ways[way] = Mutant(name, file, case=mutant.case, **sizes)
+    return list(ways.values())
+
+
 @pytest.mark.parametrize(
-    ("name", "case"),
-    [
-        of_present(name, name, case, id=case)
-        for name, case in sorted({(mutant.implementation, mutant.case) for mutant in MUTANTS})
-    ],
+    "mutant", [of_present(m.implementation, m, id=str(m)) for m in without_bugs()]
 )
-def test_kernel_without_a_bug_matches_the_oracle(name: str, case: str):
-    file = MODULES[name].removeprefix("pallas_kernels.") + ".py"
-    run(breed(Mutant("no bug", file)), case)
+def test_kernel_without_a_bug_matches_the_oracle(mutant: Mutant):
+    run(breed(mutant), mutant.case)

@@ -1,12 +1,16 @@
 """The GPU attention kernels at serving shapes, compiled by the real compiler for absent GPUs."""
 
 import dataclasses
+import re
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
 
+import pallas_kernels
+from fastgen_jax.sharding import CACHE, HEADS, shard_attention
 from pallas_kernels.contract import QUANTIZED, AttentionSpec, RaggedMeta
 from pallas_kernels.plan import Plan, PlanSizes
 from tests import targets
@@ -62,49 +66,55 @@ SHAPES = [
 ]
 
 
-def compile_attention(target: targets.Target, serving: Serving, **plan_sizes):
-    """The compiled call, and the bytes of its cache."""
-    from pallas_kernels.gpu import ragged_paged_attention
+def compile_attention(target: targets.Target, serving: Serving, attention=None, **plan_sizes):
+    """The compiled call, split by heads, and the bytes of its cache, of all devices.
 
+    attention: a backend's `ragged_paged_attention`, pallas_gpu's if None.
+    """
+    attention = attention or pallas_kernels.select("pallas_gpu")
+    attention = shard_attention(attention, target.mesh)
     (n_heads, n_kv_heads), head_size = serving.heads, serving.head_size
     t, s = serving.n_tokens, serving.n_seqs
     sizes = PlanSizes(
         n_tokens=t,
         n_seqs=s,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
+        n_heads=n_heads // target.mesh.size,
+        n_kv_heads=n_kv_heads // target.mesh.size,
         head_size=head_size,
         max_context=serving.max_context,
         **plan_sizes,
     )
 
+    def array(dtype, *shape, split=None):
+        sharding = split and NamedSharding(target.mesh, split)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
     def int32(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
+        return array(jnp.int32, *shape)
 
     plan = Plan(**{name: int32(*shape) for name, shape in sizes.shapes.items()})
     width = serving.max_context // serving.n_cells
     meta = RaggedMeta(
         int32(t), int32(t), int32(s, width), int32(s), int32(s + 1), int32(), int32(), plan
     )
-    q = jax.ShapeDtypeStruct((t, n_heads, head_size), serving.dtype)
-    k = jax.ShapeDtypeStruct((t, n_kv_heads, head_size), serving.dtype)
+    q = array(serving.dtype, t, n_heads, head_size, split=HEADS)
+    k = array(serving.dtype, t, n_kv_heads, head_size, split=HEADS)
     pool = serving.n_blocks, n_kv_heads, 2, serving.n_cells
-    cache = jax.ShapeDtypeStruct((*pool, head_size), serving.cache_dtype)
-    per_head = jax.ShapeDtypeStruct((n_heads,), jnp.float32)
-    extras, donated = {}, {"kv_cache": cache}
+    cache = array(serving.cache_dtype, *pool, head_size, split=CACHE)
+    scales, extras = {}, {}
     if jnp.dtype(serving.cache_dtype) in QUANTIZED:
-        donated["kv_scales"] = jax.ShapeDtypeStruct(pool, jnp.float32)
+        scales["kv_scales"] = array(jnp.float32, *pool)
     if serving.alibi:
-        extras["alibi_slopes"] = per_head
+        extras["alibi_slopes"] = array(jnp.float32, n_heads)
     if serving.sinks:
-        extras["sinks"] = per_head
+        extras["sinks"] = array(jnp.float32, n_heads)
     spec = AttentionSpec(head_size**-0.5, serving.window, serving.soft_cap)
 
-    def call(donated, extras, q, k, v, meta):
-        return ragged_paged_attention(q, k, v, meta=meta, spec=spec, **donated, **extras)
+    def call(cache, scales, extras, q, k, v, meta):
+        return attention(q, k, v, cache, meta, spec=spec, **scales, **extras)
 
-    compiled = target.compile(call, donated, extras, q, k, k, meta, donate_argnums=0)
-    return compiled, sum(x.size * x.dtype.itemsize for x in donated.values())
+    compiled = target.compile(call, cache, scales, extras, q, k, k, meta, donate_argnums=(0, 1))
+    return compiled, sum(x.size * x.dtype.itemsize for x in (cache, *scales.values()))
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -135,3 +145,9 @@ def test_decode_programs_have_no_chunk_kernel():
     without, _ = compile_attention(target, serving, max_short=64)
     assert "attention_chunks" in with_chunks.as_text()
     assert "attention_chunks" not in without.as_text()
+
+
+def test_eight_gpus_attend_to_their_own_heads_without_a_word_to_each_other():
+    compiled, cache_bytes = compile_attention(targets.gpu_target("h100", 8), Serving())
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes // 8
+    assert not re.findall(targets.COLLECTIVE, compiled.as_text())
