@@ -1,6 +1,6 @@
 """Paged attention over ragged batches: arrays in, arrays out. Backends are chosen once, by name.
 
-Imports jax and numpy only, never fastgen_jax.
+Imports jax and numpy only, never fastgen_jax; one backend brings packages of its own, jax_triton.
 """
 
 import importlib
@@ -32,21 +32,27 @@ BACKENDS = {  # name -> module
     "xla": "xla",
     "pallas_tpu": "tpu",
     "pallas_gpu": "gpu",
+    "jax_triton": "jax_triton",
 }
-PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}  # where a backend runs, if not everywhere
-NEED_PLAN = ("pallas_gpu",)  # want the host's plan in their meta
-PLANNED_BACKENDS = ("jax_triton", "mosaic_gpu")
+# Where a backend runs, if not everywhere.
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "jax_triton": "gpu"}
+NEED_PLAN = ("pallas_gpu", "jax_triton")  # want the host's plan in their meta
+PLANNED_BACKENDS = ("mosaic_gpu",)
 
 
 def select(name: str) -> RaggedPagedAttention:
     """The attention backend of that name; its module is imported only now.
 
     Raises:
+        ImportError: the packages that the backend needs are missing, or do not work together.
         NotImplementedError: a backend that does not exist yet. Nothing falls back to another one.
         ValueError: no such backend.
     """
     if name in BACKENDS:
-        return importlib.import_module(f"pallas_kernels.{BACKENDS[name]}").ragged_paged_attention
+        module = importlib.import_module(f"pallas_kernels.{BACKENDS[name]}")
+        if name == "jax_triton":
+            module.check_installed()
+        return module.ragged_paged_attention
     known = ", ".join(BACKENDS)
     if name in PLANNED_BACKENDS:
         raise NotImplementedError(f"attention backend {name!r} is not there yet; known: {known}")

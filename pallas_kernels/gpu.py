@@ -14,7 +14,6 @@ Pallas-Triton is chosen explicitly, by `compiler_params`: jax's default has chan
 deprecated from jax 0.11 on, still complete in 0.12, and needs no `triton` package.
 """
 
-import dataclasses
 import functools
 import warnings
 
@@ -26,18 +25,20 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Num
 
 from pallas_kernels import plan
-from pallas_kernels.contract import (
-    QUANTIZED,
-    AttentionSpec,
-    RaggedMeta,
-    check_arguments,
-    encode,
-    quantize,
-)
-from pallas_kernels.gpu_tile import (
+from pallas_kernels.contract import AttentionSpec, RaggedMeta, check_arguments
+from pallas_kernels.gpu_layout import (
     LOWEST,
+    MERGE_ROWS,
     Inputs,
     Layout,
+    check_plan,
+    make_inputs,
+    make_layout,
+    tiled,
+    warps_and_stages,
+    write,
+)
+from pallas_kernels.gpu_tile import (
     Softmax,
     attend,
     finish,
@@ -52,9 +53,6 @@ from pallas_kernels.gpu_tile import (
 
 # Given when a program is lowered, so it cannot be caught around a call.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-
-MAX_GROUP_SIZE = 128
-MERGE_ROWS = 16
 
 
 def ragged_paged_attention(
@@ -78,27 +76,10 @@ def ragged_paged_attention(
         ValueError: also for a meta without a plan, or one for other sizes.
     """
     check_arguments(q, k, v, kv_cache, meta, kv_scales)
-    _check_plan(q, kv_cache, meta)
+    check_plan("pallas_gpu", q, kv_cache, meta)
     kv_cache, kv_scales = write(k, v, kv_cache, kv_scales, meta)
-    float32 = jnp.float32
-    inputs = Inputs(
-        items=meta.plan.decode,
-        tables=meta.block_tables.reshape(-1),
-        q=q.reshape(-1),
-        kv_cache=kv_cache.reshape(-1),
-        kv_scales=None if kv_scales is None else kv_scales.reshape(-1),
-        slopes=None if alibi_slopes is None else jnp.asarray(alibi_slopes, float32),
-        sinks=None if sinks is None else jnp.asarray(sinks, float32),
-    )
-    layout = Layout(
-        n_heads=q.shape[1],
-        n_kv_heads=k.shape[1],
-        head_size=q.shape[2],
-        n_cells=kv_cache.shape[3],
-        table_width=meta.block_tables.shape[1],
-        dtype=_operand_dtype(q.dtype, kv_cache.dtype),
-        spec=spec,
-    )
+    inputs = make_inputs(q, kv_cache, kv_scales, meta, alibi_slopes, sinks)
+    layout = make_layout(q, kv_cache, meta, spec)
     out = jnp.zeros(q.size, q.dtype)
     out = _decode(out, inputs, meta.plan, layout, interpret)
     out = _chunks(out, inputs, meta.plan, layout, interpret)
@@ -106,61 +87,11 @@ def ragged_paged_attention(
     return (out, kv_cache) if kv_scales is None else (out, kv_cache, kv_scales)
 
 
-def write(
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
-    kv_cache: Num[Array, "B K 2 C H"],
-    kv_scales: Float[Array, "B K 2 C"] | None,
-    meta: RaggedMeta,
-) -> tuple[Num[Array, "B K 2 C H"], Float[Array, "B K 2 C"] | None]:
-    """The cache and its scales with each token's key and value; padding tokens are dropped."""
-    n_blocks, _, _, n_cells, _ = kv_cache.shape
-    token = jnp.arange(len(k), dtype=jnp.int32)
-    is_padding = token >= meta.cu_q_lens[-1]
-    # Padding tokens get slots past the pool: dropped, and no two tokens have one slot.
-    slots = jnp.where(is_padding, n_blocks * n_cells + token, meta.slots)
-    at = slots // n_cells, slice(None), slice(None), slots % n_cells
-    new = jnp.stack([k, v], axis=2)  # T K 2 H
-    if kv_scales is None:
-        cells = encode(new, kv_cache.dtype)
-    else:
-        cells, scales = quantize(new, kv_cache.dtype)
-        scales = scales.astype(kv_scales.dtype)
-        kv_scales = kv_scales.at[at].set(scales, mode="drop", unique_indices=True)
-    return kv_cache.at[at].set(cells, mode="drop", unique_indices=True), kv_scales
-
-
-def _operand_dtype(q_dtype, cache_dtype):
-    """What products are made of: a dtype that holds queries and cells without loss.
-
-    Quantised cells become float16 with the fewest operations, and bfloat16 queries fit into it once
-    their rows are scaled.
-    """
-    if cache_dtype in QUANTIZED:
-        return jnp.dtype(jnp.float32 if q_dtype == jnp.float32 else jnp.float16)
-    if cache_dtype == jnp.uint16:
-        cache_dtype = jnp.dtype(jnp.bfloat16)
-    return q_dtype if cache_dtype == q_dtype else jnp.dtype(jnp.float32)
-
-
-def _check_plan(q, kv_cache, meta: RaggedMeta) -> None:
-    head_size, group_size = q.shape[2], q.shape[1] // kv_cache.shape[1]
-    if head_size % 16 or group_size > MAX_GROUP_SIZE:
-        raise ValueError(
-            f"head size {head_size} with {group_size} query heads per KV head: pallas_gpu has head "
-            f"sizes that 16 divides and at most {MAX_GROUP_SIZE} query heads per KV head"
-        )
-    if not isinstance(meta.plan, plan.Plan):
-        raise ValueError("pallas_gpu needs meta.plan, see pallas_kernels.plan.make_plan")
-    if any(array.dtype != jnp.int32 for array in meta.plan):
-        raise ValueError(f"a plan of {[array.dtype for array in meta.plan]}: int32 is needed")
-
-
 def _decode(out: Float[Array, "T*N*H"], inputs: Inputs, work: plan.Plan, layout: Layout, interpret):
     """`out` with the decode items' tokens."""
     if not len(work.decode):
         return out
-    layout = _tiled(layout, plan.decode_rows(layout.group_size))
+    layout = tiled(layout, plan.decode_rows(layout.group_size))
     n_slots = 2 * len(work.merges) + 1  # an odd capacity's half is rounded down
     n_rows = n_slots * layout.n_kv_heads * layout.block_m
     float32 = jnp.float32
@@ -195,7 +126,7 @@ def _chunks(out: Float[Array, "T*N*H"], inputs: Inputs, work: plan.Plan, layout:
     """`out` with the chunk items' tokens."""
     if not len(work.chunks):
         return out
-    layout = _tiled(layout, plan.chunk_rows(layout.group_size, layout.head_size))
+    layout = tiled(layout, plan.chunk_rows(layout.group_size, layout.head_size))
     return pl.pallas_call(
         functools.partial(_chunk_kernel, layout=layout),
         out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
@@ -207,21 +138,8 @@ def _chunks(out: Float[Array, "T*N*H"], inputs: Inputs, work: plan.Plan, layout:
     )(out, inputs._replace(items=work.chunks))
 
 
-def _tiled(layout: Layout, block_m: int) -> Layout:
-    """The layout with tiles of block_m rows and as many cells as registers and shared memory hold:
-    at most 32 KiB of keys and values, three of which an A100 has room for.
-    """
-    block_n = 64 if layout.head_size <= 128 else 32
-    if layout.dtype == jnp.float32:  # products without matrix units, in registers
-        block_n = block_n // 2 if block_m <= 16 else block_n // 4
-    return dataclasses.replace(layout, block_m=block_m, block_n=block_n)
-
-
 def _params(layout: Layout) -> pltriton.CompilerParams:
-    n_warps, n_stages = 8 if layout.block_m > 64 else 4, 3
-    if layout.dtype == jnp.float32:
-        n_warps, n_stages = 2 * n_warps if layout.block_m > 16 else n_warps, 2
-    return pltriton.CompilerParams(num_warps=n_warps, num_stages=n_stages)
+    return pltriton.CompilerParams(**warps_and_stages(layout))
 
 
 def _decode_kernel(

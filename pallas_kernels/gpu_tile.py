@@ -13,9 +13,7 @@ Layout and reasons:
 """
 
 import functools
-import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,53 +21,7 @@ from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from pallas_kernels import plan
-from pallas_kernels.contract import AttentionSpec
-
-LOG2_E = math.log2(math.e)
-LOWEST = -1e30  # below every score; finite, so that differences are never NaN
-# What cells are, divided by what `decode` makes of them.
-FACTORS = {jnp.dtype(jnp.int8): 128.0, jnp.dtype(jnp.float8_e4m3fn): 256.0}
-
-
-class Inputs(NamedTuple):
-    """What a kernel reads: arrays, and inside the kernel their refs. All but `items` are flat."""
-
-    items: Any  # "W 8", see plan.Plan
-    tables: Any  # "S * P"
-    q: Any  # "T * N * H"
-    kv_cache: Any  # "B * K * 2 * C * H"
-    kv_scales: Any = None  # "B * K * 2 * C"
-    slopes: Any = None  # "N"
-    sinks: Any = None  # "N"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Static sizes of one kernel."""
-
-    n_heads: int
-    n_kv_heads: int
-    head_size: int
-    n_cells: int
-    table_width: int
-    dtype: Any  # of the operands of products
-    spec: AttentionSpec
-    block_m: int = 0  # rows of a query tile
-    block_n: int = 0  # cells of a key tile
-
-    @property
-    def group_size(self) -> int:
-        return self.n_heads // self.n_kv_heads
-
-    @property
-    def parts(self) -> list[tuple[int, int]]:
-        """(offset, width) of the parts of a head."""
-        parts, start = [], 0
-        while start < self.head_size:
-            width = 1 << (self.head_size - start).bit_length() - 1
-            parts.append((start, width))
-            start += width
-        return parts
+from pallas_kernels.gpu_layout import FACTORS, LOG2_E, LOWEST, Inputs, Layout
 
 
 class Item(NamedTuple):

@@ -16,7 +16,19 @@ ROOT = Path(__file__).parents[1]
 # A file imports only those before it.
 ORDER = [
     *("errors", "config", "types", "blocks", "prefix", "scheduler", "admission", "batch"),
-    *("sampling", "layers", "models", "sharding", "checkpoint", "runner", "startup", "engine"),
+    *(
+        "sampling",
+        "rope",
+        "layers",
+        "moe",
+        "models",
+        "sharding",
+        "weights",
+        "checkpoint",
+        "runner",
+        "startup",
+        "engine",
+    ),
     *("tokenizer", "llm", "mii", "server", "serve", "demo"),
 ]
 PACKAGES = ("fastgen_jax", "pallas_kernels", "convert", "benchmarks")
@@ -131,7 +143,13 @@ def test_host_side_files_do_without_arrays_of_the_device(file, forbidden):
 
 def test_kernels_know_nothing_of_the_engine():
     known = {"pallas_kernels", "jax", "jaxtyping", "numpy", *sys.stdlib_module_names}
-    assert problems(lambda path: packages(imported(parse(path))) - known, "pallas_kernels") == []
+    # One backend needs packages that few have; it imports them when it is used.
+    own = {"jax_triton.py": {"jax_triton"}, "triton_kernels.py": {"triton"}}
+
+    def foreign(path: Path) -> set[str]:
+        return packages(imported(parse(path))) - known - own.get(path.name, set())
+
+    assert problems(foreign, "pallas_kernels") == []
 
 
 def test_importing_the_package_loads_neither_jax_nor_transformers():
