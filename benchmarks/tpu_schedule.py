@@ -4,13 +4,12 @@
     python -m benchmarks.tpu_schedule                         # our kernels and jax's, v5e and v6e
     python -m benchmarks.tpu_schedule --kernels ours_decode --chips v6e --head-size 80
     python -m benchmarks.tpu_schedule --kernels ours_decode --tiles decode_blocks=4 --keep /tmp/d
-    python -m benchmarks.tpu_schedule --tune                  # tile sizes for pallas_kernels
+    python -m benchmarks.tpu_schedule --tune pallas_kernels/tpu_tile_table.py    # half an hour
     python -m benchmarks.tpu_schedule --kernels rpa3_decode   # needs the package tpu-inference
 
-libtpu dumps the schedule twice: "packed-bundles-post-ra", one bundle a cycle of its own latency
-model, with the cycles in which nothing issues; and "final_bundles", the same without most of them.
-`cycles` counts the first, `bundles` the second: the truth lies between and near the first. No DMA
-is waited for in either: the DMA's time stands beside them and the larger one binds.
+`cycles` counts bundles of the schedule with the cycles in which nothing issues, `bundles` those in
+which something does: the truth lies between and near the first. No DMA is waited for in either: the
+DMA's time stands beside them and the larger one binds.
 
 Columns, all of the innermost loops that use the MXU:
     cycles, bundles   per 128 KV cells of one KV head, for chunk kernels also per 128 query rows
@@ -27,17 +26,22 @@ Columns, all of the innermost loops that use the MXU:
 """
 
 import argparse
+import functools
+import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks.tpu_dump import FLAGS, READ_FLAG, Body, read_bodies
+from benchmarks.tpu_subjects import DEFAULT_KERNELS, DEFAULT_TILES, SUBJECTS, Case, Work, item_size
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,463 +75,43 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "JAX_PLATFORMS": "cpu",
 }
-DUMP_FLAGS = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=true"
 
-BLOCK = 128  # cells
-ROWS = 128  # query rows that a chunk kernel's figures are normalised to
 
-
-# The dump: bundles, loops, slots.
-
-
-class Bundle(NamedTuple):
-    """One VLIW instruction. `depth` counts the loops around it."""
-
-    depth: int
-    target: int | None  # of a branch in it
-    issues: bool  # anything at all
-    copies: int  # copies from HBM to VMEM that it starts
-
-
-class Loop(NamedTuple):
-    """Bundles start <= i < end of which the last ones branch back to `start`."""
-
-    start: int
-    end: int
-
-
-class Slots(NamedTuple):
-    """How many slots of each unit each bundle takes."""
-
-    units: list[str]
-    capacity: list[int]
-    rows: list[list[int]]
-
-
-_BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:[A-Z]{2})? *: +(>*) *\{")
-_BRANCH = re.compile(r"sbr\.rel\b[^}]*?target bundleno = (\d+)")
-_COPY = re.compile(r"\bdma\.hbm_to_vmem\b")
-MAX_BRANCH_DELAY = 8  # bundles that still execute after a branch, on any chip
-
-
-def parse_bundles(text: str) -> list[Bundle]:
-    """The bundles of a packed-bundles dump. An empty one shows no depth: it has its follower's."""
-    found: list[tuple[int, str]] = []  # depth, text: a comment may hold line breaks
-    for line in text.splitlines():
-        if match := _BUNDLE.match(line):
-            found.append((len(match[1]), line[match.end() :]))
-        elif found:
-            found[-1] = found[-1][0], found[-1][1] + line
-    bundles: list[Bundle] = []
-    depth = 0
-    for marks, body in reversed(found):
-        issues = not body.lstrip().startswith("}")
-        depth = marks if issues else depth
-        branch = _BRANCH.search(body)
-        target = int(branch[1]) if branch else None
-        bundles.append(Bundle(depth, target, issues, len(_COPY.findall(body))))
-    return bundles[::-1]
-
-
-def parse_slots(text: str) -> Slots:
-    """A static-per-bundle-utilization dump."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    header = next(i for i, line in enumerate(lines) if line.startswith("MATMUL"))
-    rows = [[int(n) for n in line.split()] for line in lines[header + 3 :]]
-    units = [name.strip() for name in lines[header].split(",")]
-    return Slots(units, [int(n) for n in lines[header + 1].split()], rows)
-
-
-def find_loops(bundles: list[Bundle]) -> list[Loop]:
-    """Every backward branch closes a loop, which ends with the branch's delay slots."""
-    ends: dict[int, int] = {}
-    for i, bundle in enumerate(bundles):
-        if bundle.target is not None and bundle.target <= i:
-            ends[bundle.target] = max(ends.get(bundle.target, 0), _loop_end(bundles, i))
-    return [Loop(start, end) for start, end in sorted(ends.items())]
-
-
-def _loop_end(bundles: list[Bundle], branch: int) -> int:
-    end = branch + 1
-    limit = min(len(bundles), branch + 1 + MAX_BRANCH_DELAY)
-    while end < limit and bundles[end].depth >= bundles[branch].depth:
-        end += 1
-    return end
-
-
-def mxu_loops(loops: list[Loop], mxu: list[int]) -> list[Loop]:
-    """The innermost loops that use the MXU; most work for it first, then the shorter."""
-    with_mxu = [loop for loop in loops if any(mxu[loop.start : loop.end])]
-    inner = [x for x in with_mxu if not any(_is_inside(y, x) for y in with_mxu)]
-    return sorted(inner, key=lambda x: (-sum(mxu[x.start : x.end]), x.end - x.start))
-
-
-def _is_inside(inner: Loop, outer: Loop) -> bool:
-    return inner != outer and outer.start <= inner.start and inner.end <= outer.end
-
-
-RARE = 0.3  # a branch that skips less of an iteration's MXU work than this is usually taken
-
-
-def hot_path(bundles: list[Bundle], loop: Loop, mxu: list[int]) -> list[int]:
-    """The bundles of an iteration that does the MXU's work, starts all copies in, and no more.
-
-    mxu: its slots per bundle of the kernel. Of all ways through the body's forward branches, the
-    one with the most such work; of those the one with the fewest bundles. What a branch skips that
-    has little of that work (moving one token's cell takes some) is not part of it. A taken branch's
-    delay slots are left out, an error of a few bundles; a loop inside counts as one iteration.
-    """
-    worth = _regular_work(bundles, loop, mxu)
-    best: dict[int, tuple[int, int, int]] = {loop.end: (0, 0, 0)}
-    following: dict[int, int] = {}
-    for i in reversed(range(loop.start, loop.end)):
-        target, ways = bundles[i].target, [i + 1]
-        if target is not None and i < target:
-            ways.append(min(target, loop.end))
-        following[i] = max(ways, key=lambda j: best[j])
-        work, copies, fewer = best[following[i]]
-        best[i] = work + worth[i], copies + bundles[i].copies, fewer - 1
-    path, i = [], loop.start
-    while i < loop.end:
-        path.append(i)
-        i = following[i]
-    return path
-
-
-def _regular_work(bundles: list[Bundle], loop: Loop, mxu: list[int]) -> list[int]:
-    worth, limit = list(mxu), RARE * sum(mxu[loop.start : loop.end])
-    for i in range(loop.start, loop.end):
-        target = bundles[i].target
-        if target is not None and i < target <= loop.end and sum(mxu[i + 1 : target]) < limit:
-            worth[i + 1 : target] = [0] * (target - i - 1)
-    return worth
-
-
-class Body(NamedTuple):
-    """What the schedule says about one iteration of a loop, on its hot path unless `all_`."""
-
-    cycles: int
-    bundles: int  # in which anything issues
-    all_cycles: int
-    around: int  # cycles of the next loop around it, outside of such loops
-    busy: dict[str, float]  # share of cycles in which the unit issues
-    used: dict[str, float]  # share of the unit's slots that are taken
-    n_fills: int
-    n_spills: int
-
-
-def read_bodies(dump: Path, kernel: str) -> list[Body]:
-    """Of the innermost loops of `kernel` that use the MXU; the one with most work for it comes
-    first, of equals (as with masks and without) the shorter.
-
-    Raises:
-        FileNotFoundError: the dump has no such kernel.
-    """
-    bundles = parse_bundles(_dumped(dump, kernel, "packed-bundles-post-ra"))
-    slots = parse_slots(_dumped(dump, kernel, "pre-delay_hlo-static-per-bundle-utilization"))
-    assert len(bundles) == len(slots.rows), (len(bundles), len(slots.rows))
-    columns = slots.units.index("MATMUL"), slots.units.index("MATPUSH")
-    mxu = [sum(row[i] for i in columns) for row in slots.rows]
-    loops = find_loops(bundles)
-    inner = mxu_loops(loops, mxu)
-    paths = [hot_path(bundles, loop, mxu) for loop in inner]
-    around = [_around(bundles, loops, loop, mxu) for loop in inner]
-    return [read_body(bundles, slots, *found) for found in zip(inner, paths, around, strict=True)]
-
-
-def _around(bundles: list[Bundle], loops: list[Loop], inner: Loop, mxu: list[int]) -> int:
-    outer = [loop for loop in loops if _is_inside(inner, loop)]
-    if not outer:
-        return 0
-    within = min(outer, key=lambda loop: loop.end - loop.start)
-    counted = {i for loop in mxu_loops(loops, mxu) for i in range(loop.start, loop.end)}
-    return len(set(hot_path(bundles, within, mxu)) - counted)
-
-
-def read_body(
-    bundles: list[Bundle], slots: Slots, loop: Loop, path: list[int], around: int
-) -> Body:
-    """Sums over the bundles of `path`."""
-    columns = list(zip(*(slots.rows[i] for i in path), strict=True))
-    taken = {unit: sum(column) for unit, column in zip(slots.units, columns, strict=True)}
-    return Body(
-        cycles=len(path),
-        bundles=sum(bundles[i].issues for i in path),
-        all_cycles=loop.end - loop.start,
-        around=around,
-        busy={u: sum(map(bool, c)) / len(path) for u, c in zip(slots.units, columns, strict=True)},
-        used={
-            unit: taken[unit] / n / len(path)
-            for unit, n in zip(slots.units, slots.capacity, strict=True)
-        },
-        n_fills=taken["VLOAD:FILL"],
-        n_spills=taken["VSTORE:SPILL"],
-    )
-
-
-def _dumped(dump: Path, kernel: str, name: str) -> str:
-    pattern = re.compile(rf"\d+-{re.escape(kernel)}[-\w]*?(\.\d+)?-\d+-{re.escape(name)}\.txt")
-    files = sorted(path for path in dump.iterdir() if pattern.fullmatch(path.name))
-    if not files:
-        raise FileNotFoundError(f"no {name} of a kernel {kernel} in {dump}")
-    return files[-1].read_text()
-
-
-# The kernels: each is compiled in a process of its own, for libtpu reads its flags once.
-
-
-class Case(NamedTuple):
-    """What to compile, and for which chip."""
-
-    chip: str
-    head_size: int
-    n_kv_heads: int
-    group: int
-    dtype: str
-    tiles: dict[str, int]
-
-
-Program = tuple[Callable, list[Any], tuple[int, ...]]  # function, shapes, which are donated
-
-
-class Work(NamedTuple):
-    """What one iteration of a kernel's inner loop does, in units: 128 cells of one KV head, for
-    chunk kernels met by 128 query rows."""
-
-    units: float
-    bytes_per_unit: float  # that HBM must deliver
-    flops_per_unit: float
-    n_inner: int = 1  # iterations of the inner loop in one of the loop around it
-
-
-class Subject(NamedTuple):
-    """A kernel: how to call it, how its name in the dump begins, what an iteration does."""
-
-    kernel: str
-    program: Callable[[Case], Program]
-    work: Callable[[Case], Work]
-
-
-def _shape(dims: tuple[int, ...], dtype: str = "int32") -> Any:
-    import jax
-    import jax.numpy as jnp
-
-    return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype))
-
-
-N_TOKENS, N_SEQS, N_POOL, N_TABLE = 512, 64, 1024, 32
-QUANTIZED = "int8", "float8_e4m3fn"
-
-
-class OurArguments(NamedTuple):
-    """Shapes that the programs of pallas_kernels.tpu take."""
-
-    q: Any
-    new: tuple[Any, ...]  # the step's cells "T K 2 H", and their scales "T K 2"
-    cache: tuple[Any, ...]
-    meta: Any
-
-
-def our_arguments(case: Case) -> OurArguments:
-    """A batch of N_TOKENS tokens in N_SEQS sequences."""
-    from pallas_kernels.contract import RaggedMeta
-
-    n_kv, size = case.n_kv_heads, case.head_size
-    cache = [_shape((N_POOL, n_kv, 2, size, BLOCK), case.dtype)]
-    new = [_shape((N_TOKENS, n_kv, 2, size), case.dtype)]
-    if case.dtype in QUANTIZED:
-        cache.append(_shape((N_POOL, n_kv, 2, BLOCK), "float32"))
-        new.append(_shape((N_TOKENS, n_kv, 2), "float32"))
-    meta = RaggedMeta(
-        *map(_shape, [(N_TOKENS,), (N_TOKENS,), (N_SEQS, N_TABLE), (N_SEQS,), (N_SEQS + 1,)]),
-        n_seqs=_shape(()),
-        n_single=_shape(()),
-    )
-    dtype = "bfloat16" if case.dtype in QUANTIZED else case.dtype
-    q = _shape((N_TOKENS, n_kv * case.group, size), dtype)
-    return OurArguments(q, tuple(new), tuple(cache), meta)
-
-
-def our_options(case: Case) -> dict[str, Any]:
-    """A plain causal layer's, with the case's tiles."""
-    from pallas_kernels.contract import AttentionSpec
-
-    spec = AttentionSpec(scale=case.head_size**-0.5)
-    features = {"spec": spec, "alibi_slopes": None, "sinks": None}
-    return features | {"tiles": _our_tiles(case), "interpret": False}
-
-
-def our_decode(case: Case) -> Program:
-    """pallas_kernels.tpu's program for single tokens."""
-    from pallas_kernels.tpu_decode import paged_decode
-
-    options = our_options(case)
-    return (lambda *args: paged_decode(*args, **options)), [*our_arguments(case)], (2,)
-
-
-def our_chunk(case: Case) -> Program:
-    """... for sequences with more new tokens, which are in the cache already."""
-    from pallas_kernels.tpu_chunk import paged_chunk
-
-    options, arguments = our_options(case), our_arguments(case)
-    args = [arguments.q, arguments.cache, arguments.meta]
-    return (lambda *args: paged_chunk(*args, **options)), args, ()
-
-
-def _our_tiles(case: Case) -> Any:
-    from pallas_kernels import tpu_tiles
-
-    return tpu_tiles.Tiles(**case.tiles)
-
-
-def our_decode_work(case: Case) -> Work:
-    """An iteration: `decode_blocks` blocks of each of `decode_streams` sequences, all KV heads."""
-    tiles = _our_tiles(case)
-    return decode_work(case, tiles.decode_blocks * tiles.decode_streams * case.n_kv_heads)
-
-
-MAX_UNROLLED_GROUP = 8  # paged_chunk loops over larger groups
-
-
-def our_chunk_work(case: Case) -> Work:
-    """An iteration: `chunk_blocks` blocks of one KV head, `chunk_queries` tokens of its group."""
-    tiles = _our_tiles(case)
-    rows, blocks, n_inner = tiles.chunk_queries * case.group, tiles.chunk_blocks, case.n_kv_heads
-    work = chunk_work(case, blocks, rows)._replace(n_inner=n_inner)
-    if case.group <= MAX_UNROLLED_GROUP:
-        return work
-    return work._replace(units=work.units / case.group, n_inner=n_inner * case.group)
-
-
-def decode_work(case: Case, n_tiles: int) -> Work:
-    """n_tiles: blocks times KV heads."""
-    return Work(n_tiles, block_bytes(case), 4 * BLOCK * case.head_size * case.group)
-
-
-def chunk_work(case: Case, n_tiles: int, rows: int) -> Work:
-    """rows: of queries that meet a block while it is in VMEM."""
-    flops = 4 * BLOCK * case.head_size * ROWS
-    return Work(n_tiles * rows / ROWS, block_bytes(case) * ROWS / rows, flops)
-
-
-def block_bytes(case: Case) -> float:
-    """Keys and values of 128 cells of one KV head, with their scales if quantised."""
-    size = {"float32": 4, "bfloat16": 2}.get(case.dtype, 1)
-    return 2 * BLOCK * (case.head_size * size + (4 if size == 1 else 0))
-
-
-JAX_TILES = {"pages": 4, "queries": 32}
-
-
-def jax_program(case: Case) -> Program:
-    """jax's own kernel: blocks of 128 cells, `pages` blocks and `queries` tokens per iteration."""
-    from jax.experimental.pallas.ops.tpu import ragged_paged_attention as rpa
-
-    if case.head_size % 128:
-        raise ValueError(f"jax_rpa has head sizes of 128 or its multiples, not {case.head_size}")
-    tiles = JAX_TILES | case.tiles
-    q = _shape((N_TOKENS, case.n_kv_heads * case.group, case.head_size), "bfloat16")
-    cache = _shape((N_POOL, BLOCK, 2 * case.n_kv_heads, case.head_size), case.dtype)
-    metadata = map(_shape, [(N_SEQS,), (N_SEQS, N_TABLE), (N_SEQS + 1,), (1,)])
-
-    def run(*args):
-        return rpa.ragged_paged_attention(
-            *args,
-            sm_scale=0.1,
-            num_kv_pages_per_block=tiles["pages"],
-            num_queries_per_block=tiles["queries"],
-            vmem_limit_bytes=64 << 20,
-        )
-
-    return run, [q, cache, *metadata], ()
-
-
-def jax_chunk_work(case: Case) -> Work:
-    """An iteration: `pages` blocks, `queries` tokens, all heads."""
-    tiles = JAX_TILES | case.tiles
-    return chunk_work(case, tiles["pages"] * case.n_kv_heads, tiles["queries"] * case.group)
-
-
-def jax_decode_work(case: Case) -> Work:
-    """The same code serves one token, in a tile of `queries`."""
-    return decode_work(case, (JAX_TILES | case.tiles)["pages"] * case.n_kv_heads)
-
-
-RPA3_TILES = {"cells": 512, "queries": 32}
-
-
-def rpa3_program(case: Case) -> Program:
-    """tpu-inference's RPA v3, which pads heads to 128 lanes; one call holds all its kernels."""
-    from tpu_inference.kernels.ragged_paged_attention.v3.kernel import (  # pyright: ignore
-        ragged_paged_attention,
-    )
-
-    tiles, padded = RPA3_TILES | case.tiles, _padded(case).head_size
-    dtype = "bfloat16" if case.dtype in QUANTIZED else case.dtype
-    packing = {"float32": 1, "bfloat16": 2}.get(case.dtype, 4)
-    q = _shape((N_TOKENS, case.n_kv_heads * case.group, case.head_size), dtype)
-    kv = _shape((N_TOKENS, case.n_kv_heads, case.head_size), case.dtype)
-    cache = _shape(
-        (N_POOL, BLOCK, 2 * case.n_kv_heads // packing, packing, padded),
-        case.dtype,
-    )
-    metadata = map(_shape, [(N_SEQS,), (N_SEQS * N_TABLE,), (N_SEQS + 1,), (3,)])
-    decode = (1, tiles["cells"], 1, tiles["cells"])
-    chunk = (tiles["queries"], tiles["cells"]) * 2
-
-    def run(*args):
-        return ragged_paged_attention(
-            *args,
-            sm_scale=0.1,
-            d_block_sizes=decode,
-            p_block_sizes=chunk,
-            m_block_sizes=chunk,
-            vmem_limit_bytes=64 << 20,
-        )
-
-    return run, [q, kv, kv, cache, *metadata], (0, 1, 2, 3)
-
-
-def _padded(case: Case) -> Case:
-    return case._replace(head_size=-(-case.head_size // 128) * 128)
-
-
-def rpa3_decode_work(case: Case) -> Work:
-    """An iteration: `cells` of one sequence, all KV heads."""
-    n_blocks = (RPA3_TILES | case.tiles)["cells"] / BLOCK
-    return decode_work(_padded(case), int(n_blocks * case.n_kv_heads))
-
-
-def rpa3_chunk_work(case: Case) -> Work:
-    """An iteration: `cells`, `queries` tokens, all heads."""
-    tiles = RPA3_TILES | case.tiles
-    n_tiles = tiles["cells"] // BLOCK * case.n_kv_heads
-    return chunk_work(_padded(case), n_tiles, tiles["queries"] * case.group)
-
-
-SUBJECTS = {
-    "ours_decode": Subject("paged_decode", our_decode, our_decode_work),
-    "ours_chunk": Subject("paged_chunk", our_chunk, our_chunk_work),
-    "jax_decode": Subject("ragged_paged_attention_kernel", jax_program, jax_decode_work),
-    "jax_chunk": Subject("ragged_paged_attention_kernel", jax_program, jax_chunk_work),
-    "rpa3_decode": Subject("RPAd", rpa3_program, rpa3_decode_work),
-    "rpa3_chunk": Subject("RPAm", rpa3_program, rpa3_chunk_work),
-}
-DEFAULT_KERNELS = "ours_decode,jax_decode,ours_chunk,jax_chunk"
-DEFAULT_TILES = {"jax_decode": {"pages": 4, "queries": 8}}
+# Compilation: each in a process of its own, for libtpu reads its flags once.
 
 
 class CompileError(Exception):
     """The compiler, or tracing, refused; with its last line."""
 
 
-def compile_subject(name: str, case: Case, dump: Path) -> None:
-    """Compiles in a process of its own that dumps its schedule.
+def measure(name: str, case: Case, keep: Path | None = None) -> list[Body]:
+    """Compiles the subject and reads its loops.
+
+    Args:
+        keep: a directory for all that the compiler dumps.
+
+    Raises:
+        CompileError: it does not compile, or its loops use no MXU.
+        FileNotFoundError: the dump has no such kernel.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        dump = keep / f"{name}-{case.chip}" if keep else Path(scratch)
+        dump.mkdir(parents=True, exist_ok=True)
+        flags = FLAGS.format(dump) if keep else f"{FLAGS.format(dump)} {READ_FLAG}"
+        compile_subject(name, case, flags)
+        bodies = read_bodies(dump, SUBJECTS[name].kernel)
+    if not bodies:
+        raise CompileError(f"{SUBJECTS[name].kernel} has no loop that uses the MXU")
+    return bodies
+
+
+def compile_subject(name: str, case: Case, flags: str) -> None:
+    """Compiles in a process of its own, with libtpu's flags.
 
     Raises:
         CompileError: it failed.
     """
-    flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {DUMP_FLAGS.format(dump)}"
+    flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
     environment = os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags.strip()}
     command = [sys.executable, "-m", "benchmarks.tpu_schedule", "--child", name]
     command.append(json.dumps(case._asdict()))
@@ -638,22 +222,6 @@ def table_row(label: str, case: Case, body: Body, work: Work) -> str:
     )
 
 
-def measure(name: str, case: Case, keep: Path | None) -> list[Body]:
-    """Compiles and reads the subject's loops.
-
-    Raises:
-        CompileError: it does not compile, or its loops use no MXU.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        dump = keep / f"{name}-{case.chip}" if keep else Path(scratch)
-        dump.mkdir(parents=True, exist_ok=True)
-        compile_subject(name, case, dump)
-        bodies = read_bodies(dump, SUBJECTS[name].kernel)
-    if not bodies:
-        raise CompileError(f"{SUBJECTS[name].kernel} has no loop that uses the MXU")
-    return bodies
-
-
 def report(name: str, case: Case, keep: Path | None) -> None:
     """Prints the subject's rows; those of further loops for the same work, with a mark."""
     try:
@@ -669,19 +237,21 @@ def report(name: str, case: Case, keep: Path | None) -> None:
 # Tile sizes: for each kernel of pallas_kernels those of Tiles' fields that it uses.
 
 CANDIDATES = {
-    "ours_decode": {"decode_blocks": (1, 2, 4, 8), "decode_streams": (1, 2, 4)},
-    "ours_chunk": {"chunk_queries": (128, 256), "chunk_blocks": (1, 2, 4)},
+    "ours_decode": [
+        {"decode_blocks": blocks, "decode_streams": streams}
+        for blocks, streams in ((2, 1), (4, 1), (8, 1), (4, 2))
+    ],
+    "ours_chunk": [
+        {"chunk_queries": queries, "chunk_blocks": blocks}
+        for queries, blocks in ((128, 4), (256, 2), (256, 4))
+    ],
 }
-
-
-def candidates(name: str) -> Iterator[dict[str, int]]:
-    """All combinations of the kernel's tile sizes."""
-    names, sizes = CANDIDATES[name].keys(), CANDIDATES[name].values()
-    for combination in itertools.product(*sizes):
-        yield dict(zip(names, combination, strict=True))
-
-
+TUNED_CASES = {"chips": "v5e,v6e,tpu7x", "head_size": "64,128,256", "group": "1,4"}
+TUNED_CASES |= {"dtype": "bfloat16,int8"}
 CONTEXTS = 3, 8, 32  # blocks
+LATENCY = 1.5e-6  # seconds from a copy's start to its end: an assumption
+NEAR = 1.03  # costs that differ by less are the same
+N_AHEAD = 2  # iterations by which copies are ahead of the products
 
 
 def cost(f: Figures, n_blocks: int) -> float:
@@ -695,36 +265,94 @@ def cost(f: Figures, n_blocks: int) -> float:
     return sum(times) / len(times)
 
 
-def tune(case: Case) -> dict[str, int]:
-    """The cheapest tile sizes of both kernels; prints every candidate."""
-    best: dict[str, int] = {}
-    for name in CANDIDATES:
-        costs: list[tuple[float, dict[str, int]]] = []
-        for tiles in candidates(name):
-            tried = case._replace(tiles=case.tiles | tiles)
-            try:
-                body, work = measure(name, tried, None)[0], SUBJECTS[name].work(tried)
-            except (CompileError, FileNotFoundError) as error:
-                print(f"# {tiles}: {error}", flush=True)
-                continue
-            n_blocks = next(size for field, size in tiles.items() if field.endswith("_blocks"))
-            costs.append((cost(figures(body, work, tried), n_blocks), tiles))
-            row = table_row(name, tried, body, work)
-            print(f"# {row}  cost {costs[-1][0]:.1f} {tiles}", flush=True)
-        if costs:
-            best |= min(costs, key=lambda pair: pair[0])[1]
-    return best
+def awaited_dma(f: Figures, work: Work, chip: Chip) -> float:
+    """The DMA's cycles where an iteration's copies start N_AHEAD iterations before it.
+
+    Little's law: bytes under way = latency x bandwidth; with fewer, bandwidth is left unused.
+    """
+    n_bytes = N_AHEAD * work.units * work.bytes_per_unit
+    return f.dma * max(1.0, LATENCY * chip.bandwidth / n_bytes)
 
 
-def print_table(cases: list[Case]) -> None:
-    """A literal for pallas_kernels/tpu_tiles.py: (chip, head size, group, dtype) -> Tiles."""
-    print(f"# {HEADER}")
-    lines = []
-    for case in cases:
-        fields = ", ".join(f"{name}={size}" for name, size in tune(case).items())
-        key = case.chip, case.head_size, case.group, case.dtype
-        lines.append(f"    {key!r}: Tiles({fields}),".replace("'", '"'))
-    print("\n".join(["TILES = {", *lines, "}"]))
+class Choice(NamedTuple):
+    """Tile sizes and what they cost."""
+
+    cost: float  # cycles per block
+    size: int  # grows with the memory that they take
+    tiles: dict[str, int]
+
+
+def try_tiles(name: str, case: Case) -> Choice:
+    """The cost of the case's tiles.
+
+    Raises:
+        CompileError, FileNotFoundError: as `measure` does; too little memory is one reason.
+    """
+    body, work = measure(name, case)[0], SUBJECTS[name].work(case)
+    print(f"{table_row(name, case, body, work)}  {case}", file=sys.stderr, flush=True)
+    f = figures(body, work, case)
+    if name == "ours_decode":
+        f = f._replace(dma=awaited_dma(f, work, CHIPS[case.chip]))
+    n_blocks = next(size for field, size in case.tiles.items() if field.endswith("_blocks"))
+    return Choice(cost(f, n_blocks), math.prod(case.tiles.values()), case.tiles)
+
+
+@functools.cache
+def best_tiles(name: str, *sizes: Any) -> dict[str, int]:
+    """The cheapest candidate that compiles, of near equals the smallest.
+
+    sizes: a Case without its tiles.
+    """
+    choices: list[Choice] = []
+    chip, head_size, n_kv_heads, group, dtype = sizes
+    for tiles in CANDIDATES[name]:
+        case = Case(chip, head_size, n_kv_heads, group, dtype, tiles)
+        try:
+            choices.append(try_tiles(name, case))
+        except (CompileError, FileNotFoundError) as error:
+            print(f"{name} {case}: {error}", file=sys.stderr, flush=True)
+    assert choices, f"nothing compiles for {sizes}"
+    least = min(choice.cost for choice in choices)
+    near = [choice for choice in choices if choice.cost <= NEAR * least]
+    return min(near, key=lambda choice: choice.size).tiles
+
+
+def tune(case: Case) -> tuple[int, ...]:
+    """The best tile sizes of both kernels, in the order of TABLE_HEAD.
+
+    A decode kernel's rows are whole registers of 8: its schedule is the same for smaller groups. A
+    chunk kernel makes a block's cells bfloat16 before it uses them: the cache's dtype changed its
+    cycles by 5 % at most on a v5e.
+    """
+    *whole, _ = case._replace(group=-(-case.group // 8) * 8)
+    *wide, _ = case._replace(dtype="bfloat16")
+    return *best_tiles("ours_decode", *whole).values(), *best_tiles("ours_chunk", *wide).values()
+
+
+TABLE_HEAD = """\
+\"\"\"Sizes of tiles for tpu_tiles.py, chosen by the TPU compiler's schedules. Made, with jax {jax}
+and libtpu {libtpu}, by
+
+    python -m benchmarks.tpu_schedule {arguments}
+\"\"\"
+
+# Chip -> (head size, query heads per KV head, bytes of a cell's element)
+#      -> (decode_blocks, decode_streams, chunk_queries, chunk_blocks)
+TILES = {{
+"""
+
+
+def table_source(cases: list[Case]) -> str:
+    """pallas_kernels/tpu_tile_table.py with the best tiles of each case."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+    lines = [TABLE_HEAD.format(arguments=" ".join(sys.argv[1:]), **versions)]
+    for chip, group in itertools.groupby(cases, key=lambda case: case.chip):
+        lines.append(f'    "{chip.removeprefix("tpu")}": {{\n')
+        for case in group:
+            key = case.head_size, case.group, item_size(case)
+            lines.append(f"        {key}: {tune(case)},\n")
+        lines.append("    },\n")
+    return "".join([*lines, "}\n"])
 
 
 def parse_tiles(text: str) -> dict[str, int]:
@@ -744,7 +372,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bfloat16", help="of the cache, one or more")
     parser.add_argument("--tiles", type=parse_tiles, default={}, help="as decode_blocks=4,...")
     parser.add_argument("--keep", type=Path, help="a directory for the compiler's dumps")
-    parser.add_argument("--tune", action="store_true", help="sweep tile sizes, print a table")
+    parser.add_argument("--tune", type=Path, help="a file for a table of the best tile sizes")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     return parser
 
@@ -762,6 +390,9 @@ def make_cases(args: argparse.Namespace) -> list[Case]:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
+    if args.tune:
+        parser.set_defaults(**TUNED_CASES)
+        args = parser.parse_args()
     if args.child:
         compile_here(args.child[0], Case(**json.loads(args.child[1])))
         return
@@ -773,7 +404,7 @@ def main() -> None:
     if importlib.util.find_spec("libtpu") is None:
         parser.error("no libtpu here to compile with; pip install libtpu")
     if args.tune:
-        print_table(cases)
+        args.tune.write_text(table_source(cases))
         return
     print(HEADER)
     for case in cases:

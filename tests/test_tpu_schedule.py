@@ -1,27 +1,42 @@
-"""Reading the TPU compiler's schedule, on samples of its dumps. Nothing is compiled."""
+"""Reading the TPU compiler's schedule, on samples of its dumps, and tiles chosen by it. Nothing is
+compiled."""
 
+import ast
+import importlib.metadata
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from benchmarks.tpu_schedule import (
-    CHIPS,
-    Case,
-    Figures,
+from benchmarks import tpu_schedule
+from benchmarks.tpu_dump import (
     Loop,
-    chunk_work,
-    cost,
-    decode_work,
-    figures,
     find_loops,
     hot_path,
-    last_error,
     mxu_loops,
     parse_bundles,
     parse_slots,
-    parse_tiles,
     read_bodies,
 )
+from benchmarks.tpu_schedule import (
+    CHIPS,
+    Choice,
+    CompileError,
+    Figures,
+    awaited_dma,
+    best_tiles,
+    cost,
+    figures,
+    last_error,
+    parse_tiles,
+    table_source,
+)
+from benchmarks.tpu_subjects import Case, Work, chunk_work, decode_work, our_chunk_work
+from pallas_kernels import tpu_tile_table, tpu_tiles
+from pallas_kernels.tpu_tiles import DEFAULT, Tiles, nearest, tiles_for
 
 # Two nested loops; the inner one has a branch over the bundles of a flush.
 BUNDLES = """
@@ -158,6 +173,100 @@ def test_large_tiles_cost_short_contexts_more():
     f = Figures(cycles=50, bundles=40, all_cycles=80, slots=24, mxu=1, dma=70)
     assert cost(f, 4) == pytest.approx((320 / 3 + 70 + 70) / 3)
     assert cost(f, 8) > cost(f, 4)
+
+
+@pytest.mark.parametrize(("group", "n_together"), [(1, 1), (4, 4), (7, 7), (16, 8), (71, 1)])
+def test_chunk_iteration_has_the_rows_of_the_heads_that_it_takes_together(group, n_together):
+    case = CASE._replace(group=group, tiles={"chunk_queries": 256, "chunk_blocks": 4})
+    work = our_chunk_work(case)
+    assert work.units == pytest.approx(4 * 256 * n_together / 128)
+    assert work.n_inner == 8 * group / n_together
+    assert work.bytes_per_unit == pytest.approx(65536 * 128 / (256 * group))
+
+
+def test_few_bytes_under_way_leave_bandwidth_unused():
+    f, chip = Figures(50, 40, 80, 24, mxu=1, dma=70), CHIPS["v5e"]  # 1.23 MB in 1.5 us
+    assert awaited_dma(f, Work(32, 65536, 0), chip) == 70  # 4.2 MB
+    assert awaited_dma(f, Work(4, 65536, 0), chip) == pytest.approx(70 * 1.23e6 / 2**19)
+
+
+def choose(name: str, case: Case) -> Choice:
+    """A compiler that has no memory for eight blocks, and likes four best."""
+    n_blocks = case.tiles.get("decode_blocks") or case.tiles["chunk_blocks"]
+    if n_blocks == 8:
+        raise CompileError("RESOURCE_EXHAUSTED: vmem")
+    return Choice(100 / n_blocks, sum(case.tiles.values()), case.tiles)
+
+
+def test_cheapest_tiles_that_compile_are_chosen_and_of_near_equals_the_smallest(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(tpu_schedule, "try_tiles", choose)
+    best = best_tiles("ours_decode", "fake chip", *CASE[1:-1])
+    assert best == {"decode_blocks": 4, "decode_streams": 1}
+    assert "RESOURCE_EXHAUSTED" in capsys.readouterr().err
+
+
+def test_table_is_python_source_with_the_command_that_made_it(monkeypatch):
+    monkeypatch.setattr(tpu_schedule, "try_tiles", choose)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"version of {name}")
+    monkeypatch.setattr("sys.argv", ["", "--tune", "table.py"])
+    cases = [CASE._replace(chip="tpu0x"), CASE._replace(chip="tpu0x", dtype="int8")]
+    head, assignment = ast.parse(table_source(cases)).body
+    assert "tpu_schedule --tune table.py" in ast.unparse(head)
+    assert "version of libtpu" in ast.unparse(head)
+    assert isinstance(assignment, ast.Assign)
+    entry = 4, 1, 128, 4
+    assert ast.literal_eval(assignment.value) == {"0x": {(128, 4, 2): entry, (128, 4, 1): entry}}
+
+
+def test_table_names_chips_as_jax_does():
+    assert set(tpu_tile_table.TILES) <= {str(version) for version in pltpu.ChipVersion}
+    assert {"v5e", "v6e", "7x"} == set(tpu_tile_table.TILES)
+
+
+def test_entry_of_the_nearest_sizes_is_taken():
+    table = {(64, 1, 2): (1, 1, 128, 1), (128, 4, 2): (2, 1, 128, 1), (128, 4, 1): (3, 1, 128, 1)}
+    sizes = [(64, 1, 4), (80, 2, 2), (96, 8, 2), (256, 71, 1)]
+    assert [nearest(table, x)[0] for x in sizes] == [1, 1, 2, 3]
+
+
+def chip_tiles(monkeypatch, chip: str, shape: tuple[int, ...], *, vmem: int = 128, n_heads: int):
+    """tiles_for a bfloat16 cache of one block on a chip with so many MiB of VMEM."""
+    found = SimpleNamespace(chip_version=chip, vmem_capacity_bytes=vmem << 20, num_cores=1)
+    monkeypatch.setattr(tpu_tiles.pltpu, "get_tpu_info", lambda: found)
+    cache = jax.ShapeDtypeStruct((1, *shape, 128), jnp.bfloat16)
+    return tiles_for(512, n_heads, cache, interpret=False)
+
+
+TABLE = {"v6e": {(128, 4, 2): (8, 1, 256, 2)}}
+
+
+def test_tiles_are_those_of_the_table_and_of_other_chips_the_default(monkeypatch):
+    monkeypatch.setattr(tpu_tiles, "TILES", TABLE)
+    of_table = chip_tiles(monkeypatch, "v6e", (8, 2, 128), n_heads=32)
+    assert of_table == Tiles(8, 1, 256, 2, vmem_bytes=96 << 20)
+    other = chip_tiles(monkeypatch, "v4", (8, 2, 128), n_heads=32)
+    assert (other.decode_blocks, other.decode_streams) == DEFAULT[128, 4, 2][:2]
+
+
+def test_few_kv_heads_have_more_streams_and_blocks(monkeypatch):
+    monkeypatch.setattr(tpu_tiles, "TILES", {"v6e": {(128, 4, 2): (4, 1, 256, 2)}})
+    found = [chip_tiles(monkeypatch, "v6e", (k, 2, 128), n_heads=4 * k) for k in (1, 4, 8, 32)]
+    assert [tiles.decode_streams for tiles in found] == [4, 2, 1, 1]
+    assert [tiles.decode_blocks for tiles in found] == [8, 8, 4, 4]
+
+
+def test_many_kv_heads_have_fewer_blocks(monkeypatch):
+    monkeypatch.setattr(tpu_tiles, "TILES", TABLE)
+    found = [chip_tiles(monkeypatch, "v6e", (k, 2, 64), n_heads=4 * k) for k in (8, 16, 32)]
+    assert [tiles.decode_blocks for tiles in found] == [8, 4, 4]
+
+
+def test_tiles_fit_a_small_memory(monkeypatch):
+    monkeypatch.setattr(tpu_tiles, "TILES", TABLE)
+    tiles = chip_tiles(monkeypatch, "v6e", (8, 2, 128), vmem=16, n_heads=32)  # blocks of 512 KiB
+    assert tiles == Tiles(2, 1, 128, 1, vmem_bytes=12 << 20)
 
 
 def test_compiler_error_is_told_by_its_own_line():
