@@ -8,7 +8,6 @@ reported at once.
 """
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,27 +18,28 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from fastgen_jax import models
+from fastgen_jax import models, weights
 from fastgen_jax.config import ModelConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.layers import Policy
+from fastgen_jax.models.decoder import Model
 from fastgen_jax.sharding import parameter_sharding
+from fastgen_jax.weights import Source
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
 MAX_JSON_BYTES = 64 * 2**20
 
 
-class Source(NamedTuple):
-    """One tensor of a file and the part of a parameter that it fills."""
-
-    name: str
-    path: str  # of our parameter, dotted
-    part: str  # plain, linear, q, k, v, gate or up
-
-
 class Stored(NamedTuple):
+    """A tensor of a safetensors file."""
+
     file: Path
+    name: str
     shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        with safe_open(self.file, framework="numpy") as opened:
+            return opened.get_tensor(self.name)
 
 
 def locate(model: str) -> Path:
@@ -107,8 +107,7 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
 
 def abstract_model(config: ModelConfig, policy: Policy) -> nnx.Module:
     """The model with shapes in place of arrays."""
-    family = models.family(config.family)
-    return nnx.eval_shape(lambda: family.Model(config, policy=policy, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Model(config, policy=policy, rngs=nnx.Rngs(0)))
 
 
 def flat_params(model: nnx.Module) -> dict[str, Any]:
@@ -121,12 +120,11 @@ def flat_params(model: nnx.Module) -> dict[str, Any]:
 
 def random_model(config: ModelConfig, policy: Policy, mesh: Mesh, seed: int) -> nnx.Module:
     """A model of random weights (load_format="dummy"), made on the devices."""
-    family = models.family(config.family)
     graphdef, abstract = nnx.split(abstract_model(config, policy))
     shardings = _tree_shardings(abstract, mesh)
 
     def init():
-        return nnx.state(family.Model(config, policy=policy, rngs=nnx.Rngs(seed)))
+        return nnx.state(Model(config, policy=policy, rngs=nnx.Rngs(seed)))
 
     return nnx.merge(graphdef, jax.jit(init, out_shardings=shardings)())
 
@@ -153,18 +151,26 @@ def load_model(
     family = models.family(config.family)
     model = abstract_model(config, policy)
     params = flat_params(model)
-    stored = read_headers(weight_files(directory))
-    sources = plan_sources(family, config, policy, params, stored)
+    stored = read_headers(weight_files(directory), getattr(family, "PREFIX", ""))
+    sources = weights.plan(
+        family,
+        config,
+        policy.n_shards,
+        {path: param.shape for path, param in params.items()},
+        {name: tensor.shape for name, tensor in stored.items()},
+    )
     by_path: dict[str, list[Source]] = {path: [] for path in params}
     for source in sources:
         by_path[source.path].append(source)
     graphdef, state = nnx.split(model)
     leaves = []
-    for n_done, (path, _) in enumerate(nnx.to_flat_state(state)):
-        dotted = ".".join(map(str, path))
+    for n_done, (path, param) in enumerate(params.items()):
         on_progress(n_done, len(params))
-        array = _assemble(by_path[dotted], params[dotted], stored, config, policy)
-        leaves.append(jax.device_put(array, parameter_sharding(dotted, mesh)))
+        array = np.empty(param.shape, param.dtype)
+        for source in by_path[path]:
+            tensor = stored[source.name].read()
+            weights.fill(source, array, tensor, config, policy.n_shards)
+        leaves.append(jax.device_put(array, parameter_sharding(path, mesh)))
     on_progress(len(params), len(params))
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
@@ -200,8 +206,12 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def read_headers(files: list[Path]) -> dict[str, Stored]:
-    """Name -> file and shape of every tensor; CheckpointError lists unreadable files."""
+def read_headers(files: list[Path], prefix: str = "") -> dict[str, Stored]:
+    """Every tensor by name; CheckpointError lists unreadable files.
+
+    prefix: what all names of a model begin with; if no name of a checkpoint does, as where it was
+    saved without its head, it is added.
+    """
     stored, problems = {}, []
     for file in files:
         try:
@@ -209,105 +219,12 @@ def read_headers(files: list[Path]) -> dict[str, Stored]:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
                     if name in stored:
                         problems.append(f"{name}: in {stored[name].file.name} and in {file.name}")
-                    stored[name] = Stored(file, tuple(opened.get_slice(name).get_shape()))
+                    shape = tuple(opened.get_slice(name).get_shape())
+                    stored[name] = Stored(file, name, shape)
         except (SafetensorError, OSError) as error:
             problems.append(f"{file.name}: {error}")
     if problems:
         raise CheckpointError("damaged checkpoint:\n  " + "\n  ".join(problems))
+    if not any(name.startswith(prefix) for name in stored):
+        return {prefix + name: tensor for name, tensor in stored.items()}
     return stored
-
-
-def plan_sources(
-    family, config: ModelConfig, policy: Policy, params: dict[str, Any], stored: dict[str, Stored]
-) -> list[Source]:
-    """Which tensor fills which part of which parameter; CheckpointError lists all that does not
-    fit.
-    """
-    sources = _expand(family.WEIGHTS, config.n_layers)
-    expected = [s for s in sources if s.path in params]
-    # With tied embeddings some checkpoints repeat the table as lm_head: known, not needed.
-    known = {s.name for s in sources}
-    known |= {name.format(i) for name in family.IGNORED for i in range(config.n_layers)}
-    problems = [f"missing: {s.name}" for s in expected if s.name not in stored]
-    problems += [
-        f"unused: {name} (in {stored[name].file.name})" for name in stored if name not in known
-    ]
-    needed = {s.name for s in expected}
-    problems += [
-        f"unused: {name} (the config says there is no such parameter)"
-        for name in stored
-        if name in known and name not in needed and name.endswith(".bias")
-    ]
-    for source in expected:
-        if source.name in stored:
-            want = _source_shape(source, params[source.path].shape, config, policy)
-            if stored[source.name].shape != want:
-                have = stored[source.name].shape
-                problems.append(f"shape: {source.name} is {have}, the config wants {want}")
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint does not fit its config.json ({len(problems)} problems):\n  "
-            + "\n  ".join(problems[:50])
-        )
-    return expected
-
-
-def _expand(weights: dict[str, tuple[str, str]], n_layers: int) -> list[Source]:
-    """WEIGHTS with layers filled in; an entry that is a whole linear stands for its weight and
-    bias.
-    """
-    sources = []
-    for name, (path, part) in weights.items():
-        for i in range(n_layers if "{}" in name else 1):
-            if part == "plain":
-                sources.append(Source(name.format(i), path.format(i), part))
-                continue
-            for kind in ("weight", "bias"):
-                full = f"{name.format(i)}.{kind}", f"{path.format(i)}.{kind}"
-                sources.append(Source(*full, part))
-    return sources
-
-
-def _rows(part: str, n_out: int, config: ModelConfig, policy: Policy):
-    """How the rows (outputs) of a product are laid out, and which of them `part` is."""
-    g = config.group_size
-    heads = (config.n_kv_heads, g + 2, config.head_dim)
-    pairs = (policy.n_shards, 2, config.ffn_size // policy.n_shards)
-    return {
-        "linear": ((n_out,), (slice(None),)),
-        "q": (heads, (slice(None), slice(0, g))),
-        "k": (heads, (slice(None), g)),
-        "v": (heads, (slice(None), g + 1)),
-        "gate": (pairs, (slice(None), 0)),
-        "up": (pairs, (slice(None), 1)),
-    }[part]
-
-
-def _source_shape(
-    source: Source, shape: tuple[int, ...], config: ModelConfig, policy: Policy
-) -> tuple[int, ...]:
-    """The shape that a tensor must have on disk, (out, in) for a product."""
-    if source.part == "plain":
-        return tuple(shape)
-    layout, index = _rows(source.part, shape[0], config, policy)
-    n_out = math.prod(np.empty(layout, np.bool_)[index].shape)
-    return (n_out, *shape[1:])
-
-
-def _assemble(
-    sources: list[Source], param, stored: dict[str, Stored], config: ModelConfig, policy: Policy
-) -> np.ndarray:
-    """One parameter on the host, in its dtype, from the tensors that fill it."""
-    if sources[0].part == "plain":
-        return _read(sources[0], stored).astype(param.dtype)
-    array = np.empty(param.shape, param.dtype)
-    for source in sources:
-        layout, index = _rows(source.part, param.shape[0], config, policy)
-        target = array.reshape(*layout, *param.shape[1:])[index]
-        target[...] = _read(source, stored).reshape(target.shape)
-    return array
-
-
-def _read(source: Source, stored: dict[str, Stored]) -> np.ndarray:
-    with safe_open(stored[source.name].file, framework="numpy") as opened:
-        return opened.get_tensor(source.name)

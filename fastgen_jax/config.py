@@ -15,7 +15,11 @@ from fastgen_jax.errors import ConfigError, InvalidRequest
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
-ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+RESIDUALS = ("sequential", "parallel", "post")
+NORM_PLACES = (("before",), ("after",), ("before", "after"))
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+QK_NORMS = (None, "head", "all", "each_head")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 MAX_STOP_STRINGS = 16
@@ -68,6 +72,11 @@ class RopeConfig:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    is_long: bool = False  # longrope: whether contexts may exceed original_max_position
+    size: int | None = None  # elements of a head that turn; None: all
+    interleaved: bool = False  # pairs are neighbours, not halves
 
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
@@ -78,6 +87,33 @@ class RopeConfig:
             raise ConfigError(f"rope theta must be a positive number, got {self.theta!r}")
         if not (_is_real(self.factor) and self.factor >= 1):
             raise ConfigError(f"rope factor must be at least 1, got {self.factor!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeConfig:
+    """Mixture of experts: each token's MLP is a weighted sum of its best experts'."""
+
+    n_experts: int
+    n_chosen: int  # per token
+    ffn_size: int  # of an expert
+    layers: tuple[int, ...]  # which have experts; the others have the dense MLP
+    scores: str = "softmax"  # of all experts; "chosen": softmax of the chosen; "sigmoid"
+    normalise: bool = False  # chosen scores sum to one
+    scale: float = 1.0  # of the sum
+    shared_size: int = 0  # of an MLP that every token takes as well
+    shared_gate: bool = False  # which a sigmoid scales
+    n_groups: int = 1  # of experts, of which only the best n_chosen_groups count
+    n_chosen_groups: int = 1
+    score_bias: bool = False  # added to scores to choose, not to weigh
+    router_bias: bool = False
+    expert_bias: bool = False
+    clamp: float | None = None  # GPT-OSS: of gate and up, and its own activation
+
+    def __post_init__(self):
+        if not 1 <= self.n_chosen <= self.n_experts:
+            raise ConfigError(
+                f"model config: {self.n_chosen} experts per token of {self.n_experts} experts"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +129,47 @@ class ModelConfig:
     head_dim: int
     ffn_size: int
     max_position: int
+    # The stream of hidden states.
+    residual: str = (
+        "sequential"  # "parallel": attention and MLP read the same x; "post": sums are normalised
+    )
+    norm_places: tuple[str, ...] = ("before",)  # of attention and MLP
+    norm: str = "rms"  # or "layer"
     norm_eps: float = 1e-5
-    rope: RopeConfig = RopeConfig()
-    tie_embeddings: bool = False
+    norm_bias: bool = True  # of layer norms
+    norm_offset: float = 0.0  # added to a norm's weight
+    shared_norm: bool = False  # parallel: one norm before both
+    embedding_norm: bool = False
+    final_norm: bool = True
+    embedding_size: int | None = None  # if it is not hidden_size: projected
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    # Positions.
+    rope: RopeConfig | None = RopeConfig()
+    local_rope: RopeConfig | None = None  # of layers with a window; None: as the others
+    unrotated_layers: tuple[int, ...] = ()
+    n_learned_positions: int = 0  # rows of their table
+    position_offset: int = 0  # row of the first position
+    alibi_slopes: tuple[float, ...] = ()  # per query head
+    # Attention.
+    windows: tuple[int | None, ...] = ()  # per layer; (): none
     qkv_bias: bool = False
     out_bias: bool = False
-    mlp_bias: bool = False
+    qk_norm: str | None = None  # RMS of each "head" or of "all" heads; layer norm of "each_head"
+    attention_scale: float | None = None  # None: H ** -0.5
+    attention_soft_cap: float | None = None
+    sinks: bool = False
+    qkv_clip: float | None = None
+    # MLP.
     activation: str = "silu"
+    gated_mlp: bool = True
+    mlp_bias: bool = False
+    moe: MoeConfig | None = None
+    # Logits.
+    tie_embeddings: bool = False
+    head_bias: bool = False
+    logits_scale: float = 1.0
+    logits_soft_cap: float | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
 
@@ -118,15 +188,41 @@ class ModelConfig:
                 f"model config: {self.n_heads} query heads do not divide into "
                 f"{self.n_kv_heads} KV heads"
             )
-        if self.head_dim % 2:
+        for rope in filter(None, (self.rope, self.local_rope)):
+            size = rope.size or self.head_dim
+            if size % 2 or size > self.head_dim:
+                raise ConfigError(
+                    f"model config: rotary size must be even and at most head_dim={self.head_dim}, "
+                    f"got {size}"
+                )
+        for name, known in (
+            ("residual", RESIDUALS), ("norm_places", NORM_PLACES), ("qk_norm", QK_NORMS),
+            ("norm", ("rms", "layer")), ("activation", ACTIVATIONS),
+        ):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"model config: {name}={getattr(self, name)!r} is not supported; known: "
+                    f"{', '.join(map(str, known))}"
+                )
+        if self.windows and len(self.windows) != self.n_layers:
             raise ConfigError(
-                f"model config: head_dim must be even for rotary, got {self.head_dim}"
+                f"model config: {len(self.windows)} windows for {self.n_layers} layers"
             )
 
     @property
     def group_size(self) -> int:
         """Query heads per KV head, G = N/K."""
         return self.n_heads // self.n_kv_heads
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back that layer sees; None: all."""
+        return self.windows[layer] if self.windows else None
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """What turns that layer's queries and keys."""
+        if layer in self.unrotated_layers:
+            return None
+        return self.local_rope if self.local_rope and self.window(layer) else self.rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +282,7 @@ class EngineConfig:
     tensor_parallel_size: int = option(1, "devices over which the model is sharded", "parallelism")
     attention_backend: str = option(
         "auto",
-        "attention implementation: auto, pallas_tpu, pallas_gpu, xla, reference",
+        "attention implementation: auto, pallas_tpu, pallas_gpu, jax_triton, xla, reference",
         "parallelism",
     )
 

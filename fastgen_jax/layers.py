@@ -1,29 +1,29 @@
-"""The layers that model families are made of: linear, norm, embedding, rotary, gated MLP,
-attention.
+"""The layers that model families are made of: linear, norms, embedding, MLPs, attention.
 
 Activations are flat over tokens ("T D"): no layer knows batches or sequences. Attention hands its
 queries, keys and values to the `attend` it was given, which owns the KV cache. Weights are stored
 (out, in), as Hugging Face stores them.
 """
 
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from fastgen_jax.config import ModelConfig, RopeConfig
+from fastgen_jax.config import ModelConfig
+from fastgen_jax.rope import Rotation
 from pallas_kernels.contract import AttentionSpec
 
 Cache = Any  # whatever the attend function reads and returns
-Attend = Callable[..., tuple[Array, Cache]]  # (q, k, v, cache, *, spec) -> (out, cache)
+# (q, k, v, cache, *, spec, alibi_slopes=None, sinks=None) -> (out, cache)
+Attend = Callable[..., tuple[Array, Cache]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Policy:
     weights: str = "float32"
     activations: str = "float32"
     n_shards: int = 1
+    mesh: Mesh | None = None  # of those devices
 
 
 def product(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
@@ -77,16 +78,52 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight, statistics in float32 (Zhang and Sennrich, 2019)."""
+    """x / rms(x) * (weight + offset), statistics in float32 (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, size: int, *, eps: float, policy: Policy):
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones(size, policy.weights))
+    def __init__(self, size: int, *, eps: float, policy: Policy, offset: float = 0.0):
+        self.eps, self.offset = eps, offset
+        self.weight = nnx.Param(jnp.full(size, 1.0 - offset, policy.weights))
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
         scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale * self.weight[...].astype(jnp.float32)[None]).astype(x.dtype)
+        weight = self.weight[...].astype(jnp.float32) + self.offset
+        return (x32 * scale * along_last(weight, x)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * weight + bias, statistics in float32 (Ba et al., 2016).
+
+    size: of the weight; its last axis is normalised.
+    """
+
+    def __init__(self, size: int | tuple[int, ...], *, eps: float, policy: Policy, bias: bool):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(size, policy.weights))
+        self.bias = nnx.Param(jnp.zeros(size, policy.weights)) if bias else None
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        y = x32 * scale * along_last(self.weight[...].astype(jnp.float32), x)
+        if self.bias is not None:
+            y = y + along_last(self.bias[...].astype(jnp.float32), x)
+        return y.astype(x.dtype)
+
+
+def along_last(weight: Array, x: Array) -> Array:
+    """The weight with as many axes as x, for its last ones."""
+    return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
+
+
+def make_norm(config: ModelConfig, policy: Policy) -> nnx.Module:
+    """The kind of norm that the hidden states of this model have."""
+    if config.norm == "rms":
+        offset = config.norm_offset
+        return RMSNorm(config.hidden_size, eps=config.norm_eps, policy=policy, offset=offset)
+    bias = config.norm_bias
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, policy=policy, bias=bias)
 
 
 class Embedding(nnx.Module):
@@ -106,6 +143,28 @@ class Embedding(nnx.Module):
         return product(x, self.weight[...])
 
 
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class MLP(nnx.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
+        self.activation = config.activation
+        shape = {"bias": config.mlp_bias, "policy": policy, "rngs": rngs}
+        self.up = Linear(config.hidden_size, config.ffn_size, **shape)
+        self.down = Linear(config.ffn_size, config.hidden_size, **shape)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        hidden = ACTIVATIONS[self.activation](self.up(x).astype(jnp.float32))
+        return self.down(hidden.astype(x.dtype))
+
+
 class GatedMLP(nnx.Module):
     """down(act(gate(x)) * up(x)); gate and up are one product (Shazeer, 2020).
 
@@ -113,142 +172,78 @@ class GatedMLP(nnx.Module):
     keeps pairs together.
     """
 
-    def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs, ffn_size: int | None = None
+    ):
         self.n_shards = policy.n_shards
         self.activation = config.activation
         shape = {"bias": config.mlp_bias, "policy": policy, "rngs": rngs}
-        self.gate_up = Linear(config.hidden_size, 2 * config.ffn_size, **shape)
-        self.down = Linear(config.ffn_size, config.hidden_size, **shape)
+        ffn_size = ffn_size or config.ffn_size
+        self.gate_up = Linear(config.hidden_size, 2 * ffn_size, **shape)
+        self.down = Linear(ffn_size, config.hidden_size, **shape)
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         both = self.gate_up(x).reshape(len(x), self.n_shards, 2, -1)
-        gate = getattr(jax.nn, self.activation)(both[:, :, 0].astype(jnp.float32))
+        gate = ACTIVATIONS[self.activation](both[:, :, 0].astype(jnp.float32))
         hidden = (gate * both[:, :, 1].astype(jnp.float32)).astype(x.dtype)
         return self.down(hidden.reshape(len(x), -1))
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; queries, keys and values are one product.
+    """Grouped-query attention of one layer; queries, keys and values are one product.
 
     Rows of `qkv` are (K, G + 2, H): each KV head with its queries, so that splitting over KV
     heads is contiguous.
     """
 
-    def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, *, policy: Policy, rngs: nnx.Rngs):
         self.config = config
-        self.spec = AttentionSpec(scale=config.head_dim**-0.5)
-        heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        scale = config.attention_scale or config.head_dim**-0.5
+        self.spec = AttentionSpec(scale, config.window(layer), config.attention_soft_cap)
+        size = config.n_heads * config.head_dim
+        heads = size + 2 * config.n_kv_heads * config.head_dim
         self.qkv = Linear(config.hidden_size, heads, bias=config.qkv_bias, policy=policy, rngs=rngs)
-        self.out = Linear(
-            config.n_heads * config.head_dim,
-            config.hidden_size,
-            bias=config.out_bias,
-            policy=policy,
-            rngs=rngs,
-        )
+        self.out = Linear(size, config.hidden_size, bias=config.out_bias, policy=policy, rngs=rngs)
+        self.q_norm = _qk_norm(config, config.n_heads, policy)
+        self.k_norm = _qk_norm(config, config.n_kv_heads, policy)
+        self.sinks = nnx.Param(jnp.zeros(config.n_heads, policy.weights)) if config.sinks else None
 
     def __call__(
-        self, x: Float[Array, "T D"], rotation: "Rotation", cache: Cache, attend: Attend
+        self, x: Float[Array, "T D"], rotation: Rotation | None, cache: Cache, attend: Attend
     ) -> tuple[Float[Array, "T D"], Cache]:
         c = self.config
         qkv = self.qkv(x).reshape(len(x), c.n_kv_heads, c.group_size + 2, c.head_dim)
-        q = qkv[:, :, : c.group_size].reshape(len(x), c.n_heads, c.head_dim)
-        k, v = qkv[:, :, c.group_size], qkv[:, :, c.group_size + 1]
-        out, cache = attend(rotation(q), rotation(k), v, cache, spec=self.spec)
+        if c.qkv_clip is not None:
+            qkv = jnp.clip(qkv, -c.qkv_clip, c.qkv_clip)
+        q = self._normalised(qkv[:, :, : c.group_size].reshape(len(x), -1, c.head_dim), self.q_norm)
+        k = self._normalised(qkv[:, :, c.group_size], self.k_norm)
+        if rotation is not None:
+            q, k = rotation(q), rotation(k)
+        extras: dict[str, Array] = {}
+        if c.alibi_slopes:
+            extras["alibi_slopes"] = jnp.array(c.alibi_slopes, jnp.float32)
+        if self.sinks is not None:
+            extras["sinks"] = self.sinks[...].astype(jnp.float32)
+        out, cache = attend(q, k, qkv[:, :, c.group_size + 1], cache, spec=self.spec, **extras)
         return self.out(out.reshape(len(x), -1)), cache
 
-
-class Rotation:
-    """Rotary position embedding of one batch of tokens (Su et al., 2021), Llama's halves."""
-
-    def __init__(self, positions: Int[Array, "T"], head_dim: int, rope: RopeConfig):
-        frequencies, scale = token_frequencies(positions, head_dim, rope)
-        angles = positions.astype(jnp.float32)[:, None] * frequencies  # T H/2
-        sin = jnp.sin(angles) * scale
-        self.cos = (jnp.cos(angles) * scale)[:, None, None]
-        self.sin = jnp.stack([-sin, sin], axis=1)[:, None]  # T 1 2 H/2
-
-    def __call__(self, x: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
-        halves = x.astype(jnp.float32).reshape(*x.shape[:2], 2, -1)
-        rotated = halves * self.cos + halves[:, :, ::-1] * self.sin  # a c - b s, b c + a s
-        return rotated.reshape(x.shape).astype(x.dtype)
+    def _normalised(self, heads: Float[Array, "T N H"], norm) -> Float[Array, "T N H"]:
+        if norm is None:
+            return heads
+        if self.config.qk_norm == "all":
+            return norm(heads.reshape(len(heads), -1)).reshape(heads.shape)
+        return norm(heads)
 
 
-def token_frequencies(
-    positions: Int[Array, "T"], head_dim: int, rope: RopeConfig
-) -> tuple[Float[Array, "#T F"], float]:
-    """Angular frequencies per token (one row for all tokens unless the kind is dynamic) and a
-    factor on cos and sin.
-
-    Dynamic NTK: a token at position p uses the base that fits a context of p + 1, as transformers
-    does when it decodes token by token. So the result does not depend on how a prompt is cut into
-    chunks.
-    """
-    if rope.kind != "dynamic":
-        frequencies, scale = rope_frequencies(head_dim, rope)
-        return jnp.asarray(frequencies)[None], scale
-    assert rope.original_max_position is not None
-    original = float(rope.original_max_position)
-    length = jnp.maximum(positions.astype(jnp.float32) + 1.0, original)[:, None]
-    base = rope.theta * (rope.factor * length / original - (rope.factor - 1.0)) ** (
-        head_dim / (head_dim - 2)
-    )
-    exponents = jnp.asarray(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)[None]
-    return 1.0 / base**exponents, 1.0
-
-
-@lru_cache
-def rope_frequencies(head_dim: int, rope: RopeConfig) -> tuple[np.ndarray, float]:
-    """Angular frequencies "H/2" in float32 and the factor on cos and sin, on the host."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    plain = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
-    match rope.kind:
-        case "default":
-            return plain, 1.0
-        case "linear":
-            return plain / np.float32(rope.factor), 1.0
-        case "llama3":
-            return _llama3(plain, rope), 1.0
-        case "yarn":
-            return _yarn(plain, head_dim, rope), _yarn_scale(rope)
-    raise AssertionError(rope.kind)
-
-
-def _llama3(plain: np.ndarray, rope: RopeConfig) -> np.ndarray:
-    """Llama 3.1: long wavelengths divided by the factor, short ones kept, a ramp between."""
-    assert rope.original_max_position is not None
-    turns = rope.original_max_position * plain / (2 * math.pi)  # within the original context
-    ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    keep = np.clip(ramp, 0.0, 1.0)
-    return (plain * keep + plain / rope.factor * (1 - keep)).astype(np.float32)
-
-
-def _yarn(plain: np.ndarray, head_dim: int, rope: RopeConfig) -> np.ndarray:
-    """YaRN (Peng et al., 2023), equation 23: interpolate dimensions that turn seldom, keep those
-    that turn often.
-    """
-    assert rope.original_max_position is not None
-    length = rope.original_max_position
-
-    def dimension(turns: float) -> float:
-        wavelength = length / (turns * 2 * math.pi)
-        return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
-
-    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
-    if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
-    keep = 1 - np.clip(ramp, 0.0, 1.0)
-    return (plain / rope.factor * (1 - keep) + plain * keep).astype(np.float32)
-
-
-def _yarn_scale(rope: RopeConfig) -> float:
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
-
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-    if rope.mscale and rope.mscale_all_dim:
-        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
-    return mscale(1.0)
+def _qk_norm(config: ModelConfig, n_heads: int, policy: Policy) -> nnx.Module | None:
+    """Of queries or keys: "T N H", but "T N*H" if over all heads."""
+    rms = functools.partial(RMSNorm, eps=config.norm_eps, policy=policy, offset=config.norm_offset)
+    match config.qk_norm:
+        case "head":
+            return rms(config.head_dim)
+        case "all":
+            return rms(n_heads * config.head_dim)
+        case "each_head":
+            size = n_heads, config.head_dim
+            return LayerNorm(size, eps=config.norm_eps, policy=policy, bias=False)
+    return None

@@ -115,9 +115,9 @@ def step(
     )
     attention = shard_attention(select(program.attention_backend), program.mesh)
 
-    def attend(q, k, v, cache, *, spec):
+    def attend(q, k, v, cache, **options):
         with jax.named_scope("attention"):
-            return attention(q, k, v, cache, meta, spec=spec)
+            return attention(q, k, v, cache, meta, **options)
 
     model = program.model(leaves)
     hidden, caches = model(token_ids, positions, state.caches, attend)

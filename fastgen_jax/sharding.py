@@ -21,7 +21,18 @@ RULES = {
     "mlp.gate_up.weight": PartitionSpec(AXIS, None),
     "mlp.gate_up.bias": PartitionSpec(AXIS),
     "mlp.down.weight": PartitionSpec(None, AXIS),
+    "mlp.up.weight": PartitionSpec(AXIS, None),
+    "mlp.up.bias": PartitionSpec(AXIS),
+    "mlp.shared.gate_up.weight": PartitionSpec(AXIS, None),
+    "mlp.shared.down.weight": PartitionSpec(None, AXIS),
     "lm_head.weight": PartitionSpec(AXIS, None),
+    "lm_head.bias": PartitionSpec(AXIS),
+    "attention.sinks": PartitionSpec(AXIS),
+    # Experts whole, each on one device.
+    "mlp.gate_up": PartitionSpec(AXIS),
+    "mlp.gate_up_bias": PartitionSpec(AXIS),
+    "mlp.down": PartitionSpec(AXIS),
+    "mlp.down_bias": PartitionSpec(AXIS),
 }
 CACHE = PartitionSpec(None, AXIS)  # "B K 2 C H" by KV heads
 HEADS = PartitionSpec(None, AXIS)  # "T N H" by heads
@@ -68,13 +79,13 @@ def shard_attention(attention, mesh: Mesh):
     if mesh.size == 1:
         return attention
 
-    def sharded(q, k, v, cache, meta, *, spec):
+    def sharded(q, k, v, cache, meta, *, spec, **per_head):
         return jax.shard_map(
-            lambda *arrays: attention(*arrays, spec=spec),
+            lambda *arrays: attention(*arrays[:-1], spec=spec, **arrays[-1]),
             mesh=mesh,
-            in_specs=(HEADS, HEADS, HEADS, CACHE, PartitionSpec()),
+            in_specs=(HEADS, HEADS, HEADS, CACHE, PartitionSpec(), PartitionSpec(AXIS)),
             out_specs=(HEADS, CACHE),
             check_vma=False,
-        )(q, k, v, cache, meta)
+        )(q, k, v, cache, meta, per_head)
 
     return sharded

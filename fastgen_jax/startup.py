@@ -26,7 +26,7 @@ from fastgen_jax.layers import Policy
 from fastgen_jax.runner import Runner, make_shapes
 from fastgen_jax.sharding import check_divides, make_mesh
 from pallas_kernels import BACKENDS as BACKENDS_BY_NAME
-from pallas_kernels import NEED_PLAN, PLATFORMS, cache_shape
+from pallas_kernels import NEED_PLAN, PLATFORMS, cache_shape, select
 from pallas_kernels.contract import MAX_CACHE_SIZE
 from pallas_kernels.plan import PlanSizes
 
@@ -99,10 +99,11 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
     model_config = checkpoint.read_config(directory)
     backend = BACKENDS[jax.default_backend()]
     resolved = resolve(config, model_config, backend)
+    model_config = fit_rope(model_config, resolved.max_model_len)
     check_divides(model_config, config.tensor_parallel_size)
     check_cache(resolved, model_config, config.num_kv_blocks or 2)
     mesh = make_mesh(config.tensor_parallel_size)
-    policy = make_policy(resolved)
+    policy = make_policy(resolved, mesh)
     model = _load(resolved, directory, model_config, policy, mesh, on_phase)
     shapes = _shapes(resolved, model_config, backend)
     if config.num_kv_blocks is None:
@@ -123,7 +124,7 @@ def keep_compiled(directory: str | None) -> None:
 def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> ResolvedConfig:
     """Fills in what the user left open; num_kv_blocks with the most that could ever be used."""
     longest = model.max_position
-    if model.rope.kind in ("linear", "dynamic"):
+    if model.rope is not None and model.rope.kind in ("linear", "dynamic"):
         longest = int(longest * model.rope.factor)
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
@@ -151,8 +152,20 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Resol
     return ResolvedConfig(**{f.name: getattr(config, f.name) for f in fields(config)} | chosen)
 
 
+def fit_rope(model: ModelConfig, max_model_len: int) -> ModelConfig:
+    """Chooses LongRoPE's factors once, so that a token's key never depends on what follows it: the
+    long ones if contexts may exceed the original length.
+    """
+    rope = model.rope
+    if rope is None or rope.kind != "longrope":
+        return model
+    assert rope.original_max_position is not None
+    is_long = max_model_len > rope.original_max_position
+    return dataclasses.replace(model, rope=dataclasses.replace(rope, is_long=is_long))
+
+
 def check_attention(name: str, platform: str) -> None:
-    """Raises ConfigError unless that attention backend exists and runs on the platform."""
+    """Raises ConfigError unless that attention backend exists and runs here, on the platform."""
     if name not in BACKENDS_BY_NAME:
         raise ConfigError(
             f"attention_backend must be one of auto, {', '.join(BACKENDS_BY_NAME)}, got {name!r}"
@@ -163,6 +176,10 @@ def check_attention(name: str, platform: str) -> None:
             f"attention_backend={name!r} runs on {needed}, and this is {platform}; "
             "leave it out, and the right one is chosen"
         )
+    try:
+        select(name)
+    except ImportError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_cache(config: ResolvedConfig, model: ModelConfig, n_blocks: int) -> None:
@@ -179,10 +196,10 @@ def check_cache(config: ResolvedConfig, model: ModelConfig, n_blocks: int) -> No
         raise ConfigError(str(error)) from None
 
 
-def make_policy(config: ResolvedConfig) -> Policy:
+def make_policy(config: ResolvedConfig, mesh: Mesh) -> Policy:
     """On CPU activations stay float32 between products: 16-bit elementwise work is slow there."""
     activations = "float32" if jax.default_backend() == "cpu" else config.dtype
-    return Policy(config.dtype, activations, config.tensor_parallel_size)
+    return Policy(config.dtype, activations, mesh.size, mesh)
 
 
 def _load(

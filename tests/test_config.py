@@ -206,7 +206,7 @@ def test_model_sizes_are_positive_integers(name, value):
     ("given", "message"),
     [
         ({"n_heads": 3}, "3 query heads do not divide into 2 KV heads"),
-        ({"head_dim": 3}, "head_dim must be even for rotary, got 3"),
+        ({"head_dim": 3}, "rotary size must be even and at most head_dim=3, got 3"),
     ],
 )
 def test_model_shapes_that_cannot_work_are_refused(given, message):
@@ -223,7 +223,7 @@ def test_norm_eps_is_a_positive_number(value):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"kind": "longrope"}, "rope type 'longrope' is not supported; known: default, linear"),
+        ({"kind": "stretched"}, "rope type 'stretched' is not supported; known: default, linear"),
         ({"theta": 0.0}, "rope theta must be a positive number, got 0.0"),
         ({"theta": NAN}, "rope theta must be a positive number, got nan"),
         ({"theta": "1e4"}, "rope theta must be a positive number, got '1e4'"),

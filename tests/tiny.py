@@ -68,13 +68,25 @@ def random_requests(draw: int, count: int, longest: int = 60, **params) -> list[
     ]
 
 
-def dense_attend(q, k, v, cache, *, spec):
+def dense_attend(q, k, v, cache, *, spec, alibi_slopes=None, sinks=None):
     """Causal attention of one sequence over itself, with no cache: "T N H"."""
     group = q.shape[1] // k.shape[1]
     k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
     scores = jnp.einsum("tnh,snh->nts", q, k) * spec.scale
-    mask = jnp.tril(jnp.ones(scores.shape[1:], bool))[None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
+    token = jnp.arange(len(q), dtype=jnp.int32)
+    distance = token[None] - token[:, None]  # of the key from the query
+    if alibi_slopes is not None:
+        scores = scores + alibi_slopes[:, None, None] * distance[None].astype(jnp.float32)
+    mask = distance <= 0
+    if spec.window is not None:
+        mask &= distance > -spec.window
+    scores = jnp.where(mask[None], scores, -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))
+        scores = jnp.concatenate([scores, sink], axis=2)
+    weights = jax.nn.softmax(scores, axis=-1)[:, :, : len(q)]
     return jnp.einsum("nts,snh->tnh", weights, v), cache
 
 

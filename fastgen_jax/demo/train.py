@@ -26,6 +26,7 @@ from fastgen_jax.demo.batches import Batch, Stage, sample_batch
 from fastgen_jax.demo.dense import causal_attention
 from fastgen_jax.layers import Policy
 from fastgen_jax.models import llama
+from fastgen_jax.models.decoder import Model
 
 log = logging.getLogger("demo")
 
@@ -162,7 +163,7 @@ def optimizer() -> optax.GradientTransformation:
     )
 
 
-def logits_of(model: llama.Model, batch: Batch) -> Float[Array, "B L V"]:
+def logits_of(model: Model, batch: Batch) -> Float[Array, "B L V"]:
     attend = causal_attention(jnp.asarray(batch.segments))
     tokens, positions = (jnp.asarray(x).reshape(-1) for x in (batch.tokens, batch.positions))
     hidden, _ = model(tokens, positions, (None,) * model.config.n_layers, attend)
@@ -220,9 +221,9 @@ def load_state(path: Path, tree: Any) -> tuple[int, Any]:
         return int(n_done), jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def train(tokenizer: Tokenizer, *, seed: int, state_file: Path) -> llama.Model:
+def train(tokenizer: Tokenizer, *, seed: int, state_file: Path) -> Model:
     config, tx = llama.config(HF_CONFIG), optimizer()
-    graph, params = nnx.split(llama.Model(config, policy=Policy(), rngs=nnx.Rngs(seed)))
+    graph, params = nnx.split(Model(config, policy=Policy(), rngs=nnx.Rngs(seed)))
     n_done, (params, state) = load_state(state_file, (params, tx.init(params)))
     stages = [stage for stage in STAGES for _ in range(stage.n_steps)]
     start, reports = time.monotonic(), []

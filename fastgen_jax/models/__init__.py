@@ -1,7 +1,7 @@
 """Model families: FAMILIES maps a Hugging Face model_type to the module that knows it.
 
-A family module offers `config(hf) -> ModelConfig`, `Model` (an NNX module), `WEIGHTS` and
-`IGNORED`.
+A family module offers `config(hf) -> ModelConfig`, `WEIGHTS` and `IGNORED`; the module that they
+describe is decoder.Model.
 """
 
 import importlib
@@ -11,7 +11,12 @@ from typing import Any
 from fastgen_jax.config import RopeConfig
 from fastgen_jax.errors import ConfigError
 
-FAMILIES = {"llama": "llama"}
+FAMILIES = {  # model_type -> module
+    "llama": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "qwen2": "qwen2",
+}
 _ROPE_NAMES = {
     "factor": "factor",
     "original_max_position_embeddings": "original_max_position",
@@ -51,6 +56,33 @@ def hf_rope(hf: dict[str, Any]) -> RopeConfig:
             raise ConfigError(f"rope type {kind!r} needs a 'factor' in config.json")
     theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
     return RopeConfig(kind=kind, theta=float(theta), **fields)
+
+
+def layer_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
+    """Each layer's sliding window, from `layer_types` or, before transformers 5, from
+    `use_sliding_window` and `max_window_layers` (the first ones see everything).
+    """
+    window, n_layers = hf.get("sliding_window"), hf["num_hidden_layers"]
+    if not window:
+        return ()
+    if kinds := hf.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if not hf.get("use_sliding_window", True):
+        return ()
+    n_full = hf.get("max_window_layers", 0)
+    return tuple(window if i >= n_full else None for i in range(n_layers))
+
+
+def activation(name: str) -> str:
+    """Our name of a Hugging Face activation."""
+    names = {
+        **dict.fromkeys(("silu", "swish"), "silu"),
+        **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"),
+        **{"gelu": "gelu", "relu": "relu"},
+    }
+    if name not in names:
+        raise ConfigError(f"activation {name!r} is not supported; known: {', '.join(names)}")
+    return names[name]
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:

@@ -1,24 +1,9 @@
 """Llama 1, 2 and 3 (Touvron et al., 2023; Dubey et al., 2024) and models of the same shape."""
 
-import dataclasses
 from typing import Any
 
-from flax import nnx
-from jaxtyping import Array, Float, Int
-
 from fastgen_jax.config import ModelConfig
-from fastgen_jax.layers import (
-    Attend,
-    Attention,
-    Cache,
-    Embedding,
-    GatedMLP,
-    Linear,
-    Policy,
-    RMSNorm,
-    Rotation,
-)
-from fastgen_jax.models import hf_rope, token_ids
+from fastgen_jax.models import activation, hf_rope, token_ids
 
 # HF tensor name -> (path of our parameter, which part of it); {} is the layer.
 WEIGHTS = {
@@ -58,59 +43,7 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         qkv_bias=hf.get("attention_bias", False),
         out_bias=hf.get("attention_bias", False),
         mlp_bias=hf.get("mlp_bias", False),
-        activation=hf.get("hidden_act", "silu"),
+        activation=activation(hf.get("hidden_act", "silu")),
         eos_token_ids=token_ids(hf.get("eos_token_id")),
         bos_token_id=hf.get("bos_token_id"),
     )
-
-
-class Layer(nnx.Module):
-    def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, policy=policy)
-        self.attention = Attention(config, policy=policy, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps, policy=policy)
-        self.mlp = GatedMLP(config, policy=policy, rngs=rngs)
-
-    def __call__(
-        self, x: Float[Array, "T D"], rotation: Rotation, cache: Cache, attend: Attend
-    ) -> tuple[Float[Array, "T D"], Cache]:
-        attended, cache = self.attention(self.attention_norm(x), rotation, cache, attend)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
-
-
-class Model(nnx.Module):
-    """Token ids to final hidden states; `unembed` turns the rows that are sampled into logits."""
-
-    def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
-        self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, policy=policy, rngs=rngs)
-        self.layers = nnx.List(
-            [Layer(config, policy=policy, rngs=rngs) for _ in range(config.n_layers)]
-        )
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, policy=policy)
-        self.lm_head = None if config.tie_embeddings else self._head(policy, rngs)
-
-    def _head(self, policy: Policy, rngs: nnx.Rngs) -> Linear:
-        policy = dataclasses.replace(policy, activations="float32")
-        size, vocab_size = self.config.hidden_size, self.config.vocab_size
-        return Linear(size, vocab_size, bias=False, policy=policy, rngs=rngs)
-
-    def __call__(
-        self,
-        token_ids: Int[Array, "T"],
-        positions: Int[Array, "T"],
-        caches: tuple[Cache, ...],
-        attend: Attend,
-    ) -> tuple[Float[Array, "T D"], tuple[Cache, ...]]:
-        x = self.embed(token_ids)
-        rotation = Rotation(positions, self.config.head_dim, self.config.rope)
-        updated = []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, rotation, cache, attend)
-            updated.append(cache)
-        return self.norm(x), tuple(updated)
-
-    def unembed(self, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
-        """Logits in float32."""
-        return self.embed.unembed(hidden) if self.lm_head is None else self.lm_head(hidden)

@@ -1,6 +1,6 @@
-"""Writes the tiny random Llama checkpoints beside this file, and what Hugging Face makes of them.
+"""Writes the tiny random checkpoints beside this file, and what Hugging Face makes of them.
 
-    python -m tests.golden.make_golden        (needs torch and transformers; rewrites everything)
+    python -m tests.golden.make_golden [NAME ...]  (needs torch and transformers; default: all)
 
 Each folder is a checkpoint as transformers saves it, plus `golden.npz`: prompt_ids, the greedy_ids
 that follow, and logits "T V" at every token of both but the last (float32 arithmetic on the stored
@@ -14,11 +14,15 @@ token by token: each key keeps the base of its own time, as in decoding with a c
 import json
 import pathlib
 import shutil
+import sys
+import zlib
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+
+from tests.golden.families import FAMILIES
 
 HERE = pathlib.Path(__file__).parent
 N_PROMPT, N_NEW, ORIGINAL, LONGEST = 150, 32, 64, 256
@@ -56,15 +60,18 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "yarn_betas": rope("yarn", **YARN, mscale=1.0, mscale_all_dim=0.5, beta_fast=16, beta_slow=2),
     "yarn_exact": rope("yarn", **YARN, attention_factor=1.25, truncate=False),
     "llama3": rope("llama3", **LLAMA3),
+    **FAMILIES,
 }  # fmt: skip
 OLD_FORM = ("gqa", "linear", "dynamic", "yarn", "llama3")
 
 
-def random_model(seed: int, **fields: Any) -> transformers.LlamaForCausalLM:
-    """A Llama whose every parameter, biases and norms included, is random, rounded to bfloat16."""
+def random_model(seed: int, *, model_type: str = "llama", **fields: Any) -> Any:
+    """A model whose every parameter, biases and norms included, is random, rounded to bfloat16."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(**SHAPE | fields, bos_token_id=1, eos_token_id=2)
-    model = transformers.LlamaForCausalLM(config)
+    shape = SHAPE if model_type == "llama" else {}
+    fields = shape | {"bos_token_id": 1, "eos_token_id": 2} | fields
+    config = transformers.AutoConfig.for_model(model_type, **fields)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(0, 0.5)
@@ -73,16 +80,17 @@ def random_model(seed: int, **fields: Any) -> transformers.LlamaForCausalLM:
     return model.to(torch.bfloat16).eval()
 
 
-def load(path: pathlib.Path) -> transformers.LlamaForCausalLM:
-    return transformers.LlamaForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
+def load(path: pathlib.Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     ).eval()
 
 
 @torch.inference_mode()
 def run(model: Any, prompt: list[int], n_new: int) -> tuple[np.ndarray, list[int]]:
     """Logits "T V" at the prompt and all but the last of n_new greedy tokens; and those tokens."""
-    one_by_one = "dynamic" in model.config.rope_parameters["rope_type"]
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    one_by_one = rope.get("rope_type") == "dynamic"
     pieces = [[token] for token in prompt] if one_by_one else [prompt]
     cache = transformers.DynamicCache(config=model.config)
     logits, greedy = [], []
@@ -158,5 +166,7 @@ def make(name: str, seed: int) -> None:
 
 if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
-    for seed, name in enumerate(CHECKPOINTS):
-        make(name, seed)
+    chosen = sys.argv[1:] or list(CHECKPOINTS)
+    for place, name in enumerate(CHECKPOINTS):
+        if name in chosen:
+            make(name, zlib.crc32(name.encode()) if name in FAMILIES else place)

@@ -1,0 +1,126 @@
+"""The decoder that all families share: what differs between them is in ModelConfig."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fastgen_jax.config import ModelConfig
+from fastgen_jax.layers import (
+    MLP,
+    Attend,
+    Attention,
+    Cache,
+    Embedding,
+    GatedMLP,
+    Linear,
+    Policy,
+    make_norm,
+)
+from fastgen_jax.moe import MoE
+from fastgen_jax.rope import Rotation
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each with norms before it, after it or both.
+
+    sequential: x += attention(x), then x += mlp(x). parallel: x += attention(x) + mlp(x).
+    post: x = norm(x + attention(x)), then x = norm(x + mlp(x)).
+    """
+
+    def __init__(self, config: ModelConfig, index: int, *, policy: Policy, rngs: nnx.Rngs):
+        self.residual, self.scale = config.residual, config.residual_scale
+
+        def norm(place: str):
+            return make_norm(config, policy) if place in config.norm_places else None
+
+        self.attention_norm = norm("before")
+        self.attention = Attention(config, index, policy=policy, rngs=rngs)
+        self.attention_out_norm = norm("after")
+        self.mlp_norm = None if config.shared_norm else norm("before")
+        self.mlp = _mlp(config, index, policy, rngs)
+        self.mlp_out_norm = norm("after")
+
+    def __call__(
+        self, x: Float[Array, "T D"], rotation: Rotation | None, cache: Cache, attend: Attend
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        normed = _apply(self.attention_norm, x)
+        attended, cache = self.attention(normed, rotation, cache, attend)
+        if self.residual == "post":
+            x = _apply(self.attention_out_norm, x + attended)
+            return _apply(self.mlp_out_norm, x + self.mlp(x)), cache
+        attended = self.scale * _apply(self.attention_out_norm, attended)
+        if self.residual == "parallel":
+            normed = normed if self.mlp_norm is None else self.mlp_norm(x)
+            return x + attended + self.scale * self.mlp(normed), cache
+        x = x + attended
+        out = _apply(self.mlp_out_norm, self.mlp(_apply(self.mlp_norm, x)))
+        return x + self.scale * out, cache
+
+
+def _mlp(config: ModelConfig, index: int, policy: Policy, rngs: nnx.Rngs) -> nnx.Module:
+    if config.moe is not None and index in config.moe.layers:
+        return MoE(config, policy=policy, rngs=rngs)
+    return (GatedMLP if config.gated_mlp else MLP)(config, policy=policy, rngs=rngs)
+
+
+def _apply(norm, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    return x if norm is None else norm(x)
+
+
+class Model(nnx.Module):
+    """Token ids to final hidden states; `unembed` turns the rows that are sampled into logits."""
+
+    def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
+        self.config = config
+        size = config.embedding_size or config.hidden_size
+        make = {"policy": policy, "rngs": rngs}
+        self.embed = Embedding(config.vocab_size, size, **make)
+        self.position_embed = None
+        if config.n_learned_positions:
+            self.position_embed = Embedding(config.n_learned_positions, config.hidden_size, **make)
+        self.embed_norm = make_norm(config, policy) if config.embedding_norm else None
+        self.project_in = self.project_out = None
+        if size != config.hidden_size:
+            self.project_in = Linear(size, config.hidden_size, bias=False, **make)
+            self.project_out = Linear(config.hidden_size, size, bias=False, **make)
+        self.layers = nnx.List([Layer(config, i, **make) for i in range(config.n_layers)])
+        self.norm = make_norm(config, policy) if config.final_norm else None
+        self.lm_head = None if config.tie_embeddings else self._head(size, policy, rngs)
+
+    def _head(self, size: int, policy: Policy, rngs: nnx.Rngs) -> Linear:
+        policy = dataclasses.replace(policy, activations="float32")
+        bias = self.config.head_bias
+        return Linear(size, self.config.vocab_size, bias=bias, policy=policy, rngs=rngs)
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "T"],
+        positions: Int[Array, "T"],
+        caches: tuple[Cache, ...],
+        attend: Attend,
+    ) -> tuple[Float[Array, "T D"], tuple[Cache, ...]]:
+        config = self.config
+        x = self.embed(token_ids) * config.embedding_scale
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.position_embed is not None:
+            x = x + self.position_embed(positions + config.position_offset)
+        x = _apply(self.embed_norm, x)
+        ropes = {config.rope_of(i) for i in range(config.n_layers)}
+        rotations = {rope: rope and Rotation(positions, config.head_dim, rope) for rope in ropes}
+        updated = []
+        for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            x, cache = layer(x, rotations[config.rope_of(i)], cache, attend)
+            updated.append(cache)
+        return _apply(self.norm, x), tuple(updated)
+
+    def unembed(self, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
+        """Logits in float32."""
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
+        logits = self.embed.unembed(hidden) if self.lm_head is None else self.lm_head(hidden)
+        logits = logits * self.config.logits_scale
+        cap = self.config.logits_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
