@@ -131,6 +131,10 @@ class HostTables:
         sequence.block_ids += blocks
         self.block_tables[sequence.row, held : held + len(blocks)] = blocks
 
+    def drop(self, sequence: Sequence, n_blocks: int) -> None:
+        """Forgets a sequence's leading blocks."""
+        self.block_tables[sequence.row, :n_blocks] = 0
+
     def _enter_params(self, sequence: Sequence) -> None:
         row, p = sequence.row, sequence.params
         line = self.params[row]

@@ -19,6 +19,7 @@ ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 RESIDUALS = ("sequential", "parallel", "post")
 NORM_PLACES = (("before",), ("after",), ("before", "after"))
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+EXPERT_SCORES = ("softmax", "chosen", "sigmoid")
 QK_NORMS = (None, "head", "all", "each_head")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -110,10 +111,64 @@ class MoeConfig:
     clamp: float | None = None  # GPT-OSS: of gate and up, and its own activation
 
     def __post_init__(self):
+        if self.scores not in EXPERT_SCORES:
+            raise ConfigError(
+                f"model config: scores={self.scores!r} of experts is not supported; known: "
+                f"{', '.join(EXPERT_SCORES)}"
+            )
         if not 1 <= self.n_chosen <= self.n_experts:
             raise ConfigError(
                 f"model config: {self.n_chosen} experts per token of {self.n_experts} experts"
             )
+        if self.n_groups != 1:
+            self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.n_groups < 1 or self.n_experts % self.n_groups:
+            raise ConfigError(
+                f"model config: {self.n_experts} experts do not divide into {self.n_groups} groups"
+            )
+        if not 1 <= self.n_chosen_groups <= self.n_groups:
+            raise ConfigError(
+                f"model config: {self.n_chosen_groups} of {self.n_groups} groups of experts"
+            )
+        group_size = self.n_experts // self.n_groups
+        if self.n_chosen > self.n_chosen_groups * group_size:
+            raise ConfigError(
+                f"model config: {self.n_chosen} experts per token, but the groups of a token have "
+                f"{self.n_chosen_groups * group_size} experts"
+            )
+        if self.score_bias and group_size < 2:
+            raise ConfigError("model config: a group of experts must have at least two experts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-AI, 2024): keys and values are made from one small
+    vector per token, and queries perhaps from another.
+    """
+
+    kv_rank: int  # size of that vector
+    q_rank: int | None  # None: queries come from the hidden state
+    nope_size: int  # of a query or key: elements without position,
+    rope_size: int  # and with it; of the keys all heads share these
+    value_size: int
+
+    def __post_init__(self):
+        for name in ("kv_rank", "nope_size", "rope_size", "value_size"):
+            value = getattr(self, name)
+            if not (_is_integer(value) and value > 0):
+                raise ConfigError(f"model config: {name} must be a positive integer, got {value!r}")
+        if self.value_size > self.head_size:
+            raise ConfigError(
+                f"model config: values of {self.value_size} elements, larger than keys of "
+                f"{self.head_size}, are not supported"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Elements of a query or key."""
+        return self.nope_size + self.rope_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +215,7 @@ class ModelConfig:
     attention_soft_cap: float | None = None
     sinks: bool = False
     qkv_clip: float | None = None
+    latent: LatentConfig | None = None
     # MLP.
     activation: str = "silu"
     gated_mlp: bool = True
@@ -217,6 +273,12 @@ class ModelConfig:
     def window(self, layer: int) -> int | None:
         """How many tokens back that layer sees; None: all."""
         return self.windows[layer] if self.windows else None
+
+    @property
+    def longest_window(self) -> int | None:
+        """What the layer that looks back furthest sees; None: all."""
+        windows = [window for window in self.windows if window is not None]
+        return max(windows) if windows and len(windows) == self.n_layers else None
 
     def rope_of(self, layer: int) -> RopeConfig | None:
         """What turns that layer's queries and keys."""

@@ -95,6 +95,7 @@ class Engine:
             c.num_kv_blocks,
             self._limits.block_size,
             is_sharing=c.enable_prefix_caching,
+            window=self.model_config.longest_window,
         )
 
     # Any thread.
@@ -228,6 +229,7 @@ class Engine:
 
     def _plan(self) -> Plan:
         started = time.perf_counter()
+        self._drop_unseen()
         attached = self._attach_prefixes()
         plan = self._schedule()
         is_starved = attached and (plan.preempted or not plan.chunks)
@@ -243,6 +245,13 @@ class Engine:
     def _schedule(self) -> Plan:
         sequences, n_free = list(self._live.values()), self._blocks.pool.n_free
         return schedule(sequences, n_free, self._limits, self._blocks.n_exclusive)
+
+    def _drop_unseen(self) -> None:
+        """Gives back blocks behind the windows of all layers."""
+        if self._blocks.window is not None:
+            for sequence in self._live.values():
+                if sequence.row >= 0:
+                    self._tables.drop(sequence, self._blocks.drop(sequence))
 
     def _attach_prefixes(self) -> list[Sequence]:
         """Lets the first waiting sequences hold their cached prefix, for `schedule` to see."""

@@ -7,16 +7,22 @@ from fastgen_jax.types import Sequence
 
 
 class SequenceBlocks:
-    """The only writer of `block_ids`, `n_published` and `prefix` of a sequence besides
+    """The only writer of `block_ids`, `n_published`, `n_dropped` and `prefix` of a sequence besides
     HostTables.extend.
 
     Sharing is by whole blocks of known tokens; the last token of a sequence is always computed.
+
+    Args:
+        window: no layer sees a token that is so many positions back; None: some layer sees all.
     """
 
-    def __init__(self, n_blocks: int, block_size: int, *, is_sharing: bool):
+    def __init__(
+        self, n_blocks: int, block_size: int, *, is_sharing: bool, window: int | None = None
+    ):
         self.pool = BlockPool(n_blocks)
         self.block_size = block_size
         self.is_sharing = is_sharing
+        self.window = window
 
     def may_share(self, sequence: Sequence) -> bool:
         """Penalties need every token of the prompt on the device: such requests compute it all."""
@@ -43,16 +49,33 @@ class SequenceBlocks:
             sequence.prefix = self.pool.publish(block, sequence.prefix, content)
         sequence.n_published = n_full
 
+    def drop(self, sequence: Sequence) -> int:
+        """Gives back the blocks that no further token of the sequence sees; those that are still to
+        be published wait for that.
+
+        Returns how many leading blocks are gone by now.
+        """
+        if self.window is None:
+            return 0
+        n_unseen = max(sequence.n_cached - self.window + 1, 0) // self.block_size
+        end = min(n_unseen, sequence.n_published) if self.is_sharing else n_unseen
+        start = sequence.n_dropped
+        if end > start:
+            self.pool.release(sequence.block_ids[start:end])
+            sequence.block_ids[start:end] = [0] * (end - start)
+            sequence.n_dropped = end
+        return sequence.n_dropped
+
     def forget(self, sequence: Sequence) -> None:
         """Gives back all blocks; the sequence owes everything again."""
-        self.pool.release(sequence.block_ids)
+        self.pool.release(sequence.block_ids[sequence.n_dropped :])
         sequence.block_ids = []
-        sequence.n_cached = sequence.n_published = 0
+        sequence.n_cached = sequence.n_published = sequence.n_dropped = 0
         sequence.prefix = EMPTY_PREFIX
 
     def n_exclusive(self, sequence: Sequence) -> int:
         """Blocks that become free if this sequence is preempted."""
-        return self.pool.n_exclusive(sequence.block_ids)
+        return self.pool.n_exclusive(sequence.block_ids[sequence.n_dropped :])
 
     def _split(self, sequence: Sequence, start: int, end: int) -> list[bytes]:
         """Bytes of the known tokens of blocks start..end."""

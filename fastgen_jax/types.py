@@ -48,6 +48,7 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
     n_published: int = 0  # leading blocks offered to the prefix cache
+    n_dropped: int = 0  # leading blocks given back, behind every window: 0 in block_ids
     prefix: int = 0  # the pool's number of what these blocks hold; 0: nothing
     is_dequeued: bool = False  # its prompt no longer counts as waiting
     n_bypassed: int = 0  # times a younger sequence was admitted before this one

@@ -54,6 +54,7 @@ class Draw(NamedTuple):
 def draw(
     cells: list[int], line: list[int], bias: list[tuple[int, float]], banned: set[int]
 ) -> Draw:
+    """cells: those that the last token sees."""
     h = mix(*cells, *line, *(mix(token, int(value * 8)) for token, value in bias))
     token = EOS if (h >> 8) % 16 == 0 else (h >> 16) % N_WORDS
     if token in banned:
@@ -70,7 +71,9 @@ class Ending(NamedTuple):
     reason: str
 
 
-def oracle(prompt: list[int], params: SamplingParams, seed: int, max_tokens: int) -> Ending:
+def oracle(
+    prompt: list[int], params: SamplingParams, seed: int, max_tokens: int, window: int | None
+) -> Ending:
     """The tokens of one sample, computed alone and without any cache management."""
     line = [int(np.float32(getattr(params, name)).view(np.int32)) for name in FLOAT_PARAMS]
     line += [max(params.top_k, 0), int(np.uint32(seed).view(np.int32)), params.logprobs or 0]
@@ -82,7 +85,8 @@ def oracle(prompt: list[int], params: SamplingParams, seed: int, max_tokens: int
         for position in range(len(cells), len(tokens)):
             cells.append(cell(cells[-1] if cells else 0, tokens[position], position))
         is_early = len(tokens) < len(prompt) + params.min_tokens
-        token, logprob, is_finite = draw(cells, line, bias, ending if is_early else set())
+        seen = cells[-(window or len(cells)) :]
+        token, logprob, is_finite = draw(seen, line, bias, ending if is_early else set())
         if not is_finite:
             return Ending(tokens[len(prompt) :], logprobs, "error")
         tokens.append(token)
@@ -109,7 +113,9 @@ class FakeRunner:
     too; `poisoned` is its sequence.
     """
 
-    def __init__(self, config: startup.ResolvedConfig):
+    def __init__(self, config: startup.ResolvedConfig, window: int | None = None):
+        assert window is None or window >= 2, "a cell is made from the one before"
+        self.window = window
         self.block_size = config.block_size
         self.n_rows = config.max_num_seqs
         self.n_cells = config.num_kv_blocks * config.block_size
@@ -226,7 +232,8 @@ class FakeRunner:
             n_biased = np.count_nonzero(bias_ids[row] != UNKNOWN) if has_bias else 0
             pairs = zip(bias_ids[row, :n_biased].tolist(), bias[row].tolist(), strict=False)
             banned = set(banned_ids[row].tolist()) if len(cells) < min_total else set()
-            draws.append(draw(cells, line, sorted(pairs), banned))
+            seen = cells[-(self.window or len(cells)) :]
+            draws.append(draw(seen, line, sorted(pairs), banned))
             if len(cells) < self.max_tokens:
                 self.token_ids[row, len(cells)] = draws[-1].token
         tokens, logprobs, is_finite = np.array(draws, float).reshape(-1, 3).T
@@ -237,7 +244,7 @@ class FakeRunner:
         )
 
 
-def fake_engine(**changes) -> Engine:
+def fake_engine(*, window: int | None = None, **changes) -> Engine:
     """An Engine on a FakeRunner, small unless told otherwise."""
     sizes = {"max_model_len": 24, "block_size": 2, "num_kv_blocks": 9, "max_num_batched_tokens": 8}
     sizes |= {"max_num_seqs": 4, "max_queued_requests": 1000} | changes
@@ -247,8 +254,9 @@ def fake_engine(**changes) -> Engine:
     model_config = ModelConfig(
         family="fake", vocab_size=VOCAB_SIZE, hidden_size=2, n_layers=1, n_heads=1, n_kv_heads=1,
         head_dim=2, ffn_size=2, max_position=1024, eos_token_ids=(EOS,),
+        windows=(window,),
     )  # fmt: skip
-    started = startup.Started(config, model_config, {}, FakeRunner(config))  # type: ignore
+    started = startup.Started(config, model_config, {}, FakeRunner(config, window))  # type: ignore
     with mock.patch.object(startup, "start", return_value=started):
         return Engine(config)
 
@@ -293,7 +301,9 @@ class Simulation:
         bound = self.engine.max_total_tokens
         total = bound if params.max_tokens is None else len(prompt) + params.max_tokens
         for index, seed in enumerate(sample_seeds(ENGINE_SEED, request_id, params)):
-            self.samples[request_id, index] = Sample(oracle(prompt, params, seed, total))
+            self.samples[request_id, index] = Sample(
+                oracle(prompt, params, seed, total, self.runner.window)
+            )
             self.bound += 4 * total + 8
         self.check()
 
@@ -412,21 +422,25 @@ class Simulation:
             assert engine._inbox or not sample.end, "it ended, but lives on"
         stats = engine.stats()
         assert stats.n_running == len(running)
-        assert stats.n_blocks_used == len({b for s in running for b in s.block_ids})
+        assert stats.n_blocks_used == len({b for s in running for b in s.block_ids} - {0})
         gauges = ("n_running", "n_waiting", "n_blocks_used")
         counters = {k: v for k, v in stats.as_dict().items() if k not in gauges}
         assert all(v >= self.counters.get(k, 0) for k, v in counters.items()), "a counter fell"
         self.counters = counters
 
     def _check_blocks(self, running) -> None:
-        pool, size = self.pool, self.engine._limits.block_size
-        held = [b for s in running for b in s.block_ids]
+        pool, size, window = self.pool, self.engine._limits.block_size, self.runner.window
+        held = [b for s in running for b in s.block_ids[s.n_dropped :]]
         for block in range(1, pool.n_blocks):
             assert pool._ref[block] == held.count(block), f"reference count of block {block}"
         for s in running:
             assert len(s.block_ids) == math.ceil(s.n_cached / size), "blocks and counts differ"
             n_checked = s.n_prompt + len(s.output_ids) - 1  # cells that led to finite logits
             assert s.n_published * size <= n_checked, "unchecked cells are published"
+            assert not any(s.block_ids[: s.n_dropped]), "a dropped block is named"
+            assert 0 not in s.block_ids[s.n_dropped :], "scratch is held"
+            n_unseen = 0 if window is None else max(s.n_cached - window + 1, 0) // size
+            assert s.n_dropped <= n_unseen, "a block was dropped that is still seen"
             if s.n_cached % size:
                 tail = s.block_ids[-1]
                 assert pool._ref[tail] == 1, "a block that will be written is shared"

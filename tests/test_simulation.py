@@ -42,8 +42,9 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(3, 12),
         n_seqs=st.integers(1, 6),
         caching=st.booleans(),
+        window=st.sampled_from([None, None, 2, 3, 8]),
     )
-    def start(self, n_blocks, block_size, budget, n_seqs, caching):
+    def start(self, n_blocks, block_size, budget, n_seqs, caching, window):
         self.simulation = Simulation(
             fake_engine(
                 num_kv_blocks=n_blocks,
@@ -51,6 +52,7 @@ class EngineMachine(RuleBasedStateMachine):
                 max_num_batched_tokens=max(budget, n_seqs),
                 max_num_seqs=n_seqs,
                 enable_prefix_caching=caching,
+                window=window,
             )
         )
 
@@ -135,7 +137,7 @@ def simulate(seed: int, n_acts: int = 150, n_faults: float = 0.02, **sizes) -> S
 
 
 def test_simulation_meets_every_event():
-    runs = [simulate(seed, n_acts=300) for seed in range(4)]
+    runs = [simulate(seed, n_acts=300, window=(None, 5)[seed % 2]) for seed in range(4)]
     stats = [run.engine.stats() for run in runs]
     assert sum(s.n_preemptions for s in stats) > 5
     assert sum(s.n_prefix_hits for s in stats) > 50
@@ -164,6 +166,18 @@ def test_preempted_samples_deliver_the_same_tokens():
     stats = simulation.engine.stats()
     assert stats.n_preemptions > 3
     assert stats.n_prompt_tokens == sum(len(prompt) for prompt in prompts)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_blocks_behind_the_window_are_given_back(caching):
+    sizes = {"num_kv_blocks": 13, "enable_prefix_caching": caching}
+    simulation = start([[0, 1, 1]], max_tokens=20, window=5, **sizes)
+    n_held = []
+    while simulation.engine.has_work:
+        simulation.step()
+        n_held.append(simulation.engine.stats().n_blocks_used)
+    assert max(n_held) == 3  # five tokens lie in up to three blocks of two cells
+    assert simulation.n_tokens == 20
 
 
 def test_pool_for_one_serves_the_longest_request_beside_others():
