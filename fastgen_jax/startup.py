@@ -27,7 +27,7 @@ from fastgen_jax.runner import Runner, make_shapes
 from fastgen_jax.sharding import check_divides, make_mesh
 from pallas_kernels import BACKENDS as BACKENDS_BY_NAME
 from pallas_kernels import NEED_PLAN, PLATFORMS, cache_shape, select
-from pallas_kernels.contract import MAX_CACHE_SIZE
+from pallas_kernels.contract import MAX_CACHE_SIZE, check_heads
 from pallas_kernels.plan import PlanSizes
 
 OnPhase = Callable[[str, int, int], None]  # phase, done, total
@@ -125,7 +125,8 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Resol
     """Fills in what the user left open; num_kv_blocks with the most that could ever be used."""
     longest = model.max_position
     if model.rope is not None and model.rope.kind in ("linear", "dynamic"):
-        longest = int(longest * model.rope.factor)
+        assert model.rope.original_max_position is not None
+        longest = max(longest, int(model.rope.original_max_position * model.rope.factor))
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
             f"max_model_len={config.max_model_len} exceeds the {longest} positions of the model"
@@ -183,8 +184,16 @@ def check_attention(name: str, platform: str) -> None:
 
 
 def check_cache(config: ResolvedConfig, model: ModelConfig, n_blocks: int) -> None:
-    """Raises ConfigError unless the attention backend can have a cache of so many blocks."""
+    """Raises ConfigError unless the attention backend takes the model's heads and can have a cache
+    of so many blocks.
+    """
     try:
+        check_heads(
+            config.attention_backend,
+            head_size=model.head_dim,
+            group_size=model.group_size,
+            dtype=jnp.dtype(config.dtype),
+        )
         cache_shape(
             config.attention_backend,
             n_blocks=n_blocks,

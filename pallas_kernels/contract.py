@@ -89,6 +89,7 @@ class RaggedPagedAttention(Protocol):
 
 MAX_CACHE_SIZE = 2**31 - 1  # elements of one layer's cache: kernels address cells with 32 bits
 TINY = 1e-30  # keys and values that are smaller throughout become zeros: their scale would too
+MAX_GROUP_SIZE = 128  # query heads per KV head on GPUs: rows of one tile
 QUANTIZED = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}  # largest cell
 
 
@@ -112,6 +113,20 @@ def cache_shape(
             f"{MAX_CACHE_SIZE} fit: use {MAX_CACHE_SIZE // math.prod(shape[1:])} blocks"
         )
     return shape
+
+
+def check_heads(backend: str, *, head_size: int, group_size: int, dtype: Any) -> None:
+    """Raises ValueError for queries that the backend does not take.
+
+    group_size: query heads per KV head.
+    """
+    if backend in ("pallas_gpu", "jax_triton") and (head_size % 16 or group_size > MAX_GROUP_SIZE):
+        raise ValueError(
+            f"head size {head_size} with {group_size} query heads per KV head: {backend} has head "
+            f"sizes that 16 divides and at most {MAX_GROUP_SIZE} query heads per KV head"
+        )
+    if backend == "pallas_tpu" and dtype == jnp.float16:
+        raise ValueError("pallas_tpu: TPUs have no float16; use bfloat16")
 
 
 def quantize(

@@ -11,13 +11,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from pallas_kernels import plan
-from pallas_kernels.contract import QUANTIZED, AttentionSpec, RaggedMeta, encode, quantize
+from pallas_kernels.contract import (
+    QUANTIZED,
+    AttentionSpec,
+    RaggedMeta,
+    check_heads,
+    encode,
+    quantize,
+)
 
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # below every score; finite, so that differences are never NaN
 # What cells of a quantised cache are, divided by what the kernels make of them.
 FACTORS = {jnp.dtype(jnp.int8): 128.0, jnp.dtype(jnp.float8_e4m3fn): 256.0}
-MAX_GROUP_SIZE = 128
 MERGE_ROWS = 16
 
 
@@ -129,12 +135,8 @@ def warps_and_stages(layout: Layout) -> dict[str, int]:
 
 def check_plan(backend: str, q, kv_cache, meta: RaggedMeta) -> None:
     """Raises ValueError for sizes that the kernels do not take, or a meta without a plan."""
-    head_size, group_size = q.shape[2], q.shape[1] // kv_cache.shape[1]
-    if head_size % 16 or group_size > MAX_GROUP_SIZE:
-        raise ValueError(
-            f"head size {head_size} with {group_size} query heads per KV head: {backend} has head "
-            f"sizes that 16 divides and at most {MAX_GROUP_SIZE} query heads per KV head"
-        )
+    group_size = q.shape[1] // kv_cache.shape[1]
+    check_heads(backend, head_size=q.shape[2], group_size=group_size, dtype=q.dtype)
     if not isinstance(meta.plan, plan.Plan):
         raise ValueError(f"{backend} needs meta.plan, see pallas_kernels.plan.make_plan")
     if any(array.dtype != jnp.int32 for array in meta.plan):

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Num
 
-from pallas_kernels.contract import AttentionSpec, RaggedMeta, check_arguments, quantize
+from pallas_kernels.contract import (
+    AttentionSpec,
+    RaggedMeta,
+    check_arguments,
+    check_heads,
+    quantize,
+)
 from pallas_kernels.tpu_chunk import paged_chunk
 from pallas_kernels.tpu_decode import paged_decode
 from pallas_kernels.tpu_tiles import Tiles, tiles_for
@@ -46,8 +52,9 @@ def ragged_paged_attention(
     check_arguments(q, k, v, kv_cache, meta, kv_scales, cells_last=True)
     if kv_cache.shape[-1] != N_CELLS:
         raise ValueError(f"pallas_tpu has blocks of {N_CELLS} cells, not {kv_cache.shape[-1]}")
-    if jnp.float16 in (kv_cache.dtype, q.dtype):
-        raise ValueError("pallas_tpu: TPUs have no float16; use bfloat16")
+    for dtype in (q.dtype, kv_cache.dtype):
+        group_size = q.shape[1] // k.shape[1]
+        check_heads("pallas_tpu", head_size=q.shape[2], group_size=group_size, dtype=dtype)
     if tiles is None:
         tiles = tiles_for(len(q), q.shape[1], kv_cache, interpret=bool(interpret))
     features = {"alibi_slopes": alibi_slopes, "sinks": sinks, "spec": spec}

@@ -391,6 +391,22 @@ def test_attention_that_cannot_work_is_refused(folder, options, message):
         make_engine(folder, **options)
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype", "message"),
+    [
+        ("pallas_gpu", "float32", "head size 8 with 2 query heads per KV head: pallas_gpu has"),
+        ("pallas_tpu", "float16", "TPUs have no float16; use bfloat16"),
+    ],
+)
+def test_heads_that_a_kernel_does_not_take_are_refused(
+    folder, monkeypatch, backend, dtype, message
+):
+    default = dataclasses.replace(startup.BACKENDS["cpu"], attention=backend)
+    monkeypatch.setitem(startup.BACKENDS, "cpu", default)
+    with pytest.raises(ConfigError, match=message):
+        make_engine(folder, dtype=dtype, block_size=128)
+
+
 def test_pool_is_sized_from_memory_and_capped_by_use(folder):
     engine = make_engine(folder, num_kv_blocks=None)
     assert engine.config.num_kv_blocks == 8 * 12 + 1
