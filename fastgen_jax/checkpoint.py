@@ -1,45 +1,40 @@
-"""What lies on disk: finds a model's files, reads its configs, and fills an NNX model from
-safetensors.
+"""What lies on disk: finds a model's files, reads its configs, and fills an NNX model from them.
 
-The only place that knows on-disk formats. Weights are read only from safetensors, never from
-pickles. A family's WEIGHTS says where each Hugging Face tensor goes; before anything is read, every
-disagreement between files and model (missing, unused, wrong shape, unreadable) is found and all are
-reported at once.
+Weights are read only from safetensors, never from pickles. A family's WEIGHTS says where each
+Hugging Face tensor goes. Before anything is read or any device memory taken, every disagreement
+between files and model (missing, unused, wrong shape or dtype, damaged) is found, and all are
+reported at once. A parameter is filled by byte ranges, moved to its devices and forgotten: the host
+never holds the model.
 """
 
-import json
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 
-from fastgen_jax import models, weights
+from fastgen_jax import converted, models, weights
 from fastgen_jax.config import ModelConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.layers import Policy
 from fastgen_jax.models.decoder import Model
+from fastgen_jax.quantised import Tensor, unquantised
 from fastgen_jax.sharding import parameter_sharding
+from fastgen_jax.tensor_files import read_headers, read_json, weight_files
 from fastgen_jax.weights import Source
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
-MAX_JSON_BYTES = 64 * 2**20
+N_THREADS = 4
+MAX_IN_FLIGHT = 2**30  # bytes of parameters that are filled at once, but at least one parameter
+MAX_PROBLEMS = 100  # printed
 
-
-class Stored(NamedTuple):
-    """A tensor of a safetensors file."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-
-    def read(self) -> np.ndarray:
-        with safe_open(self.file, framework="numpy") as opened:
-            return opened.get_tensor(self.name)
+OnProgress = Callable[[int, int], None]  # done, total
+Transform = Callable[[str, np.ndarray], np.ndarray]  # of a parameter's path and value, on the host
 
 
 def locate(model: str) -> Path:
@@ -66,24 +61,6 @@ def locate(model: str) -> Path:
             f"{model!r} is no directory here and could not be downloaded ({first_line}); check the "
             "name, the network, or give the path of a downloaded directory"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError names what is wrong with it."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.name} is missing in {str(path.parent)!r}; is this the directory of a "
-            "Hugging Face model?"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -140,91 +117,132 @@ def load_model(
     config: ModelConfig,
     policy: Policy,
     mesh: Mesh,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = lambda done, total: None,
+    transform: Transform | None = None,
 ) -> nnx.Module:
-    """The model of a Hugging Face directory, on the devices of the mesh.
+    """The model of a Hugging Face or converted directory, on the devices of the mesh.
+
+    Args:
+        transform: applied to each parameter before it is moved, to cast or quantise it.
 
     Raises:
-        CheckpointError: lists every tensor that is missing, unused, of the wrong shape or
-        unreadable.
+        CheckpointError: lists every tensor that is missing, unused, of the wrong shape or dtype, or
+        damaged.
     """
-    family = models.family(config.family)
     model = abstract_model(config, policy)
     params = flat_params(model)
-    stored = read_headers(weight_files(directory), getattr(family, "PREFIX", ""))
-    sources = weights.plan(
-        family,
-        config,
-        policy.n_shards,
-        {path: param.shape for path, param in params.items()},
-        {name: tensor.shape for name, tensor in stored.items()},
-    )
-    by_path: dict[str, list[Source]] = {path: [] for path in params}
-    for source in sources:
-        by_path[source.path].append(source)
+    read = read_converted if converted.is_converted(directory) else read_safetensors
+    leaves = read(directory, config, mesh, params, on_progress, transform)
     graphdef, state = nnx.split(model)
-    leaves = []
-    for n_done, (path, param) in enumerate(params.items()):
-        on_progress(n_done, len(params))
-        array = np.empty(param.shape, param.dtype)
-        for source in by_path[path]:
-            tensor = stored[source.name].read()
-            weights.fill(source, array, tensor, config, policy.n_shards)
-        leaves.append(jax.device_put(array, parameter_sharding(path, mesh)))
-    on_progress(len(params), len(params))
     return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or its only one.
+def read_converted(
+    directory: Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    params: dict[str, Any],
+    on_progress: OnProgress,
+    transform: Transform | None,
+) -> list[jax.Array]:
+    """The parameters, in order, on the devices of the mesh, from what `python -m convert` made."""
+    on_progress(0, len(params))
+    leaves = converted.restore(directory, params, mesh)
+    if transform is not None:
+        leaves = [
+            jax.device_put(transform(path, np.asarray(leaf)), parameter_sharding(path, mesh))
+            for path, leaf in zip(params, leaves, strict=True)
+        ]
+    on_progress(len(params), len(params))
+    return leaves
+
+
+def read_safetensors(
+    directory: Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    params: dict[str, Any],
+    on_progress: OnProgress,
+    transform: Transform | None,
+) -> list[jax.Array]:
+    """The parameters, in order, on the devices of the mesh, from a Hugging Face directory."""
+    parts = find_parts(directory, config, mesh.size, params)
+
+    def load(path: str) -> jax.Array:
+        array = fill(params[path], parts[path], config, mesh.size)
+        if transform is not None:
+            array = transform(path, array)
+        return jax.device_put(array, parameter_sharding(path, mesh)).block_until_ready()
+
+    sizes = [(path, param.size * param.dtype.itemsize) for path, param in params.items()]
+    return in_parallel(load, sizes, on_progress)
+
+
+Parts = dict[str, list[tuple[Source, Tensor]]]  # by path: what fills the parameter
+
+
+def find_parts(
+    directory: Path, config: ModelConfig, n_shards: int, params: dict[str, Any]
+) -> Parts:
+    """Which tensors of a Hugging Face directory fill which parameters.
 
     Raises:
-        CheckpointError: none, a missing shard, an index that points outside the directory, or
-        pickles only.
+        CheckpointError: lists all problems.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        escaping = [n for n in names if not isinstance(n, str) or Path(n).name != n or "\0" in n]
-        if escaping or not names:
-            raise CheckpointError(f"{index.name} names no file of this directory: {escaping[:3]}")
-        missing = [n for n in names if not (directory / n).is_file()]
-        if missing:
-            raise CheckpointError(f"shards named in {index.name} are missing: {', '.join(missing)}")
-        return [directory / n for n in names]
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(p.name for p in directory.glob("*.bin")) + sorted(
-            p.name for p in directory.glob("*.pt*")
-        )
-        why = (
-            f"; {pickles[0]} is a pickle, which can run code when read: convert it to safetensors"
-            if pickles
-            else ""
-        )
-        raise CheckpointError(f"no .safetensors file in {str(directory)!r}{why}")
-    return files
-
-
-def read_headers(files: list[Path], prefix: str = "") -> dict[str, Stored]:
-    """Every tensor by name; CheckpointError lists unreadable files.
-
-    prefix: what all names of a model begin with; if no name of a checkpoint does, as where it was
-    saved without its head, it is added.
-    """
-    stored, problems = {}, []
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    if name in stored:
-                        problems.append(f"{name}: in {stored[name].file.name} and in {file.name}")
-                    shape = tuple(opened.get_slice(name).get_shape())
-                    stored[name] = Stored(file, name, shape)
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{file.name}: {error}")
+    family = models.family(config.family)
+    stored, problems = read_headers(weight_files(directory))
+    tensors, found = unquantised(read_json(directory / "config.json"), stored)
+    problems += found
+    prefix = getattr(family, "PREFIX", "")
+    if not any(name.startswith(prefix) for name in tensors):
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}  # saved without head
+    renamed = getattr(family, "RENAMED", {})
+    tensors = {weights.rename(name, renamed): tensor for name, tensor in tensors.items()}
+    shapes = {path: param.shape for path, param in params.items()}
+    sources, found = weights.plan(family, config, n_shards, shapes, tensors)
+    problems += found
     if problems:
-        raise CheckpointError("damaged checkpoint:\n  " + "\n  ".join(problems))
-    if not any(name.startswith(prefix) for name in stored):
-        return {prefix + name: tensor for name, tensor in stored.items()}
-    return stored
+        shown = problems[:MAX_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        raise CheckpointError(
+            f"the checkpoint is damaged or does not fit its config.json ({len(problems)} problems):"
+            "\n  " + "\n  ".join(shown)
+        )
+    parts: Parts = {path: [] for path in params}
+    for source in sources:
+        parts[source.path].append((source, tensors[source.name]))
+    unfilled = [path for path, found in parts.items() if not found]
+    assert not unfilled, unfilled
+    return parts
+
+
+def fill(
+    param: Any, parts: list[tuple[Source, Tensor]], config: ModelConfig, n_shards: int
+) -> np.ndarray:
+    """A parameter with the shape and dtype of `param`, from its parts."""
+    array = np.empty(param.shape, param.dtype)
+    for source, tensor in parts:
+        weights.fill(source, array, tensor, config, n_shards)
+    return array
+
+
+def in_parallel(
+    load: Callable[[str], Any], sizes: Iterable[tuple[str, int]], on_progress: OnProgress
+) -> list[Any]:
+    """`load` of every path, in order, on several threads that together hold MAX_IN_FLIGHT bytes."""
+    waiting = deque(sizes)
+    total, n_bytes, running, results = len(waiting), 0, deque(), []
+    on_progress(0, total)
+    with ThreadPoolExecutor(N_THREADS, thread_name_prefix="load") as pool:
+        while waiting or running:
+            if waiting and (not running or n_bytes + waiting[0][1] <= MAX_IN_FLIGHT):
+                path, size = waiting.popleft()
+                n_bytes += size
+                running.append((pool.submit(load, path), size))
+                continue
+            future, size = running.popleft()
+            results.append(future.result())
+            n_bytes -= size
+            on_progress(len(results), total)
+    return results

@@ -245,11 +245,17 @@ class ModelConfig:
                 f"{self.n_kv_heads} KV heads"
             )
         for rope in filter(None, (self.rope, self.local_rope)):
-            size = rope.size or self.head_dim
-            if size % 2 or size > self.head_dim:
+            size = self.head_dim if rope.size is None else rope.size
+            if size % 2 or not 2 <= size <= self.head_dim:
                 raise ConfigError(
-                    f"model config: rotary size must be even and at most head_dim={self.head_dim}, "
-                    f"got {size}"
+                    "model config: rotary size must be even and from 2 to "
+                    f"head_dim={self.head_dim}, got {size}"
+                )
+            n_factors = len(rope.short_factor), len(rope.long_factor)
+            if rope.kind == "longrope" and n_factors != (size // 2, size // 2):
+                raise ConfigError(
+                    f"model config: longrope needs {size // 2} short factors and as many long "
+                    f"ones, got {n_factors}"
                 )
         for name, known in (
             ("residual", RESIDUALS), ("norm_places", NORM_PLACES), ("qk_norm", QK_NORMS),
@@ -260,6 +266,14 @@ class ModelConfig:
                     f"model config: {name}={getattr(self, name)!r} is not supported; known: "
                     f"{', '.join(map(str, known))}"
                 )
+        if self.residual != "sequential" and self.norm_places != ("before",):
+            raise ConfigError(
+                f"model config: residual={self.residual!r} has no norm_places={self.norm_places}"
+            )
+        if self.alibi_slopes and len(self.alibi_slopes) != self.n_heads:
+            raise ConfigError(
+                f"model config: {len(self.alibi_slopes)} ALiBi slopes for {self.n_heads} heads"
+            )
         if self.windows and len(self.windows) != self.n_layers:
             raise ConfigError(
                 f"model config: {len(self.windows)} windows for {self.n_layers} layers"

@@ -42,16 +42,18 @@ class MoE(nnx.Module):
 
         self.router = random(moe.n_experts, size)
         self.router_bias = bias(moe.router_bias, moe.n_experts)
-        self.score_bias = bias(moe.score_bias, moe.n_experts)
+        # In float32 whatever the policy: it decides between near scores.
+        score_bias = jnp.zeros(moe.n_experts, jnp.float32)
+        self.score_bias = nnx.Param(score_bias) if moe.score_bias else None
         self.gate_up = random(moe.n_experts, 2 * moe.ffn_size, size)
         self.gate_up_bias = bias(moe.expert_bias, moe.n_experts, 2 * moe.ffn_size)
         self.down = random(moe.n_experts, size, moe.ffn_size)
         self.down_bias = bias(moe.expert_bias, moe.n_experts, size)
-        self.shared = self.shared_gate = None
-        if moe.shared_size:
-            shape = {"policy": policy, "rngs": rngs}
-            self.shared = GatedMLP(config, ffn_size=moe.shared_size, **shape)
-            self.shared_gate = Linear(size, 1, bias=False, **shape) if moe.shared_gate else None
+        shape = {"policy": policy, "rngs": rngs}
+        shared = moe.shared_size
+        self.shared = GatedMLP(config, ffn_size=shared, **shape) if shared else None
+        has_gate = shared and moe.shared_gate
+        self.shared_gate = Linear(size, 1, bias=False, **shape) if has_gate else None
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
         logits = product(x.astype(jnp.float32), self.router[...].astype(jnp.float32))
@@ -147,7 +149,7 @@ def route(
 
 
 def _best_groups(scores: Float[Array, "T E"], moe: MoeConfig) -> Float[Array, "T E"]:
-    """Scores, zero outside the best groups (DeepSeek-AI, 2024): of a group its best counts, with a
+    """Scores, none outside the best groups (DeepSeek-AI, 2024): of a group its best counts, with a
     bias its best two.
     """
     if moe.n_groups == 1:
@@ -156,7 +158,7 @@ def _best_groups(scores: Float[Array, "T E"], moe: MoeConfig) -> Float[Array, "T
     value = lax.top_k(grouped, 2 if moe.score_bias else 1)[0].sum(axis=-1)
     _, best = lax.top_k(value, moe.n_chosen_groups)
     is_best = jax.nn.one_hot(best, moe.n_groups, dtype=jnp.bool_).any(axis=1)
-    return jnp.where(is_best[:, :, None], grouped, 0.0).reshape(scores.shape)
+    return jnp.where(is_best[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def grouped_product(

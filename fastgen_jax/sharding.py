@@ -17,6 +17,9 @@ AXIS = "tensor"
 RULES = {
     "attention.qkv.weight": PartitionSpec(AXIS, None),
     "attention.qkv.bias": PartitionSpec(AXIS),
+    "attention.q.weight": PartitionSpec(AXIS, None),  # latent attention's
+    "attention.q_up.weight": PartitionSpec(AXIS, None),
+    "attention.kv_up.weight": PartitionSpec(AXIS, None),
     "attention.out.weight": PartitionSpec(None, AXIS),
     "mlp.gate_up.weight": PartitionSpec(AXIS, None),
     "mlp.gate_up.bias": PartitionSpec(AXIS),
@@ -50,9 +53,18 @@ def make_mesh(n_devices: int) -> Mesh:
 
 
 def check_divides(config: ModelConfig, n_devices: int) -> None:
-    """Raises ConfigError unless heads, feed-forward and vocabulary split evenly."""
-    for name in ("n_kv_heads", "ffn_size", "vocab_size"):
-        size = getattr(config, name)
+    """Raises ConfigError unless heads, feed-forward, experts and the head's vocabulary split evenly
+    (a tied head is not split).
+    """
+    sizes = {"n_kv_heads": config.n_kv_heads}
+    if not config.tie_embeddings:
+        sizes["vocab_size"] = config.vocab_size
+    moe = config.moe
+    if moe is None or len(moe.layers) < config.n_layers:
+        sizes["ffn_size"] = config.ffn_size
+    if moe is not None:
+        sizes |= {"n_experts": moe.n_experts, "shared_size": moe.shared_size}
+    for name, size in sizes.items():
         if size % n_devices:
             raise ConfigError(
                 f"tensor_parallel_size={n_devices} does not divide the model's {name}={size}"

@@ -2,19 +2,27 @@
 
 A family's WEIGHTS maps names to (path, part): `{}` in a name is the layer, a second one the expert
 or head. A part is a list of views of the parameter; laid one behind the other by rows they are the
-tensor. So one table serves loading and, read backwards, exporting.
+tensor. So one table serves loading and, read backwards, exporting. In IGNORED `{}` is any number,
+`{n_layers}` the config's, and `*` anything.
 """
 
+import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastgen_jax.config import ModelConfig
-from fastgen_jax.errors import CheckpointError
 
-PLAIN = "plain"  # the tensor is the parameter; all other parts stand for a weight and its bias
+PLAIN = "plain"  # the tensor is the parameter
+# All experts in one tensor, (E, in, out) if a weight; gate and up alternate by outputs.
+TOGETHER = ("experts", "experts_gate_up")
+# All other parts stand for a weight and its bias.
 TRANSPOSED = "T:"  # before a part: the file has (in, out)
+TIED_HEAD = "lm_head.weight"  # stored or not, it is the embedding
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+MAX_PIECE = 2**24  # elements read at once
 
 
 class Source(NamedTuple):
@@ -37,8 +45,17 @@ def expand(weights: dict[str, tuple[str, str]], config: ModelConfig) -> list[Sou
         for i in range(config.n_layers if n_slots else 1):
             for j in range(n_inner) if n_slots == 2 else (None,):
                 source = Source(name.format(i, j), path.format(i), part, j)
-                sources += [source] if part == PLAIN else _weight_and_bias(source)
+                is_one = part == PLAIN or part in TOGETHER
+                sources += [source] if is_one else _weight_and_bias(source)
     return sources
+
+
+def rename(name: str, renamed: dict[str, str]) -> str:
+    """The name in WEIGHTS of a tensor whose name in a file begins in another way."""
+    for start, ours in renamed.items():
+        if name.startswith(start):
+            return ours + name.removeprefix(start)
+    return name
 
 
 def _weight_and_bias(source: Source) -> list[Source]:
@@ -82,7 +99,16 @@ def views(
             return [parts[name] for name in part.split("_")]
         case "expert_gate" | "expert_up":
             return [rows(2, -1)[0 if part == "expert_gate" else 1]]
+        case "experts":
+            return [_reversed_per_expert(parameter)]
+        case "experts_gate_up":
+            return [_reversed_per_expert(parameter.reshape(len(parameter), 2, -1, *rest[1:]))]
     raise AssertionError(part)
+
+
+def _reversed_per_expert(parameter: np.ndarray) -> np.ndarray:
+    """All axes but the first, which is the experts', in reverse."""
+    return np.moveaxis(parameter.T, -1, 0)
 
 
 def tensor_shape(
@@ -92,6 +118,9 @@ def tensor_shape(
     if source.part == PLAIN and source.index is None:
         return tuple(shape)
     found = views(source, np.empty(shape, np.bool_), config, n_shards)  # never touched, so free
+    if source.part in TOGETHER:
+        n_kept = len(shape) - 1
+        return (*found[0].shape[:n_kept], math.prod(found[0].shape[n_kept:]))
     rest = shape[2:] if source.index is not None else shape[1:]
     n_rest = int(np.prod(rest, dtype=int))
     whole = (sum(view.size for view in found) // n_rest, *rest)
@@ -99,16 +128,36 @@ def tensor_shape(
 
 
 def fill(
-    source: Source, parameter: np.ndarray, tensor: np.ndarray, config: ModelConfig, n_shards: int
+    source: Source, parameter: np.ndarray, tensor: Any, config: ModelConfig, n_shards: int
 ) -> None:
-    """Writes the tensor into its part of the parameter."""
+    """Writes the tensor into its part of the parameter.
+
+    Args:
+        tensor: has a shape, and tensor[a:b] reads these rows; few are read at a time.
+    """
     if source.part.startswith(TRANSPOSED):
-        tensor = tensor.T
+        tensor = tensor[:].T
+    n_rest = max(math.prod(tensor.shape[1:]), 1)
     start = 0
     for view in views(source, parameter, config, n_shards):
-        n_rows = view.size // max(int(np.prod(tensor.shape[1:], dtype=int)), 1)
-        view[...] = tensor[start : start + n_rows].reshape(view.shape)
-        start += n_rows
+        for piece in _pieces(view, n_rest):
+            n_rows = piece.size // n_rest
+            piece[...] = tensor[start : start + n_rows].reshape(piece.shape)
+            start += n_rows
+
+
+def _pieces(view: np.ndarray, n_rest: int) -> Iterator[np.ndarray]:
+    """Views of the view, in order, of whole rows of the tensor (n_rest elements each); none is much
+    larger than MAX_PIECE elements or a row.
+    """
+    if view.size <= max(MAX_PIECE, n_rest) or view.size // len(view) % n_rest:
+        yield view
+    elif len(view) == 1:
+        yield from _pieces(view[0], n_rest)
+    else:
+        n_rows = max(MAX_PIECE * len(view) // view.size, 1)
+        for i in range(0, len(view), n_rows):
+            yield view[i : i + n_rows]
 
 
 def extract(
@@ -117,7 +166,7 @@ def extract(
     """The tensor that would fill that part: the inverse of `fill`."""
     shape = tensor_shape(source, parameter.shape, config, n_shards)
     is_transposed = source.part.startswith(TRANSPOSED)
-    rest = shape[:1] if is_transposed else shape[1:]
+    rest = shape[:-1] if is_transposed else shape[1:]
     pieces = [view.reshape(-1, *rest) for view in views(source, parameter, config, n_shards)]
     tensor = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
     return tensor.T if is_transposed else tensor.reshape(shape)
@@ -128,42 +177,56 @@ def plan(
     config: ModelConfig,
     n_shards: int,
     shapes: dict[str, tuple[int, ...]],
-    stored: dict[str, tuple[int, ...]],
-) -> list[Source]:
-    """Which tensor fills which part of which parameter.
+    stored: dict[str, Any],
+) -> tuple[list[Source], list[str]]:
+    """Which tensor fills which part of which parameter, and all that is missing, unused, of the
+    wrong shape or dtype.
 
     Args:
         shapes: of our parameters by path.
-        stored: shapes of the checkpoint's tensors by name.
-
-    Raises:
-        CheckpointError: lists all that is missing, unused or of the wrong shape.
+        stored: the checkpoint's tensors by name, each with shape, dtype and file.
     """
     sources = [s for s in expand(family.WEIGHTS, config) if _exists(s, shapes)]
-    known = {s.name for s in expand(family.WEIGHTS, config)}
-    ignored = [pattern.replace(".", r"\.").replace("{}", r"\d+") for pattern in family.IGNORED]
+    sources = _named(sources, stored)
+    known = {s.name: s.path for s in expand(family.WEIGHTS, config)}
+    wild = {".": r"\.", "{}": r"\d+", "{n_layers}": str(config.n_layers), "*": ".*"}
+    ignored = [
+        re.sub(r"\{\w*\}|[.*]", lambda match: wild[match[0]], pattern) for pattern in family.IGNORED
+    ]
     is_ignored = re.compile("|".join(ignored) or "(?!)").fullmatch
     needed = {s.name for s in sources}
     problems = [f"missing: {name}" for name in sorted(needed - set(stored))]
-    for name in stored:
+    for name, tensor in stored.items():
         if name in needed or is_ignored(name):
             continue
         if name not in known:
-            problems.append(f"unused: {name}")
-        elif name.endswith("bias"):
-            problems.append(f"unused: {name} (the config says there is no such parameter)")
+            problems.append(f"unused: {name} in {tensor.file.name}")
+        elif known[name] != TIED_HEAD:
+            why = "the config says there is no such parameter"
+            problems.append(f"unused: {name} in {tensor.file.name} ({why})")
     for source in sources:
         if source.name in stored:
             want = tensor_shape(source, shapes[source.path], config, n_shards)
-            if stored[source.name] != want:
-                have = stored[source.name]
-                problems.append(f"shape: {source.name} is {have}, the config wants {want}")
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint does not fit its config.json ({len(problems)} problems):\n  "
-            + "\n  ".join(problems[:50])
-        )
-    return sources
+            problems += _misfits(source.name, stored[source.name], want)
+    return sources, problems
+
+
+def _misfits(name: str, tensor: Any, want: tuple[int, ...]) -> Iterator[str]:
+    where = f"{name} in {tensor.file.name}"
+    if tensor.shape != want:
+        yield f"shape: {where} is {tensor.shape}, the config wants {want}"
+    if tensor.dtype.name not in FLOATS:
+        yield f"dtype: {where} is {tensor.dtype}, and no quantisation says so; want a float"
+
+
+def _named(sources: list[Source], stored: dict[str, Any]) -> list[Source]:
+    """For each part of a parameter the first of its names that is stored, or its first name."""
+    by_part: dict[tuple, Source] = {}
+    for source in sources:
+        known = by_part.setdefault(source[1:], source)
+        if known.name not in stored and source.name in stored:
+            by_part[source[1:]] = source
+    return list(by_part.values())
 
 
 def _exists(source: Source, shapes: dict[str, tuple[int, ...]]) -> bool:

@@ -206,7 +206,10 @@ def test_model_sizes_are_positive_integers(name, value):
     ("given", "message"),
     [
         ({"n_heads": 3}, "3 query heads do not divide into 2 KV heads"),
-        ({"head_dim": 3}, "rotary size must be even and at most head_dim=3, got 3"),
+        ({"head_dim": 3}, "rotary size must be even and from 2 to head_dim=3, got 3"),
+        ({"rope": RopeConfig(size=0)}, "rotary size must be even and from 2 to head_dim=2, got 0"),
+        ({"residual": "post", "norm_places": ("after",)}, "'post' has no norm_places=.'after',"),
+        ({"alibi_slopes": (0.5, 0.25)}, "2 ALiBi slopes for 4 heads"),
     ],
 )
 def test_model_shapes_that_cannot_work_are_refused(given, message):

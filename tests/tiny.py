@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from fastgen_jax.config import EngineConfig, SamplingParams
 from fastgen_jax.engine import Engine
@@ -94,11 +95,22 @@ class Naive:
     """The slow obvious twin: for each token the whole sequence again, densely, alone."""
 
     def __init__(self, engine: Engine, length: int = 96):
-        program, n_layers = engine._runner.program, engine.model_config.n_layers
-        self.leaves, self.length = engine._runner.leaves, length
+        program = engine._runner.program
+        self._prepare(program.model, engine._runner.leaves, engine.model_config.n_layers, length)
+
+    @classmethod
+    def of_model(cls, model: nnx.Module, n_layers: int, length: int) -> "Naive":
+        """Without an engine."""
+        graphdef, params = nnx.split(model)
+        naive = cls.__new__(cls)
+        naive._prepare(lambda leaves: nnx.merge(graphdef, leaves), params, n_layers, length)
+        return naive
+
+    def _prepare(self, make_model, leaves, n_layers: int, length: int) -> None:
+        self.leaves, self.length = leaves, length
 
         def logits(leaves, token_ids):
-            model = program.model(leaves)
+            model = make_model(leaves)
             positions = jnp.arange(length, dtype=jnp.int32)
             hidden, _ = model(token_ids, positions, (None,) * n_layers, dense_attend)
             return model.unembed(hidden)

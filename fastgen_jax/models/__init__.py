@@ -1,10 +1,12 @@
 """Model families: FAMILIES maps a Hugging Face model_type to the module that knows it.
 
-A family module offers `config(hf) -> ModelConfig`, `WEIGHTS` and `IGNORED`; the module that they
-describe is decoder.Model.
+A family module offers `config(hf) -> ModelConfig`, `WEIGHTS` and `IGNORED` (`{}` is a number, `*`
+anything), and `PREFIX` or `RENAMED` (starts of names) where checkpoints differ in them; the module
+that they describe is decoder.Model.
 """
 
 import importlib
+import math
 from types import ModuleType
 from typing import Any
 
@@ -12,10 +14,39 @@ from fastgen_jax.config import RopeConfig
 from fastgen_jax.errors import ConfigError
 
 FAMILIES = {  # model_type -> module
+    "bloom": "bloom",
+    "falcon": "falcon",
+    "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
+    "gptj": "gptj",
+    "qwen2_moe": "qwen2_moe",
+    "qwen3_moe": "qwen3_moe",
+    "olmoe": "olmoe",
+    "gpt_oss": "gpt_oss",
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
     "llama": "llama",
     "mistral": "mistral",
     "mixtral": "mixtral",
+    "mpt": "mpt",
+    "opt": "opt",
+    "phi": "phi",
     "qwen2": "qwen2",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+    "qwen": "qwen",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "olmo2": "olmo2",
+    "granite": "granite",
+    "cohere": "cohere",
+    "cohere2": "cohere2",
+    "exaone4": "exaone4",
+    "smollm3": "smollm3",
 }
 _ROPE_NAMES = {
     "factor": "factor",
@@ -48,29 +79,71 @@ def hf_rope(hf: dict[str, Any]) -> RopeConfig:
     """
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = "longrope" if kind == "su" else kind  # its first name
     fields = {ours: rope[name] for name, ours in _ROPE_NAMES.items() if rope.get(name) is not None}
-    original = hf.get("original_max_position_embeddings") or hf.get("max_position_embeddings", 2048)
-    if kind != "default":
+    longest = hf.get("max_position_embeddings", 2048)
+    original = hf.get("original_max_position_embeddings") or longest
+    if kind == "longrope":
+        fields.setdefault("original_max_position", original)
+        fields.setdefault("factor", max(longest / fields["original_max_position"], 1.0))
+        fields |= {name: tuple(rope.get(name) or ()) for name in ("short_factor", "long_factor")}
+    elif kind != "default":
         fields.setdefault("original_max_position", original)
         if "factor" not in fields:
             raise ConfigError(f"rope type {kind!r} needs a 'factor' in config.json")
+    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
+    if partial != 1:
+        head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+        fields["size"] = int(head_dim * partial)
     theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
     return RopeConfig(kind=kind, theta=float(theta), **fields)
 
 
-def layer_windows(hf: dict[str, Any]) -> tuple[int | None, ...]:
+def layer_windows(hf: dict[str, Any], every: int | None = None) -> tuple[int | None, ...]:
     """Each layer's sliding window, from `layer_types` or, before transformers 5, from
-    `use_sliding_window` and `max_window_layers` (the first ones see everything).
+    `sliding_window_pattern` (every so many layers one sees everything) or `max_window_layers` (the
+    first ones see everything).
+
+    every: the pattern if the config has none.
     """
     window, n_layers = hf.get("sliding_window"), hf["num_hidden_layers"]
-    if not window:
+    if not window or not hf.get("use_sliding_window", True):
         return ()
     if kinds := hf.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    if not hf.get("use_sliding_window", True):
-        return ()
-    n_full = hf.get("max_window_layers", 0)
-    return tuple(window if i >= n_full else None for i in range(n_layers))
+        if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+            raise ConfigError(f"layer types {sorted(unknown)} are not supported")
+        is_local = [kind == "sliding_attention" for kind in kinds]
+    elif every := hf.get("sliding_window_pattern", every):
+        is_local = [(i + 1) % every > 0 for i in range(n_layers)]
+    else:
+        is_local = [i >= hf.get("max_window_layers", 0) for i in range(n_layers)]
+    return tuple(window if local else None for local in is_local) if any(is_local) else ()
+
+
+def field(hf: dict[str, Any], *names: str) -> Any:
+    """A field that goes by several names; KeyError names the first."""
+    for name in names:
+        if hf.get(name) is not None:
+            return hf[name]
+    raise KeyError(names[0])
+
+
+def only(hf: dict[str, Any], **values: Any) -> None:
+    """Raises ConfigError for a field that is there with another value than the supported one."""
+    for name, value in values.items():
+        if hf.get(name) not in (None, value):
+            raise ConfigError(
+                f"a model with {name}={hf[name]!r} in config.json is not supported, only {value!r}"
+            )
+
+
+def alibi_slopes(n_heads: int, max_bias: float = 8.0) -> tuple[float, ...]:
+    """Of each head (Press et al., 2022): geometric. A number of heads that is no power of two takes
+    every other slope of the next power of two, then those between.
+    """
+    n = 2 ** math.ceil(math.log2(n_heads))
+    slopes = [2 ** (-max_bias * i / n) for i in range(1, n + 1)]
+    return tuple(slopes if n == n_heads else (slopes[1::2] + slopes[::2])[:n_heads])
 
 
 def activation(name: str) -> str:

@@ -18,6 +18,7 @@ from fastgen_jax.layers import (
     Policy,
     make_norm,
 )
+from fastgen_jax.mla import LatentAttention
 from fastgen_jax.moe import MoE
 from fastgen_jax.rope import Rotation
 
@@ -36,7 +37,8 @@ class Layer(nnx.Module):
             return make_norm(config, policy) if place in config.norm_places else None
 
         self.attention_norm = norm("before")
-        self.attention = Attention(config, index, policy=policy, rngs=rngs)
+        attention = LatentAttention if config.latent else Attention
+        self.attention = attention(config, index, policy=policy, rngs=rngs)
         self.attention_out_norm = norm("after")
         self.mlp_norm = None if config.shared_norm else norm("before")
         self.mlp = _mlp(config, index, policy, rngs)
@@ -45,11 +47,12 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Float[Array, "T D"], rotation: Rotation | None, cache: Cache, attend: Attend
     ) -> tuple[Float[Array, "T D"], Cache]:
+        if self.residual == "post":
+            attended, cache = self.attention(x, rotation, cache, attend)
+            x = _apply(self.attention_norm, x + attended)
+            return _apply(self.mlp_norm, x + self.mlp(x)), cache
         normed = _apply(self.attention_norm, x)
         attended, cache = self.attention(normed, rotation, cache, attend)
-        if self.residual == "post":
-            x = _apply(self.attention_out_norm, x + attended)
-            return _apply(self.mlp_out_norm, x + self.mlp(x)), cache
         attended = self.scale * _apply(self.attention_out_norm, attended)
         if self.residual == "parallel":
             normed = normed if self.mlp_norm is None else self.mlp_norm(x)
@@ -77,14 +80,12 @@ class Model(nnx.Module):
         size = config.embedding_size or config.hidden_size
         make = {"policy": policy, "rngs": rngs}
         self.embed = Embedding(config.vocab_size, size, **make)
-        self.position_embed = None
-        if config.n_learned_positions:
-            self.position_embed = Embedding(config.n_learned_positions, config.hidden_size, **make)
+        n_positions, hidden_size = config.n_learned_positions, config.hidden_size
+        self.position_embed = Embedding(n_positions, hidden_size, **make) if n_positions else None
         self.embed_norm = make_norm(config, policy) if config.embedding_norm else None
-        self.project_in = self.project_out = None
-        if size != config.hidden_size:
-            self.project_in = Linear(size, config.hidden_size, bias=False, **make)
-            self.project_out = Linear(config.hidden_size, size, bias=False, **make)
+        is_same = size == hidden_size
+        self.project_in = None if is_same else Linear(size, hidden_size, bias=False, **make)
+        self.project_out = None if is_same else Linear(hidden_size, size, bias=False, **make)
         self.layers = nnx.List([Layer(config, i, **make) for i in range(config.n_layers)])
         self.norm = make_norm(config, policy) if config.final_norm else None
         self.lm_head = None if config.tie_embeddings else self._head(size, policy, rngs)

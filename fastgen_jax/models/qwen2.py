@@ -11,6 +11,7 @@ WEIGHTS, IGNORED = llama.WEIGHTS, llama.IGNORED
 
 def config(hf: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json."""
+    hf = {"use_sliding_window": False, "max_window_layers": 28} | hf
     return dataclasses.replace(
         llama.config(hf), family="qwen2", qkv_bias=True, windows=layer_windows(hf)
     )

@@ -17,9 +17,155 @@ SHAPE: dict[str, Any] = {
     "initializer_range": 0.25,
     "tie_word_embeddings": False,
 }
-MOE = {"num_local_experts": 5, "num_experts_per_tok": 2}
+MOE = {"num_local_experts": 6, "num_experts_per_tok": 2}
+QWEN_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0}
+YARN |= {"original_max_position_embeddings": 32}
+GPT_OSS = MOE | {"head_dim": 16, "sliding_window": 40, "swiglu_limit": 1.5}
+GPT_OSS |= {"rope_parameters": YARN | {"truncate": False}}
+DEEPSEEK = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+DEEPSEEK |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+DEEPSEEK |= {"first_k_dense_replace": 1, "num_key_value_heads": 4, "n_shared_experts": 2}
+DEEPSEEK |= {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}
+DEEPSEEK |= {"rms_norm_eps": 0.01}  # not the latents' norms'
+GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+OLDER = {  # families that know neither KV heads nor a feed-forward size
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.25,
+}
+OPT = OLDER | {"model_type": "opt", "ffn_dim": 48, "init_std": 0.25, "max_position_embeddings": 256}
+GPT2 = OLDER | {"model_type": "gpt2", "max_position_embeddings": 256}
+NEOX = OLDER | {"model_type": "gpt_neox", "intermediate_size": 48, "max_position_embeddings": 256}
+MPT = OLDER | {"model_type": "mpt", "max_seq_len": 256}
+FALCON = OLDER | {"model_type": "falcon", "max_position_embeddings": 256}
+SIX_HEADS = {"hidden_size": 48, "num_attention_heads": 6}  # for ALiBi, no power of two
+TIED = {"tie_word_embeddings": True}
+PHI3 = {"model_type": "phi3", "pad_token_id": 0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0}
+GEMMA3 = (
+    SHAPE
+    | TIED
+    | {"num_hidden_layers": 3, "head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 40}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    | {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        }
+    }
+)
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": SHAPE | {"model_type": "qwen2"},
     "mixtral": SHAPE | MOE | {"model_type": "mixtral", "sliding_window": None},
     "mistral": SHAPE | {"model_type": "mistral", "sliding_window": 50},
-}
+    "mistral_nemo": SHAPE | {"model_type": "mistral", "sliding_window": None, "head_dim": 12},
+    "qwen": SHAPE | {"model_type": "qwen2", "num_key_value_heads": 4},
+    "qwen2_windows": SHAPE
+    | {"model_type": "qwen2", "tie_word_embeddings": True}
+    | {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
+    "qwen3": SHAPE | {"model_type": "qwen3", "head_dim": 12},
+    "phi3": SHAPE | PHI3 | {"sliding_window": 50},
+    "phi3_short": SHAPE
+    | PHI3
+    | {"original_max_position_embeddings": 256, "max_position_embeddings": 1024}
+    | {"rope_parameters": LONGROPE | {"short_factor": [1.0, 1.1, 1.2, 1.5]}
+       | {"long_factor": [9.0] * 4}},
+    "phi3_long": SHAPE
+    | PHI3
+    | {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    | {"original_max_position_embeddings": 64, "partial_rotary_factor": 0.75}
+    | {"rope_parameters": LONGROPE | {"short_factor": [9.0] * 6}
+       | {"long_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 4.0]}},
+    "gemma": SHAPE | TIED | {"model_type": "gemma", "num_key_value_heads": 1, "head_dim": 12},
+    "gemma2": SHAPE
+    | TIED
+    | {"model_type": "gemma2", "head_dim": 12, "query_pre_attn_scalar": 20}
+    | {"sliding_window": 40, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
+    "gemma3_text": GEMMA3 | {"model_type": "gemma3_text"},
+    "gemma3": {
+        "model_type": "gemma3",
+        "text_config": GEMMA3,
+        "vision_config": {
+            "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "image_size": 8, "patch_size": 4,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_index": 70,
+    },
+    "olmo2": SHAPE | {"model_type": "olmo2"},
+    "granite": SHAPE
+    | {"model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0}
+    | {"residual_multiplier": 0.6, "attention_multiplier": 0.2},
+    "cohere": SHAPE | TIED | {"model_type": "cohere", "use_qk_norm": True, "logit_scale": 0.5},
+    "cohere_biases": SHAPE | {"model_type": "cohere", "attention_bias": True, "logit_scale": 0.3},
+    "cohere2": SHAPE
+    | TIED
+    | {"model_type": "cohere2", "num_hidden_layers": 3, "sliding_window": 40, "logit_scale": 0.5}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "exaone4": SHAPE
+    | {"model_type": "exaone4", "num_hidden_layers": 3, "sliding_window": 40}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "exaone4_global": SHAPE
+    | TIED
+    | {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "opt": OPT,
+    "opt_350m": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "opt_bare": OPT
+    | {"enable_bias": False, "_remove_final_layer_norm": True, "tie_word_embeddings": False},
+    "gpt2": GPT2,
+    "gpt2_unscaled": GPT2
+    | {"scale_attn_weights": False, "n_inner": 48, "tie_word_embeddings": False}
+    | {"activation_function": "relu", "initializer_range": 0.15},
+    "gptj": OLDER | {"model_type": "gptj", "max_position_embeddings": 256, "rotary_dim": 4},
+    "gpt_neox": NEOX | {"rotary_pct": 0.5},
+    "gpt_neox_sequential": NEOX
+    | {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}
+    | {"rotary_pct": 1.0, "rotary_emb_base": 1000.0, "hidden_act": "gelu_fast"},
+    "bloom": OLDER | {"model_type": "bloom"},
+    "bloom_six_heads": OLDER | SIX_HEADS | {"model_type": "bloom", "tie_word_embeddings": False},
+    "mpt": MPT,
+    "mpt_six_heads": MPT
+    | SIX_HEADS
+    | {"attn_config": {"clip_qkv": 2.0, "softmax_scale": 0.5}},
+    "falcon_7b": FALCON,
+    "falcon_40b": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon_11b": FALCON
+    | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}
+    | {"ffn_hidden_size": 48, "rope_theta": 500.0, "tie_word_embeddings": False},
+    "falcon_rw": FALCON
+    | SIX_HEADS
+    | {"alibi": True, "parallel_attn": False, "multi_query": False, "bias": True},
+    "phi": SHAPE | {"model_type": "phi"},
+    "stablelm": SHAPE | {"model_type": "stablelm", "use_qkv_bias": True},
+    "stablelm_parallel": SHAPE
+    | {"model_type": "stablelm", "use_parallel_residual": True, "qk_layernorm": True}
+    | {"partial_rotary_factor": 0.5},
+    "starcoder2": SHAPE | {"model_type": "starcoder2", "sliding_window": 50},
+    "starcoder2_bare": SHAPE
+    | {"model_type": "starcoder2", "use_bias": False, "tie_word_embeddings": True},
+    "smollm3": SHAPE | {"model_type": "smollm3", "num_hidden_layers": 4, "pad_token_id": 0},
+    "qwen2_moe": SHAPE | QWEN_MOE | {
+        "model_type": "qwen2_moe", "shared_expert_intermediate_size": 20, "mlp_only_layers": [0],
+        "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "qwen3_moe": SHAPE | QWEN_MOE | {
+        "model_type": "qwen3_moe", "head_dim": 12, "norm_topk_prob": True, "decoder_sparse_step": 2,
+        "num_hidden_layers": 4, "attention_bias": True,
+    },
+    "olmoe": SHAPE | {"model_type": "olmoe", "num_experts": 6, "num_experts_per_tok": 2},
+    "gpt_oss": SHAPE | GPT_OSS | {"model_type": "gpt_oss"},
+    "gpt_oss_mxfp4": SHAPE | GPT_OSS | {"model_type": "gpt_oss", "intermediate_size": 64},
+    "deepseek_v2_lite": SHAPE | DEEPSEEK | {
+        "model_type": "deepseek_v2", "q_lora_rank": None, "attention_bias": True,
+    },
+    "deepseek_v2": SHAPE | DEEPSEEK | GROUPS | {
+        "model_type": "deepseek_v2", "q_lora_rank": 20, "topk_method": "group_limited_greedy",
+    },
+    "deepseek_v3": SHAPE | DEEPSEEK | GROUPS | {
+        "model_type": "deepseek_v3", "q_lora_rank": 20, "attention_bias": True,
+    },
+}  # fmt: skip

@@ -19,10 +19,12 @@ import zlib
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 
 from tests.golden.families import FAMILIES
+from tests.golden.pack_mxfp4 import pack_experts
 
 HERE = pathlib.Path(__file__).parent
 N_PROMPT, N_NEW, ORIGINAL, LONGEST = 150, 32, 64, 256
@@ -62,6 +64,20 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llama3": rope("llama3", **LLAMA3),
     **FAMILIES,
 }  # fmt: skip
+FIRST_QWEN_NAMES = {
+    "model.embed_tokens.": "transformer.wte.",
+    "model.layers.": "transformer.h.",
+    "model.norm.": "transformer.ln_f.",
+    ".input_layernorm.": ".ln_1.",
+    ".self_attn.o_proj.": ".attn.c_proj.",
+    ".post_attention_layernorm.": ".ln_2.",
+    ".mlp.up_proj.": ".mlp.w1.",
+    ".mlp.gate_proj.": ".mlp.w2.",
+    ".mlp.down_proj.": ".mlp.c_proj.",
+}
+FIRST_QWEN_FIELDS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings",
+)  # fmt: skip
 OLD_FORM = ("gqa", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -72,17 +88,22 @@ def random_model(seed: int, *, model_type: str = "llama", **fields: Any) -> Any:
     fields = shape | {"bos_token_id": 1, "eos_token_id": 2} | fields
     config = transformers.AutoConfig.for_model(model_type, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith("bias"):
             parameter.data.normal_(0, 0.5)
-        if "norm" in name:
-            parameter.data.uniform_(0.7, 1.3)
+        elif "norm" in name or ".ln_" in name:
+            parameter.data += torch.empty_like(parameter).uniform_(-0.3, 0.3)  # around 1 or 0
     return model.to(torch.bfloat16).eval()
 
 
 def load(path: pathlib.Path) -> Any:
+    # Eager Falcon of transformers 5 adds ALiBi to the scores and again to the mask.
+    config = json.loads((path / "config.json").read_text())
+    options = {"attn_implementation": "sdpa" if config["model_type"] == "falcon" else "eager"}
+    if "quantization_config" in config:
+        options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     return transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        path, dtype=torch.float32, experts_implementation="eager", **options
     ).eval()
 
 
@@ -113,7 +134,8 @@ def clear_prompt(model: Any, n_prompt: int, n_new: int, seed: int) -> tuple[list
     """A random prompt whose greedy continuation no rounding can change."""
     rng = np.random.default_rng(seed)
     while True:
-        prompt = rng.integers(3, model.config.vocab_size, n_prompt).tolist()
+        vocab_size = model.config.get_text_config().vocab_size
+        prompt = rng.integers(3, vocab_size, n_prompt).tolist()
         logits, greedy = run(model, prompt, n_new)
         if margin(logits, n_new) > 0.01:
             return prompt, logits, greedy
@@ -139,12 +161,42 @@ def check_old_config(path: pathlib.Path, prompt: list[int], logits: np.ndarray) 
     assert np.array_equal(again, logits[: len(prompt)]), path.name
 
 
+def write_as_first_qwen(path: pathlib.Path) -> None:
+    """Turns a Qwen2 checkpoint into one of Qwen 1, which is the same mathematics under other names
+    and no class of transformers.
+    """
+    tensors = safetensors.torch.load_file(path / "model.safetensors")
+    for name in [name for name in tensors if ".q_proj." in name]:
+        parts = [tensors.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        tensors[name.replace("self_attn.q_proj", "attn.c_attn")] = torch.cat(parts)
+    for old, new in FIRST_QWEN_NAMES.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config = {name: config[name] for name in FIRST_QWEN_FIELDS} | {
+        "model_type": "qwen",
+        "intermediate_size": 2 * config["intermediate_size"],
+        "kv_channels": config["hidden_size"] // config["num_attention_heads"],
+        "layer_norm_epsilon": config["rms_norm_eps"],
+        "no_bias": True,
+        "rotary_emb_base": config["rope_parameters"]["rope_theta"],
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": config["max_position_embeddings"],
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def make(name: str, seed: int) -> None:
     path = HERE / name
     shutil.rmtree(path, ignore_errors=True)
     model = random_model(seed, **CHECKPOINTS[name])
     model.save_pretrained(path, max_shard_size="80KB" if name == "sharded" else "1GB")
     (path / "generation_config.json").unlink()
+    if name == "gpt_oss_mxfp4":
+        pack_experts(path)
     model = load(path)
     prompt, logits, greedy = clear_prompt(model, N_PROMPT, N_NEW, seed)
     if name in OLD_FORM:
@@ -156,6 +208,8 @@ def make(name: str, seed: int) -> None:
         logits=logits,
         greedy_ids=np.array(greedy, np.int32),
     )
+    if name == "qwen":
+        write_as_first_qwen(path)
     size = sum(file.stat().st_size for file in path.iterdir())
     rounding = np.abs(run(model.double(), prompt, 1)[0] - logits[:N_PROMPT]).max()
     print(
