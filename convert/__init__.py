@@ -1,0 +1,1 @@
+"""Hugging Face checkpoint to Orbax checkpoint and back: python -m convert."""

@@ -1,0 +1,122 @@
+"""The command line: python -m convert SRC DST."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from convert.destination import new_directory
+from fastgen_jax.errors import FastGenError
+
+DTYPES = ("float32", "bfloat16", "float16")
+EXAMPLES = """\
+examples:
+  python -m convert meta-llama/Llama-3.2-1B ./llama     a directory that serve and LLM take
+  python -m convert --to-hf ./llama ./llama-hf          and back, bit for bit
+  python -m convert --check ./llama                     verify files, shapes and checksums
+  python -m convert --list                              model families and the config keys they read
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts or checks; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    try:
+        run(args)
+    except (FastGenError, OSError, ValueError) as error:  # Orbax says ValueError of a full disk
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert",
+        description="Convert Hugging Face checkpoints to Orbax checkpoints and back.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", nargs="?", metavar="SRC", help="directory or hub id")
+    parser.add_argument("destination", nargs="?", metavar="DST", type=Path, help="new directory")
+    parser.add_argument("--dtype", choices=DTYPES, help="of all weights (default: as they are)")
+    parser.add_argument(
+        "--shards", type=_shards, default=None, metavar="N",
+        help="weight files, about as many; auto: 1 GiB each, with --to-hf as many as there were",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace the model that DST is")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument(
+        "--to-hf", action="store_true", help="SRC is converted; DST is to be safetensors"
+    )
+    modes.add_argument("--check", action="store_true", help="verify SRC, converted or not")
+    modes.add_argument("--list", action="store_true", help="print the model families")
+    return parser
+
+
+def _shards(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"want auto or a number from 1, got {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Does what the command line asks for.
+
+    Raises:
+        FastGenError: what is wrong with source or destination.
+    """
+    if args.list:
+        from convert import families
+
+        print(families.table())
+        return
+    n_paths = 1 if args.check else 2
+    if sum(path is not None for path in (args.source, args.destination)) != n_paths:
+        raise FastGenError("give SRC and DST, or --check SRC; --help shows examples")
+    from fastgen_jax import checkpoint
+
+    source = checkpoint.locate(args.source)
+    if args.check:
+        from convert import verification
+
+        print(verification.check(source))
+        return
+    with new_directory(args.destination, overwrite=args.overwrite) as directory:
+        convert(args, source, directory)
+    print(f"{args.destination} is complete")
+
+
+def convert(args: argparse.Namespace, source: Path, directory: Path) -> None:
+    """Fills an empty directory."""
+    from fastgen_jax.converted import is_converted
+
+    if is_converted(source) != args.to_hf:
+        is_now = "converted already" if is_converted(source) else "no converted checkpoint"
+        raise FastGenError(
+            f"{args.source!r} is {is_now}; --to-hf takes converted ones, and only it"
+        )
+    if args.to_hf:
+        from convert import to_hf
+
+        to_hf.write(source, directory, dtype=args.dtype, n_files=args.shards)
+        return
+    from tqdm import tqdm
+
+    from convert import to_orbax
+
+    with tqdm(unit="parameter", disable=None) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        to_orbax.write(
+            source, directory, name=args.source, dtype=args.dtype, n_files=args.shards,
+            on_progress=on_progress,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Whether a checkpoint is whole, converted or not."""
+
+from pathlib import Path
+
+from fastgen_jax import checkpoint
+from fastgen_jax.converted import damages, is_converted, misfits, read_manifest
+from fastgen_jax.errors import CheckpointError
+from fastgen_jax.layers import Policy
+
+
+def check(directory: Path) -> str:
+    """One line that says what was verified.
+
+    Raises:
+        FastGenError: lists all that is wrong.
+    """
+    config = checkpoint.read_config(directory)
+    params = checkpoint.flat_params(checkpoint.abstract_model(config, Policy()))
+    if not is_converted(directory):
+        checkpoint.find_parts(directory, config, 1, params)
+        return f"{len(params)} parameters: all there, none damaged that headers would tell"
+    manifest = read_manifest(directory)
+    problems = [*damages(directory, manifest["files"], checksums=True)]
+    problems += misfits(manifest["params"], params)
+    if problems:
+        raise CheckpointError(f"{len(problems)} problems:\n  " + "\n  ".join(problems))
+    return f"{len(params)} parameters, {len(manifest['files'])} files: all as they were written"
