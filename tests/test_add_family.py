@@ -11,6 +11,7 @@ from fastgen_jax import checkpoint, models
 from fastgen_jax.layers import Policy
 from fastgen_jax.sharding import make_mesh
 from tests.golden.families import FAMILIES
+from tests.golden.table import goldens, table
 from tests.test_golden import GOLDEN, TOLERANCE
 from tests.tiny import Naive
 
@@ -47,6 +48,11 @@ def test_page_shows_the_files_as_they_are():
     assert json.loads(name) == "smollm3"
     assert value in (GOLDEN / "families.py").read_text()
     assert FAMILIES["smollm3"]["model_type"] == "smollm3"
+
+
+def test_every_family_has_goldens_and_a_line_in_the_readme():
+    assert set(models.FAMILIES) <= set(goldens())
+    assert table() in (GOLDEN.parents[1] / "README.md").read_text()
 
 
 def test_page_names_every_field_that_a_family_may_set():

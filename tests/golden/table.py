@@ -1,0 +1,33 @@
+"""The README's table of model families, from their docstrings and the goldens that test them.
+
+    python -m tests.golden.table
+"""
+
+import collections
+import json
+from pathlib import Path
+
+from fastgen_jax import models
+
+HEADER = "| model type | what it is | goldens |\n|---|---|---|\n"
+
+
+def goldens() -> dict[str, list[str]]:
+    """Names of goldens by model_type."""
+    found = collections.defaultdict(list)
+    for path in sorted(Path(__file__).parent.glob("*/config.json")):
+        found[json.loads(path.read_text())["model_type"]].append(path.parent.name)
+    return found
+
+
+def table() -> str:
+    tested, rows = goldens(), ""
+    for model_type in sorted(models.FAMILIES):
+        title = (models.family(model_type).__doc__ or "").strip().split("\n\n")[0]
+        names = ", ".join(tested[model_type])
+        rows += f"| `{model_type}` | {' '.join(title.split()).rstrip('.')} | {names} |\n"
+    return HEADER + rows
+
+
+if __name__ == "__main__":
+    print(table())
