@@ -111,6 +111,7 @@ def _save(arrays: dict[str, np.ndarray], path: Path, n_files: int | None) -> Non
     saving.storage_options.chunk_byte_size = min(CHUNK_BYTES, file_bytes)
     saving.ocdbt_target_data_file_size = file_bytes
     saving.use_compression = False  # weights are as good as random: it would cost time for nothing
+    context.memory.deepcopy_host_arrays = False  # nobody writes into them meanwhile
     with context:
         ocp.save(str(path), arrays)
 

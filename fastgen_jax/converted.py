@@ -6,6 +6,7 @@ mesh can read its own part. The manifest is written last and names every file.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fastgen_jax.tensor_files import read_json
 MANIFEST = "fastgen.json"
 WEIGHTS = "weights"
 FORMAT = 1
+MAX_IN_FLIGHT = 2**29  # bytes read at once, but at least one parameter
 PAIRS = (".gate_up.weight", ".gate_up.bias")  # see layers.GatedMLP
 
 
@@ -119,8 +121,13 @@ def read_host_arrays(directory: Path) -> dict[str, np.ndarray]:
 def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     from orbax.checkpoint import v1 as ocp
 
+    # A parameter is held as stored and as wanted, and Orbax refuses one as large as the limit.
+    largest = max(math.prod(array.shape) for array in wanted.values()) * 8 + 1
+    context = ocp.Context()
+    context.memory.read_concurrent_bytes = max(largest, MAX_IN_FLIGHT)
     try:
-        return ocp.load(str(path.resolve()), wanted)
+        with context:
+            return ocp.load(str(path.resolve()), wanted)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path.name} cannot be read: {error}; convert the model again"

@@ -102,12 +102,15 @@ class LLM:
     def __init__(self, model: str, **options: Any):
         from fastgen_jax import checkpoint  # imports jax, as the engine does
         from fastgen_jax.engine import Engine
+        from fastgen_jax.progress import PhaseBars
 
         check_known(options, EngineConfig)
         config = EngineConfig(model=model, **options)
         path = str(checkpoint.locate(config.tokenizer or config.model))
         tokenizer = Tokenizer(path) if has_tokenizer(path) else None
-        self._set(Engine(config), tokenizer)
+        with contextlib.closing(PhaseBars()) as on_phase:
+            engine = Engine(config, on_phase=on_phase)
+        self._set(engine, tokenizer)
 
     @classmethod
     def from_engine(cls, engine: Engine, tokenizer: Tokenizer | None = None) -> LLM:

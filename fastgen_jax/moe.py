@@ -166,10 +166,12 @@ def grouped_product(
 ) -> Float[Array, "M O"]:
     """Rows of x times their expert's weight, in float32; the first sizes[0] rows are expert 0's.
 
-    What rows behind the last expert's become is undefined.
+    What rows behind the last expert's become is undefined. Only XLA:TPU has a product for this:
+    elsewhere its ragged_dot multiplies every row, masked, by every expert.
     """
     tiled = functools.partial(_by_tiles, tile=_tile(len(x), len(weight)))
-    return lax.platform_dependent(x, weight, sizes, cpu=tiled, default=_ragged_dot)
+    static = functools.partial(tiled, is_static=True)
+    return lax.platform_dependent(x, weight, sizes, cpu=tiled, tpu=_ragged_dot, default=static)
 
 
 def _ragged_dot(x, weight, sizes):
@@ -184,24 +186,29 @@ def _tile(n_rows: int, n_experts: int) -> int:
     return tile
 
 
-def _by_tiles(x, weight, sizes, *, tile: int):
-    """A loop over as many tiles of rows as there are; XLA:CPU's ragged_dot computes all experts.
+def _by_tiles(x, weight, sizes, *, tile: int, is_static: bool = False):
+    """A loop over as many tiles of rows as there are.
 
     A tile may reach into the next expert's rows: that expert's own tiles, which come later,
     overwrite them.
+
+    is_static: always as many tiles as there may be. A GPU need not tell the host how many there
+    are; those that are too many go behind all rows.
     """
     n_rows, n_experts = len(x), len(weight)
     x = jnp.pad(x, ((0, tile), (0, 0)))
     n_tiles = (sizes + tile - 1) // tile
-    first_tile = jnp.cumsum(n_tiles) - n_tiles
-    first_row = jnp.cumsum(sizes) - sizes
+    last_tile = jnp.cumsum(n_tiles)
+    index = jnp.arange(n_rows // tile + min(n_rows, n_experts), dtype=jnp.int32)
+    expert = jnp.searchsorted(last_tile, index, side="right", method="compare_all")
+    expert = jnp.minimum(expert, n_experts - 1)
+    row = (jnp.cumsum(sizes) - sizes)[expert] + (index - (last_tile - n_tiles)[expert]) * tile
+    row = jnp.where(index < last_tile[-1], row, n_rows)
 
     def multiply(i, out):
-        expert = jnp.minimum(jnp.searchsorted(first_tile + n_tiles, i, side="right"), n_experts - 1)
-        start = first_row[expert] + (i - first_tile[expert]) * tile
-        rows = lax.dynamic_slice_in_dim(x, start, tile)
-        result = product(rows, lax.dynamic_index_in_dim(weight, expert, keepdims=False))
-        return lax.dynamic_update_slice_in_dim(out, result, start, 0)
+        rows = lax.dynamic_slice_in_dim(x, row[i], tile)
+        result = product(rows, lax.dynamic_index_in_dim(weight, expert[i], keepdims=False))
+        return lax.dynamic_update_slice_in_dim(out, result, row[i], 0)
 
     out = jnp.zeros((n_rows + tile, weight.shape[1]), jnp.float32)
-    return lax.fori_loop(0, n_tiles.sum(), multiply, out)[:n_rows]
+    return lax.fori_loop(0, len(index) if is_static else last_tile[-1], multiply, out)[:n_rows]

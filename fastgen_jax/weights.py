@@ -2,8 +2,9 @@
 
 A family's WEIGHTS maps names to (path, part): `{}` in a name is the layer, a second one the expert
 or head. A part is a list of views of the parameter; laid one behind the other by rows they are the
-tensor. So one table serves loading and, read backwards, exporting. In IGNORED `{}` is any number,
-`{n_layers}` the config's, and `*` anything.
+tensor. So one table serves loading and, read backwards, exporting. Of several names for one part
+the one that is stored counts. In IGNORED `{}` is any number, `{n_layers}` the config's, and `*`
+anything.
 """
 
 import math

@@ -129,6 +129,13 @@ def test_restores_onto_any_mesh_as_from_hugging_face(tmp_path, n_devices, dtype)
         assert np.array_equal(array, want[path]), path
 
 
+def test_parameters_larger_than_the_limit_in_flight_are_read(converted, monkeypatch):
+    monkeypatch.setattr("fastgen_jax.converted.MAX_IN_FLIGHT", 1)
+    want = load(LLAMA)
+    for path, array in load(converted).items():
+        assert np.array_equal(array, want[path]), path
+
+
 def test_experts_restore_onto_two_devices_as_from_hugging_face(tmp_path):
     assert convert(GOLDEN / "mixtral", tmp_path / "orbax") == 0
     want = load(GOLDEN / "mixtral", 2)

@@ -160,6 +160,7 @@ def test_text_weights_are_found_under_every_name_that_checkpoints_give_them(tmp_
         ("opt", {"layer_norm_elementwise_affine": False}, "elementwise_affine=False"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "by_inverse_layer_idx=True"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
+        ("gpt_neox", {"rope_parameters": None, "rotary_pct": 0.0}, "rotary size must be .* got 0"),
         ("phi", {"qk_layernorm": True}, "qk_layernorm=True"),
         ("mpt", {"no_bias": False}, "no_bias=False"),
         ("mpt", {"logit_scale": 0.5}, "logit_scale=0.5"),

@@ -34,7 +34,7 @@ ORDER = [
         "startup",
         "engine",
     ),
-    *("tokenizer", "llm", "mii", "server", "serve", "demo"),
+    *("tokenizer", "progress", "llm", "mii", "server", "serve", "demo"),
 ]
 PACKAGES = ("fastgen_jax", "pallas_kernels", "convert", "benchmarks")
 TOP_LEVEL = {*PACKAGES, "tests", "pyproject.toml", "README.md", "Makefile"}

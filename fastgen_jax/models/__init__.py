@@ -91,8 +91,8 @@ def hf_rope(hf: dict[str, Any]) -> RopeConfig:
         fields.setdefault("original_max_position", original)
         if "factor" not in fields:
             raise ConfigError(f"rope type {kind!r} needs a 'factor' in config.json")
-    partial = rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    if partial != 1:
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if partial not in (None, 1):
         head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
         fields["size"] = int(head_dim * partial)
     theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0

@@ -1,6 +1,6 @@
 """The README's table of model families, from their docstrings and the goldens that test them.
 
-    python -m tests.golden.table
+python -m tests.golden.table
 """
 
 import collections
