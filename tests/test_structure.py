@@ -192,3 +192,11 @@ def test_readme_lists_every_flag_as_the_code_has_it():
 )
 def test_the_search_for_unsafe_code_finds_it(code):
     assert list(unsafe(ast.parse(code)))
+
+
+def test_tests_that_need_a_compiler_are_where_continuous_integration_has_one():
+    files = [path for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__)]
+    marked = {path.name for path in files if "mark.compile" in path.read_text()}
+    assert marked - {"test_jax_triton.py"} == {
+        path.name for path in files if path.name.startswith("test_targets")
+    }
