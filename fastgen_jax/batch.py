@@ -131,9 +131,9 @@ class HostTables:
         sequence.block_ids += blocks
         self.block_tables[sequence.row, held : held + len(blocks)] = blocks
 
-    def drop(self, sequence: Sequence, n_blocks: int) -> None:
-        """Forgets a sequence's leading blocks."""
-        self.block_tables[sequence.row, :n_blocks] = 0
+    def drop(self, sequence: Sequence) -> None:
+        """Forgets the leading blocks that a sequence has given back."""
+        self.block_tables[sequence.row, : sequence.n_dropped] = 0
 
     def _enter_params(self, sequence: Sequence) -> None:
         row, p = sequence.row, sequence.params

@@ -250,8 +250,8 @@ class Engine:
         """Gives back blocks behind the windows of all layers."""
         if self._blocks.window is not None:
             for sequence in self._live.values():
-                if sequence.row >= 0:
-                    self._tables.drop(sequence, self._blocks.drop(sequence))
+                if sequence.row >= 0 and self._blocks.drop(sequence):
+                    self._tables.drop(sequence)
 
     def _attach_prefixes(self) -> list[Sequence]:
         """Lets the first waiting sequences hold their cached prefix, for `schedule` to see."""

@@ -49,22 +49,22 @@ class SequenceBlocks:
             sequence.prefix = self.pool.publish(block, sequence.prefix, content)
         sequence.n_published = n_full
 
-    def drop(self, sequence: Sequence) -> int:
+    def drop(self, sequence: Sequence) -> bool:
         """Gives back the blocks that no further token of the sequence sees; those that are still to
         be published wait for that.
 
-        Returns how many leading blocks are gone by now.
+        Returns whether there were any.
         """
-        if self.window is None:
-            return 0
+        assert self.window is not None
         n_unseen = max(sequence.n_cached - self.window + 1, 0) // self.block_size
         end = min(n_unseen, sequence.n_published) if self.is_sharing else n_unseen
         start = sequence.n_dropped
-        if end > start:
-            self.pool.release(sequence.block_ids[start:end])
-            sequence.block_ids[start:end] = [0] * (end - start)
-            sequence.n_dropped = end
-        return sequence.n_dropped
+        if end <= start:
+            return False
+        self.pool.release(sequence.block_ids[start:end])
+        sequence.block_ids[start:end] = [0] * (end - start)
+        sequence.n_dropped = end
+        return True
 
     def forget(self, sequence: Sequence) -> None:
         """Gives back all blocks; the sequence owes everything again."""

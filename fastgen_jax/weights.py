@@ -187,9 +187,9 @@ def plan(
         shapes: of our parameters by path.
         stored: the checkpoint's tensors by name, each with shape, dtype and file.
     """
-    sources = [s for s in expand(family.WEIGHTS, config) if _exists(s, shapes)]
-    sources = _named(sources, stored)
-    known = {s.name: s.path for s in expand(family.WEIGHTS, config)}
+    expanded = expand(family.WEIGHTS, config)
+    sources = _named([s for s in expanded if _exists(s, shapes)], stored)
+    known = {s.name: s.path for s in expanded}
     wild = {".": r"\.", "{}": r"\d+", "{n_layers}": str(config.n_layers), "*": ".*"}
     ignored = [
         re.sub(r"\{\w*\}|[.*]", lambda match: wild[match[0]], pattern) for pattern in family.IGNORED

@@ -42,7 +42,6 @@ LLAMA_2_7B = dataclasses.replace(
 )
 SMALL = dataclasses.replace(LLAMA_2_7B, hidden_size=1024, n_layers=2, n_heads=8, n_kv_heads=4)
 N_TOKENS, N_SEQS = 768, 256
-COLLECTIVE = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
 
 
 def make_target(chip: str, n_devices: int = 1) -> targets.Target:
@@ -148,7 +147,7 @@ def test_temporaries_of_a_step_do_not_grow_with_the_cache(chip):
 @pytest.mark.parametrize(("chip", "n_devices"), [("v5e", 4), ("h100", 4)])
 def test_tensor_parallel_step_sums_twice_a_layer_and_moves_no_cache(chip, n_devices):
     text = compile_step(SMALL, make_target(chip, n_devices))[0].as_text()
-    moved = [line for line in text.splitlines() if re.search(COLLECTIVE, line)]
+    moved = [line for line in text.splitlines() if re.search(targets.COLLECTIVE, line)]
     sums = [line for line in moved if f"[{N_TOKENS},{SMALL.hidden_size}]" in line]
     assert len(sums) == 2 * SMALL.n_layers
     # All else belongs to sampling, whose rows of logits are split by the vocabulary.
