@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> None:
     n_paths = 1 if args.check else 2
     if sum(path is not None for path in (args.source, args.destination)) != n_paths:
         raise FastGenError("give SRC and DST, or --check SRC; --help shows examples")
-    from fastgen_jax import checkpoint
+    from fastgen_jax.checkpoints.directory import locate
 
-    source = checkpoint.locate(args.source)
+    source = locate(args.source)
     if args.check:
         from convert import verification
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
 
 def convert(args: argparse.Namespace, source: Path, directory: Path) -> None:
     """Fills an empty directory."""
-    from fastgen_jax.converted import is_converted
+    from fastgen_jax.checkpoints.converted import is_converted
 
     if is_converted(source) != args.to_hf:
         is_now = "converted already" if is_converted(source) else "no converted checkpoint"

@@ -4,14 +4,14 @@ import inspect
 import re
 from types import ModuleType
 
-from fastgen_jax import models
+from fastgen_jax.models import families, hf_config
 
 
 def table() -> str:
     """A paragraph per model_type: its name, what it is, the keys of config.json that it reads."""
     paragraphs = []
-    for model_type in sorted(models.FAMILIES):
-        module = models.family(model_type)
+    for model_type in sorted(families.FAMILIES):
+        module = families.family(model_type)
         title = (module.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
         keys = ", ".join(sorted(config_keys(module)))
         paragraphs.append(f"{model_type}: {title}\n    reads {keys}")
@@ -22,8 +22,8 @@ def config_keys(module: ModuleType) -> set[str]:
     """Keys of config.json named in a family's module and in those that it builds on."""
     found = set(re.findall(r'\bhf(?:\.get\(|\[)"(\w+)"', inspect.getsource(module)))
     for value in vars(module).values():
-        if inspect.ismodule(value) and value.__name__.startswith("fastgen_jax.models."):
+        if inspect.ismodule(value) and value.__name__.startswith(families.__name__):
             found |= config_keys(value)
-        elif inspect.isfunction(value) and value.__module__ == models.__name__:
+        elif inspect.isfunction(value) and value.__module__ == hf_config.__name__:
             found |= set(re.findall(r'\bhf(?:\.get\(|\[)"(\w+)"', inspect.getsource(value)))
     return found

@@ -12,10 +12,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from convert.to_orbax import UNUSED, copy_texts
-from fastgen_jax import checkpoint, weights
-from fastgen_jax.config import ModelConfig
-from fastgen_jax.converted import PAIRS, read_host_arrays, read_manifest
-from fastgen_jax.tensor_files import INDEX, read_header
+from fastgen_jax.checkpoints import weights
+from fastgen_jax.checkpoints.converted import PAIRS, read_host_arrays, read_manifest
+from fastgen_jax.checkpoints.directory import read_config
+from fastgen_jax.checkpoints.tensor_files import INDEX, read_header
+from fastgen_jax.models.config import ModelConfig
 
 
 def write(source: Path, destination: Path, *, dtype: str | None, n_files: int | None) -> None:
@@ -26,7 +27,7 @@ def write(source: Path, destination: Path, *, dtype: str | None, n_files: int | 
         n_files: how many hold the weights; None for as many as there were.
     """
     table = read_manifest(source)["tensors"]
-    config, arrays = checkpoint.read_config(source), read_host_arrays(source)
+    config, arrays = read_config(source), read_host_arrays(source)
     unused = _unused(source)
     files: dict[str, str] = {name: entry["file"] for name, entry in table.items()}
     files |= dict.fromkeys(unused, min(files.values()))

@@ -17,14 +17,21 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
-from fastgen_jax import checkpoint
-from fastgen_jax.checkpoint import Parts
-from fastgen_jax.config import ModelConfig
-from fastgen_jax.converted import FORMAT, MANIFEST, WEIGHTS, sha256, stored_shape
+from fastgen_jax.checkpoints import loading
+from fastgen_jax.checkpoints.converted import FORMAT, MANIFEST, WEIGHTS, sha256, stored_shape
+from fastgen_jax.checkpoints.directory import read_config
+from fastgen_jax.checkpoints.loading import Parts
+from fastgen_jax.checkpoints.quantised import Tensor
+from fastgen_jax.checkpoints.tensor_files import (
+    INDEX,
+    Stored,
+    read_headers,
+    read_json,
+    weight_files,
+)
 from fastgen_jax.errors import CheckpointError
-from fastgen_jax.layers import Policy
-from fastgen_jax.quantised import Tensor
-from fastgen_jax.tensor_files import INDEX, Stored, read_headers, read_json, weight_files
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.layers import Policy
 
 UNUSED = "unused.safetensors"
 CHUNK_BYTES = 32 * 2**20  # read at once, by one thread
@@ -42,7 +49,7 @@ def write(
     name: str,
     dtype: str | None,
     n_files: int | None,
-    on_progress: checkpoint.OnProgress,
+    on_progress: loading.OnProgress,
 ) -> None:
     """Fills an empty directory with the converted model. Holds all weights in host memory once.
 
@@ -51,9 +58,9 @@ def write(
         dtype: of all weights; None keeps each one's.
         n_files: about how many hold the weights; None for files of FILE_BYTES.
     """
-    config = checkpoint.read_config(source)
-    params = checkpoint.flat_params(checkpoint.abstract_model(config, Policy()))
-    parts = checkpoint.find_parts(source, config, 1, params)
+    config = read_config(source)
+    params = loading.flat_params(loading.abstract_model(config, Policy()))
+    parts = loading.find_parts(source, config, 1, params)
     arrays = fill_all(params, parts, config, dtype, on_progress)
     _save(arrays, destination / WEIGHTS, n_files)
     if not _is_quantised(parts):
@@ -77,17 +84,17 @@ def fill_all(
     parts: Parts,
     config: ModelConfig,
     dtype: str | None,
-    on_progress: checkpoint.OnProgress,
+    on_progress: loading.OnProgress,
 ) -> dict[str, np.ndarray]:
     """Every parameter as it will lie on disk."""
 
     def fill(path: str) -> np.ndarray:
         kind = jax.numpy.dtype(dtype) if dtype else common_dtype(t for _, t in parts[path])
         wanted = jax.ShapeDtypeStruct(params[path].shape, kind)
-        array = checkpoint.fill(wanted, parts[path], config, 1)
+        array = loading.fill(wanted, parts[path], config, 1)
         return array.reshape(stored_shape(path, array.shape))
 
-    filled = checkpoint.in_parallel(fill, [(path, 0) for path in params], on_progress)
+    filled = loading.in_parallel(fill, [(path, 0) for path in params], on_progress)
     return dict(zip(params, filled, strict=True))
 
 

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from fastgen_jax import checkpoint
-from fastgen_jax.converted import damages, is_converted, misfits, read_manifest
+from fastgen_jax.checkpoints import loading
+from fastgen_jax.checkpoints.converted import damages, is_converted, misfits, read_manifest
+from fastgen_jax.checkpoints.directory import read_config
 from fastgen_jax.errors import CheckpointError
-from fastgen_jax.layers import Policy
+from fastgen_jax.models.layers import Policy
 
 
 def check(directory: Path) -> str:
@@ -14,10 +15,10 @@ def check(directory: Path) -> str:
     Raises:
         FastGenError: lists all that is wrong.
     """
-    config = checkpoint.read_config(directory)
-    params = checkpoint.flat_params(checkpoint.abstract_model(config, Policy()))
+    config = read_config(directory)
+    params = loading.flat_params(loading.abstract_model(config, Policy()))
     if not is_converted(directory):
-        checkpoint.find_parts(directory, config, 1, params)
+        loading.find_parts(directory, config, 1, params)
         return f"{len(params)} parameters: all there, none damaged that headers would tell"
     manifest = read_manifest(directory)
     problems = [*damages(directory, manifest["files"], checksums=True)]

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgen_jax.config import EngineConfig, SamplingParams
+    from fastgen_jax.engine.config import EngineConfig
     from fastgen_jax.errors import (
         CheckpointError,
         ConfigError,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from fastgen_jax.llm import LLM, CompletionOutput, Logprob, RequestOutput
     from fastgen_jax.mii import pipeline
+    from fastgen_jax.sampling_params import SamplingParams
 
 __all__ = [
     "LLM",
@@ -40,7 +41,8 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "config": ("EngineConfig", "SamplingParams"),
+    "engine.config": ("EngineConfig",),
+    "sampling_params": ("SamplingParams",),
     "llm": ("LLM", "CompletionOutput", "Logprob", "RequestOutput"),
     "mii": ("pipeline",),
 }

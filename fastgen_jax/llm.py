@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastgen_jax.config import EngineConfig, FinishReason, SamplingParams, check_known
+from fastgen_jax.config import check_known
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.types import FinishReason, Output, Request, TokenLogprobs
 from fastgen_jax.errors import EngineStopped, InvalidRequest, QueueFull
+from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.tokenizer import TextStream, Tokenizer, has_tokenizer
-from fastgen_jax.types import Output, Request, TokenLogprobs
 
 if TYPE_CHECKING:
-    from fastgen_jax.engine import Engine
+    from fastgen_jax.engine.engine import Engine
 
 Prompt = str | Sequence[int]
 EncodedPrompt = tuple[str | None, list[int]]
@@ -100,13 +102,13 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: Any):
-        from fastgen_jax import checkpoint  # imports jax, as the engine does
-        from fastgen_jax.engine import Engine
+        from fastgen_jax.checkpoints.directory import locate
+        from fastgen_jax.engine.engine import Engine
         from fastgen_jax.progress import PhaseBars
 
         check_known(options, EngineConfig)
         config = EngineConfig(model=model, **options)
-        path = str(checkpoint.locate(config.tokenizer or config.model))
+        path = str(locate(config.tokenizer or config.model))
         tokenizer = Tokenizer(path) if has_tokenizer(path) else None
         with contextlib.closing(PhaseBars()) as on_phase:
             engine = Engine(config, on_phase=on_phase)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen_jax.config import SamplingParams, check_known
+from fastgen_jax.config import check_known
 from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.llm import LLM, EncodedPrompt, RequestOutput, at_prompt
+from fastgen_jax.sampling_params import SamplingParams
 
 MII_NAMES = {"tensor_parallel": "tensor_parallel_size", "max_length": "max_model_len"}
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen_jax.config import EngineConfig
+from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.flags import FlagParser, add_flags, build, markdown
@@ -141,7 +141,7 @@ def load(
 ) -> "Backend":
     """The engine, compiled, and the tokenizer, which loads meanwhile if its files are here."""
     template = chat_template(server_config.chat_template)
-    from fastgen_jax.engine import Engine
+    from fastgen_jax.engine.engine import Engine
     from fastgen_jax.server.service import Backend
     from fastgen_jax.tokenizer import Tokenizer
 

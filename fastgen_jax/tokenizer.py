@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastgen_jax.config import FinishReason, SamplingParams
+from fastgen_jax.engine.types import FinishReason, Output
 from fastgen_jax.errors import CheckpointError, InvalidRequest
-from fastgen_jax.types import Output
+from fastgen_jax.sampling_params import SamplingParams
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 MAX_CHARACTER_BYTES = 4  # of UTF-8

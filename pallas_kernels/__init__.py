@@ -6,23 +6,29 @@ Imports jax and numpy only, never fastgen_jax; one backend brings packages of it
 import importlib
 
 from pallas_kernels.contract import (
+    MAX_CACHE_SIZE,
     AttentionSpec,
     RaggedMeta,
     RaggedPagedAttention,
     cache_dtype,
     cache_shape,
+    check_heads,
     quantize,
 )
+from pallas_kernels.gpu.plan import PlanSizes
 
 __all__ = [
     "BACKENDS",
-    "NEED_PLAN",
+    "MAX_CACHE_SIZE",
     "PLATFORMS",
     "AttentionSpec",
+    "PlanSizes",
     "RaggedMeta",
     "RaggedPagedAttention",
     "cache_dtype",
     "cache_shape",
+    "check_heads",
+    "plan_sizes",
     "quantize",
     "select",
 ]
@@ -30,14 +36,22 @@ __all__ = [
 BACKENDS = {  # name -> module
     "reference": "reference",
     "xla": "xla",
-    "pallas_tpu": "tpu",
-    "pallas_gpu": "gpu",
-    "jax_triton": "jax_triton",
+    "pallas_tpu": "tpu.attention",
+    "pallas_gpu": "gpu.attention",
+    "jax_triton": "triton.attention",
 }
 # Where a backend runs, if not everywhere.
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "jax_triton": "gpu"}
-NEED_PLAN = ("pallas_gpu", "jax_triton")  # want the host's plan in their meta
-PLANNED_BACKENDS = ("mosaic_gpu",)
+PLANNED = ("pallas_gpu", "jax_triton")  # want the host's plan in their meta
+FUTURE_BACKENDS = ("mosaic_gpu",)
+
+
+def plan_sizes(name: str, **sizes: int) -> PlanSizes | None:
+    """What sizes the host's plan of each step, for a backend that wants one; None for the others.
+
+    sizes: see PlanSizes.
+    """
+    return PlanSizes(**sizes) if name in PLANNED else None
 
 
 def select(name: str) -> RaggedPagedAttention:
@@ -54,6 +68,6 @@ def select(name: str) -> RaggedPagedAttention:
             module.check_installed()
         return module.ragged_paged_attention
     known = ", ".join(BACKENDS)
-    if name in PLANNED_BACKENDS:
+    if name in FUTURE_BACKENDS:
         raise NotImplementedError(f"attention backend {name!r} is not there yet; known: {known}")
     raise ValueError(f"unknown attention backend {name!r}; known: {known}")

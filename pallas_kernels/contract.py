@@ -30,7 +30,7 @@ class RaggedMeta(NamedTuple):
     cu_q_lens: Int[Array, "S+1"]  # new tokens before each sequence; constant after n_seqs
     n_seqs: Int[Array, ""]
     n_single: Int[Array, ""]
-    plan: Any = None  # plan.Plan, the host's division of the work; GPU backends need it
+    plan: Any = None  # the host's division of the work, for backends that have `plan_sizes`
 
 
 @dataclass(frozen=True)

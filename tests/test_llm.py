@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastgen_jax
-from fastgen_jax.config import SamplingParams
+from fastgen_jax.engine.types import Output, TokenLogprobs
 from fastgen_jax.errors import (
     ConfigError,
     ContextLengthExceeded,
@@ -20,8 +20,8 @@ from fastgen_jax.errors import (
 )
 from fastgen_jax.llm import LLM, Logprob
 from fastgen_jax.mii import Pipeline
+from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.tokenizer import Tokenizer
-from fastgen_jax.types import Output, TokenLogprobs
 from tests import tiny, tiny_tokenizers
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)

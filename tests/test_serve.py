@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from fastgen_jax import serve
-from fastgen_jax.config import EngineConfig
+from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.listen import bind, url_of
@@ -29,7 +29,7 @@ def load(engine_config, server_config, on_phase):
     from fastgen_jax.errors import CheckpointError
     from fastgen_jax.server.service import Backend
     from fastgen_jax.tokenizer import Tokenizer
-    from tests.fake_engine import FakeEngine
+    from tests.server.fake_engine import FakeEngine
     on_phase("compiling", 1, 2)
     if engine_config.seed == 1:
         raise CheckpointError("model.safetensors is cut short; download it again")

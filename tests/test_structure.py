@@ -2,10 +2,12 @@
 
 import ast
 import functools
+import graphlib
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -13,29 +15,45 @@ from fastgen_jax.serve import CONFIGS
 from fastgen_jax.server.flags import markdown
 
 ROOT = Path(__file__).parents[1]
-# A file imports only those before it.
-ORDER = [
-    *("errors", "config", "types", "blocks", "prefix", "scheduler", "admission", "batch"),
-    *(
-        "sampling",
-        "rope",
-        "layers",
-        "moe",
-        "mla",
-        "models",
-        "sharding",
-        "weights",
-        "mxfp4",
-        "tensor_files",
-        "quantised",
-        "converted",
-        "checkpoint",
-        "runner",
-        "startup",
-        "engine",
+COMMON = ("sampling_params", "config", "progress", "errors")
+
+
+class Wing(NamedTuple):
+    """Folders and files of one purpose."""
+
+    purpose: str
+    rooms: tuple[str, ...]
+
+
+# From the roof down; a wing imports only those below it.
+WINGS = {
+    "benchmarks": Wing("what is measured, and how", ("benchmarks",)),
+    "convert": Wing("Hugging Face to Orbax and back", ("convert",)),
+    "fastgen_jax": Wing("the public names", ("fastgen_jax/__init__.py",)),
+    "serve": Wing("the command line", ("fastgen_jax/serve.py",)),
+    "demo": Wing("the built-in model, and what trained it", ("fastgen_jax/demo",)),
+    "mii": Wing("MII's names", ("fastgen_jax/mii.py",)),
+    "llm": Wing("offline generation", ("fastgen_jax/llm.py",)),
+    "server": Wing("OpenAI's protocol over one engine", ("fastgen_jax/server",)),
+    "tokenizer": Wing("text to ids and back", ("fastgen_jax/tokenizer.py",)),
+    "engine": Wing("token ids in, token ids out", ("fastgen_jax/engine",)),
+    "checkpoints": Wing("formats on disk", ("fastgen_jax/checkpoints",)),
+    "models": Wing("the decoder of all families", ("fastgen_jax/models",)),
+    "common": Wing(
+        "what a request asks, configs, errors",
+        tuple(f"fastgen_jax/{name}.py" for name in COMMON),
     ),
-    *("tokenizer", "progress", "llm", "mii", "server", "serve", "demo"),
-]
+    "pallas_kernels": Wing("attention, by name", ("pallas_kernels/__init__.py",)),
+    "triton": Wing("GPU kernels in Triton", ("pallas_kernels/triton",)),
+    "gpu": Wing("GPU kernels, and the host's plan", ("pallas_kernels/gpu",)),
+    "tpu": Wing("TPU kernels", ("pallas_kernels/tpu",)),
+    "contract": Wing(
+        "what all kernels agree on; oracle, CPU",
+        tuple(f"pallas_kernels/{name}.py" for name in ("contract", "reference", "xla")),
+    ),
+}
+# What the others reach through the front door alone, pallas_kernels/__init__.py.
+KERNELS = {"triton", "gpu", "tpu", "contract"}
 PACKAGES = ("fastgen_jax", "pallas_kernels", "convert", "benchmarks")
 TOP_LEVEL = {*PACKAGES, "tests", "pyproject.toml", "README.md", "Makefile"}
 TOP_LEVEL |= {".ci", ".gitignore", ".gitattributes", "LICENSE"}
@@ -69,9 +87,45 @@ def packages(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def room(path: Path) -> str:
-    """The file or folder of fastgen_jax that a path is or lies in."""
-    return path.relative_to(ROOT / "fastgen_jax").parts[0].removesuffix(".py")
+def short(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def wing(path: Path) -> str:
+    """The wing that a file lies in."""
+    name = short(path)
+    found = [w for w in WINGS for r in WINGS[w].rooms if f"{name}/".startswith(f"{r}/")]
+    assert len(found) == 1, f"{name} lies in the wings {found}; WINGS gives each file one"
+    return found[0]
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Files by the names under which they are imported."""
+    names = [short(path).removesuffix(".py").removesuffix("/__init__") for path in FILES]
+    return {name.replace("/", "."): path for name, path in zip(names, FILES, strict=True)}
+
+
+def needed(path: Path) -> set[Path]:
+    """Our files that a file imports, in functions and for types too."""
+    return {modules()[name] for name in imported(parse(path)) & modules().keys()} - {path}
+
+
+def arrows() -> dict[str, list[str]]:
+    """Which wings each wing imports, from the roof down."""
+    found = {name: set() for name in WINGS}
+    for path in FILES:
+        found[wing(path)] |= {wing(other) for other in needed(path)} - {wing(path)}
+    return {name: [w for w in WINGS if w in there] for name, there in found.items()}
+
+
+def picture() -> str:
+    """The wings and what each imports, as the README shows it."""
+    lines = []
+    for name, there in arrows().items():
+        arrow = " ".join(["->", *there]) if there else ""
+        lines.append(f"{name:16}{WINGS[name].purpose:40}{arrow}".rstrip())
+    return "\n".join(lines)
 
 
 def unsafe(tree: ast.Module) -> Iterator[str]:
@@ -90,14 +144,19 @@ def unsafe(tree: ast.Module) -> Iterator[str]:
             yield f"line {node.lineno} reaches into jax._src"
 
 
-def out_of_order(path: Path) -> Iterator[str]:
-    if path.parts[-2:] == ("fastgen_jax", "__init__.py"):
-        return  # it names what users import, lazily
-    here = room(path)
-    for name in imported(parse(path)):
-        there = name.split(".")[1] if name.startswith("fastgen_jax.") else here
-        if there in ORDER and ORDER.index(there) > ORDER.index(here):
-            yield f"{here} imports {there}"
+def above(path: Path) -> Iterator[str]:
+    """Imports of a wing that is not below the file's own."""
+    order = list(WINGS)
+    for other in needed(path):
+        if order.index(wing(other)) < order.index(wing(path)):
+            yield f"{wing(path)} imports {short(other)}, of {wing(other)} above it"
+
+
+def past_the_door(path: Path) -> Iterator[str]:
+    is_outside = path.relative_to(ROOT).parts[0] in ("fastgen_jax", "convert")
+    for other in needed(path):
+        if is_outside and wing(other) in KERNELS:
+            yield f"imports {short(other)}; pallas_kernels itself offers what others need"
 
 
 def reads_environment(path: Path) -> Iterator[str]:
@@ -113,13 +172,25 @@ def problems(rule: Callable[[Path], Iterable[str]], *folders: str) -> list[str]:
     return [f"{path.relative_to(ROOT)}: {problem}" for path in files for problem in rule(path)]
 
 
-def test_every_file_has_a_place_in_the_order_of_imports():
-    folder = ROOT / "fastgen_jax"
-    assert {room(path) for path in folder.rglob("*.py")} - {"__init__"} <= {*ORDER}
+def test_a_wing_imports_only_wings_below_it():
+    assert problems(above) == []
 
 
-def test_files_import_only_those_before_them():
-    assert problems(out_of_order, "fastgen_jax") == []
+def test_a_file_imports_only_files_below_it():
+    """There is such an order of files when no file needs itself through others."""
+    try:
+        graphlib.TopologicalSorter({path: needed(path) for path in FILES}).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(map(short, error.args[1])))
+
+
+def test_kernels_are_reached_through_their_front_door():
+    assert problems(past_the_door) == []
+
+
+def test_readme_shows_the_wings():
+    print(picture())
+    assert picture() in (ROOT / "README.md").read_text()
 
 
 def test_no_file_does_what_could_run_foreign_code():
@@ -143,23 +214,23 @@ def test_engine_and_converter_never_import_torch():
     [("scheduler", {"numpy", "jax", "flax"}), ("blocks", {"jax", "flax"}), ("types", {"jax"})],
 )
 def test_host_side_files_do_without_arrays_of_the_device(file, forbidden):
-    assert not packages(imported(parse(ROOT / "fastgen_jax" / f"{file}.py"))) & forbidden
+    assert not packages(imported(parse(ROOT / "fastgen_jax/engine" / f"{file}.py"))) & forbidden
 
 
 def test_kernels_know_nothing_of_the_engine():
     known = {"pallas_kernels", "jax", "jaxtyping", "numpy", *sys.stdlib_module_names}
     # One backend needs packages that few have; it imports them when it is used.
-    own = {"jax_triton.py": {"jax_triton"}, "triton_kernels.py": {"triton"}}
+    own = {"triton": {"jax_triton", "triton"}}
 
     def foreign(path: Path) -> set[str]:
-        return packages(imported(parse(path))) - known - own.get(path.name, set())
+        return packages(imported(parse(path))) - known - own.get(wing(path), set())
 
     assert problems(foreign, "pallas_kernels") == []
 
 
 def test_importing_the_package_loads_neither_jax_nor_transformers():
     code = (
-        "import sys, fastgen_jax, fastgen_jax.scheduler\n"
+        "import sys, fastgen_jax, fastgen_jax.engine.scheduler\n"
         "print({'jax', 'transformers'} & {*sys.modules})"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -195,8 +266,8 @@ def test_the_search_for_unsafe_code_finds_it(code):
 
 
 def test_tests_that_need_a_compiler_are_where_continuous_integration_has_one():
-    files = [path for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__)]
-    marked = {path.name for path in files if "mark.compile" in path.read_text()}
-    assert marked - {"test_jax_triton.py"} == {
-        path.name for path in files if path.name.startswith("test_targets")
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+    marked = {path for path in files if "mark.compile" in path.read_text()}
+    assert {path for path in marked if path.parent.name != "triton"} == {
+        path for path in files if path.name == "test_targets.py"
     }

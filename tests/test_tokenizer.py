@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgen_jax.config import SamplingParams
+from fastgen_jax.engine.types import Output
 from fastgen_jax.errors import CheckpointError, InvalidRequest
+from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.tokenizer import TextDelta, TextStream, Tokenizer, has_tokenizer
-from fastgen_jax.types import Output
 from tests import tiny_tokenizers
 
 PROMPT = "Anna has"

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fastgen_jax.config import EngineConfig, SamplingParams
-from fastgen_jax.engine import Engine
-from fastgen_jax.types import Output, Request
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.types import Output, Request
+from fastgen_jax.sampling_params import SamplingParams
 
 CONFIG = {
     "model_type": "llama",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.lax import optimization_barrier as barrier
 from jaxtyping import Array, Float, Int
 
-from fastgen_jax.layers import Attend
+from fastgen_jax.models.layers import Attend
 
 QUERY_CHUNK = 256
 

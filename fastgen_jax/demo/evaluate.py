@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgen_jax.config import SamplingParams
 from fastgen_jax.demo.corpus import RecallExample, recall_example
 from fastgen_jax.demo.people import HELD_OUT_PEOPLE, Person
 from fastgen_jax.demo.stories import NUMBERS
 from fastgen_jax.llm import LLM
+from fastgen_jax.sampling_params import SamplingParams
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 LENGTHS = (100, 500, 1000, 1500)  # tokens of story

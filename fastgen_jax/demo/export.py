@@ -9,11 +9,11 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from fastgen_jax import weights
-from fastgen_jax.checkpoint import flat_params
+from fastgen_jax.checkpoints import weights
+from fastgen_jax.checkpoints.loading import flat_params
 from fastgen_jax.demo import vocabulary
-from fastgen_jax.models import llama
 from fastgen_jax.models.decoder import Model
+from fastgen_jax.models.families import llama
 
 MAX_BYTES = 8_000_000
 

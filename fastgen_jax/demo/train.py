@@ -24,9 +24,9 @@ from tokenizers import Tokenizer
 from fastgen_jax.demo import corpus, export, vocabulary
 from fastgen_jax.demo.batches import Batch, Stage, sample_batch
 from fastgen_jax.demo.dense import causal_attention
-from fastgen_jax.layers import Policy
-from fastgen_jax.models import llama
 from fastgen_jax.models.decoder import Model
+from fastgen_jax.models.families import llama
+from fastgen_jax.models.layers import Policy
 
 log = logging.getLogger("demo")
 

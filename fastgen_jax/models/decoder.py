@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fastgen_jax.config import ModelConfig
-from fastgen_jax.layers import (
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.layers import (
     MLP,
     Attend,
     Attention,
@@ -18,9 +18,9 @@ from fastgen_jax.layers import (
     Policy,
     make_norm,
 )
-from fastgen_jax.mla import LatentAttention
-from fastgen_jax.moe import MoE
-from fastgen_jax.rope import Rotation
+from fastgen_jax.models.mla import LatentAttention
+from fastgen_jax.models.moe import MoE
+from fastgen_jax.models.rope import Rotation
 
 
 class Layer(nnx.Module):

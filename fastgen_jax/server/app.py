@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from fastgen_jax.config import SamplingParams
+from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.server import protocol, responses
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import ApiError, internal, invalid

@@ -7,9 +7,9 @@ length that the engine admitted.
 import asyncio
 import time
 
+from fastgen_jax.engine.types import Output, TokenLogprobs
 from fastgen_jax.server.errors import ApiError
 from fastgen_jax.tokenizer import TextStream
-from fastgen_jax.types import Output, TokenLogprobs
 
 
 class Choice:

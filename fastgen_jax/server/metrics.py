@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from fastgen_jax.types import Stats
+from fastgen_jax.engine.types import Stats
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FIRST_TOKEN_BUCKETS = (

@@ -10,8 +10,8 @@ from typing import Annotated, Any, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fastgen_jax.config import MAX_LOGPROBS, SamplingParams
 from fastgen_jax.errors import InvalidRequest
+from fastgen_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 from fastgen_jax.server.errors import ApiError, from_engine, invalid, unsupported
 
 log = logging.getLogger("fastgen_jax.server")

@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastgen_jax.engine import Engine
+    from fastgen_jax.engine.engine import Engine
     from fastgen_jax.server.service import Service
 
 log = logging.getLogger("fastgen_jax.server")

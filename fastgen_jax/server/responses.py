@@ -7,10 +7,10 @@ from typing import Any
 import orjson
 from starlette.types import Send
 
+from fastgen_jax.engine.types import TokenLogprobs
 from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.generation import Choice, Generation
 from fastgen_jax.tokenizer import Tokenizer
-from fastgen_jax.types import TokenLogprobs
 
 LOGPROB_FLOOR = -9999.0  # JSON has no infinity
 DONE = b"data: [DONE]\n\n"

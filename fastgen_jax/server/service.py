@@ -15,17 +15,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from fastgen_jax.config import SamplingParams
+from fastgen_jax.engine.types import Output, Request, Stats
 from fastgen_jax.errors import RequestError
+from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
 from fastgen_jax.server.generation import Choice, Generation
 from fastgen_jax.server.metrics import Metrics
 from fastgen_jax.tokenizer import TextStream, Tokenizer
-from fastgen_jax.types import Output, Request, Stats
 
 if TYPE_CHECKING:
-    from fastgen_jax.engine import Engine
+    from fastgen_jax.engine.engine import Engine
 
 log = logging.getLogger("fastgen_jax.server")
 

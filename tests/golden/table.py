@@ -7,7 +7,7 @@ import collections
 import json
 from pathlib import Path
 
-from fastgen_jax import models
+from fastgen_jax.models import families
 
 HEADER = "| model type | what it is | goldens |\n|---|---|---|\n"
 
@@ -22,8 +22,8 @@ def goldens() -> dict[str, list[str]]:
 
 def table() -> str:
     tested, rows = goldens(), ""
-    for model_type in sorted(models.FAMILIES):
-        title = (models.family(model_type).__doc__ or "").strip().split("\n\n")[0]
+    for model_type in sorted(families.FAMILIES):
+        title = (families.family(model_type).__doc__ or "").strip().split("\n\n")[0]
         names = ", ".join(tested[model_type])
         rows += f"| `{model_type}` | {' '.join(title.split()).rstrip('.')} | {names} |\n"
     return HEADER + rows

@@ -1,0 +1,108 @@
+"""Host time of one engine step on a device that takes no time: plan, pack, dispatch, commit.
+
+    python -m benchmarks.engine.host                 # 256 and 512 sequences
+
+Every sequence decodes; half of the steps also carry a chunk of a prompt. Other work on the machine
+only ever slows a step, so the fastest one counts; the median is printed beside it.
+"""
+
+import argparse
+import statistics
+from unittest import mock
+
+import numpy as np
+
+from fastgen_jax.engine import startup
+from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.runner import StepResult, make_shapes
+from fastgen_jax.engine.types import Request
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+
+N_STEPS = 200
+PROMPT_LENGTH = 500
+
+
+class NullRunner:
+    """A device that answers every row with token 1 at once."""
+
+    def __init__(self, config: startup.ResolvedConfig):
+        self.shapes = make_shapes(
+            smallest=16,
+            max_batched_tokens=config.max_num_batched_tokens,
+            max_seqs=config.max_num_seqs,
+            table_width=config.table_width,
+            tile=1024,
+        )
+        n = config.max_num_seqs
+        tops = np.zeros((n, MAX_LOGPROBS), np.float32)
+        ids = tops.astype(np.int32)
+        tokens = np.ones(n, np.int32)
+        self.result = StepResult(tokens, np.zeros(n, np.float32), np.ones(n, bool), ids, tops)
+
+    def compile(self, tables, on_done) -> None:
+        pass
+
+    def dispatch(self, batch, tables) -> None:
+        pass
+
+    def fetch(self, result) -> StepResult:
+        return self.result
+
+
+def make_engine(n_seqs: int) -> Engine:
+    """An engine with `n_seqs` decoding sequences and a queue of prompts."""
+    config = startup.ResolvedConfig(
+        model="null",
+        max_model_len=4096,
+        block_size=32,
+        num_kv_blocks=n_seqs * 40,
+        max_num_batched_tokens=n_seqs + 256,
+        max_num_seqs=n_seqs + 1,
+        max_queued_requests=10**6,
+        memory_fraction=0.9,
+        enable_prefix_caching=True,
+    )
+    model_config = ModelConfig(
+        family="null", vocab_size=32000, hidden_size=2, n_layers=1, n_heads=1, n_kv_heads=1,
+        head_dim=2, ffn_size=2, max_position=4096,
+    )  # fmt: skip
+    started = startup.Started(config, model_config, {}, NullRunner(config))  # type: ignore
+    with mock.patch.object(startup, "start", return_value=started):
+        engine = Engine(config)
+    rng = np.random.default_rng(0)
+    for _ in range(n_seqs):
+        prompt = rng.integers(0, 32000, PROMPT_LENGTH).tolist()
+        engine.submit(Request(prompt, SamplingParams(max_tokens=3000)))
+    while engine.stats().n_running < n_seqs or engine.stats().n_waiting:
+        engine.step()
+    for _ in range(N_STEPS):  # each takes the one row left for a few steps
+        prompt = rng.integers(0, 32000, PROMPT_LENGTH).tolist()
+        engine.submit(Request(prompt, SamplingParams(max_tokens=2)))
+    return engine
+
+
+def measure(n_seqs: int) -> dict[str, list[float]]:
+    """Milliseconds of each phase of each step."""
+    engine = make_engine(n_seqs)
+    times: dict[str, list[float]] = {name: [] for name in engine.timings}
+    for _ in range(N_STEPS):
+        before = dict(engine.timings)
+        engine.step()
+        for name, seconds in engine.timings.items():
+            times[name].append((seconds - before[name]) * 1e3)
+    times["all"] = [sum(phases) for phases in zip(*times.values(), strict=True)]
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Host time of one engine step.")
+    parser.add_argument("n_seqs", type=int, nargs="*", default=[256, 512])
+    print("sequences  phase     fastest   median (ms)")
+    for n_seqs in parser.parse_args().n_seqs:
+        for name, times in measure(n_seqs).items():
+            print(f"{n_seqs:9}  {name:8} {min(times):8.3f} {statistics.median(times):8.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Directories that `python -m convert` makes: an Orbax checkpoint of our parameters beside config,
+tokenizer and a manifest.
+
+Parameters are stored as one device holds them, gate and up as two rows of one array, so that every
+mesh can read its own part. The manifest is written last and names every file.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fastgen_jax.checkpoints.tensor_files import read_json
+from fastgen_jax.errors import CheckpointError
+from fastgen_jax.models.sharding import parameter_sharding
+
+MANIFEST = "fastgen.json"
+WEIGHTS = "weights"
+FORMAT = 1
+MAX_IN_FLIGHT = 2**29  # bytes read at once, but at least one parameter
+PAIRS = (".gate_up.weight", ".gate_up.bias")  # see layers.GatedMLP
+
+
+def is_converted(directory: Path) -> bool:
+    return (directory / MANIFEST).is_file()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest; CheckpointError where it is damaged or of another version."""
+    manifest = read_json(directory / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{MANIFEST} has format {manifest.get('format')!r} and this program reads {FORMAT}; "
+            "convert the model again"
+        )
+    for key in ("files", "params", "tensors"):
+        if not isinstance(manifest.get(key), dict):
+            raise CheckpointError(f"{MANIFEST} is damaged: it has no {key!r}; convert again")
+    return manifest
+
+
+def stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a parameter on disk."""
+    return (2, shape[0] // 2, *shape[1:]) if path.endswith(PAIRS) else tuple(shape)
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def damages(directory: Path, files: dict[str, Any], *, checksums: bool) -> Iterator[str]:
+    """What differs between a directory and the files of its manifest."""
+    for name, (size, digest) in files.items():
+        file = directory / name
+        if not file.is_file():
+            yield f"missing: {name}"
+        elif file.stat().st_size != size:
+            yield f"size: {name} has {file.stat().st_size} bytes, should have {size}"
+        elif checksums and sha256(file) != digest:
+            yield f"checksum: {name} is not as it was written"
+
+
+def misfits(stored: dict[str, Any], params: dict[str, Any]) -> Iterator[str]:
+    """Where the parameters of a manifest are not those of the model."""
+    for path in sorted(params.keys() - stored.keys()):
+        yield f"missing: {path}"
+    for path in sorted(stored.keys() - params.keys()):
+        yield f"unused: {path}"
+    for path in params.keys() & stored.keys():
+        want, have = stored_shape(path, params[path].shape), tuple(stored[path]["shape"])
+        if want != have:
+            yield f"shape: {path} is {have}, the config wants {want}"
+
+
+def restore(directory: Path, params: dict[str, Any], mesh: Mesh) -> list[jax.Array]:
+    """The parameters, in the order of `params`, with their dtypes, on the devices of the mesh.
+
+    Raises:
+        CheckpointError: lists all that is damaged or does not fit the model.
+    """
+    manifest = read_manifest(directory)
+    problems = [*damages(directory, manifest["files"], checksums=False)]
+    problems += misfits(manifest["params"], params)
+    if problems:
+        raise CheckpointError(
+            f"the converted checkpoint is damaged or does not fit its config.json "
+            f"({len(problems)} problems); convert the model again:\n  " + "\n  ".join(problems)
+        )
+    wanted = {}
+    for path, param in params.items():
+        sharding = parameter_sharding(path, mesh)
+        if path.endswith(PAIRS):
+            sharding = NamedSharding(mesh, PartitionSpec(None, *sharding.spec))
+        shape = stored_shape(path, param.shape)
+        wanted[path] = jax.ShapeDtypeStruct(shape, param.dtype, sharding=sharding)
+    arrays = _read(directory / WEIGHTS, wanted)
+    return [
+        _joined(arrays.pop(path), parameter_sharding(path, mesh))
+        if path.endswith(PAIRS)
+        else arrays.pop(path)
+        for path in params
+    ]
+
+
+def read_host_arrays(directory: Path) -> dict[str, np.ndarray]:
+    """The parameters as stored, on the host."""
+    stored = read_manifest(directory)["params"]
+    wanted = {
+        path: np.empty(entry["shape"], jax.numpy.dtype(entry["dtype"]))
+        for path, entry in stored.items()
+    }
+    return {path: np.asarray(array) for path, array in _read(directory / WEIGHTS, wanted).items()}
+
+
+def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    from orbax.checkpoint import v1 as ocp
+
+    # A parameter is held as stored and as wanted, and Orbax refuses one as large as the limit.
+    largest = max(math.prod(array.shape) for array in wanted.values()) * 8 + 1
+    context = ocp.Context()
+    context.memory.read_concurrent_bytes = max(largest, MAX_IN_FLIGHT)
+    try:
+        with context:
+            return ocp.load(str(path.resolve()), wanted)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read: {error}; convert the model again"
+        ) from error
+
+
+def _joined(pair: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """(2, F, ...) split by F as (2 F, ...) in which each device has its gates, then its ups."""
+    shape = (2 * pair.shape[1], *pair.shape[2:])
+    shards = [s.data.reshape(-1, *shape[1:]) for s in pair.addressable_shards]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)

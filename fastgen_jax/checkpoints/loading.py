@@ -1,0 +1,203 @@
+"""Fills an NNX model from the files of a checkpoint directory, or with random weights.
+
+Weights are read only from safetensors, never from pickles. A family's WEIGHTS says where each
+Hugging Face tensor goes. Before anything is read or any device memory taken, every disagreement
+between files and model (missing, unused, wrong shape or dtype, damaged) is found, and all are
+reported at once. A parameter is filled by byte ranges, moved to its devices and forgotten: the host
+never holds the model.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from fastgen_jax.checkpoints import converted, weights
+from fastgen_jax.checkpoints.quantised import Tensor, unquantised
+from fastgen_jax.checkpoints.tensor_files import read_headers, read_json, weight_files
+from fastgen_jax.checkpoints.weights import Source
+from fastgen_jax.errors import CheckpointError
+from fastgen_jax.models import families
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.decoder import Model
+from fastgen_jax.models.layers import Policy
+from fastgen_jax.models.sharding import parameter_sharding
+
+N_THREADS = 4
+MAX_IN_FLIGHT = 2**30  # bytes of parameters that are filled at once, but at least one parameter
+MAX_PROBLEMS = 100  # printed
+
+OnProgress = Callable[[int, int], None]  # done, total
+Transform = Callable[[str, np.ndarray], np.ndarray]  # of a parameter's path and value, on the host
+
+
+def abstract_model(config: ModelConfig, policy: Policy) -> nnx.Module:
+    """The model with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: Model(config, policy=policy, rngs=nnx.Rngs(0)))
+
+
+def flat_params(model: nnx.Module) -> dict[str, Any]:
+    """Dotted path -> variable."""
+    return {
+        ".".join(map(str, path)): variable
+        for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    }
+
+
+def random_model(config: ModelConfig, policy: Policy, mesh: Mesh, seed: int) -> nnx.Module:
+    """A model of random weights (load_format="dummy"), made on the devices."""
+    graphdef, abstract = nnx.split(abstract_model(config, policy))
+    shardings = _tree_shardings(abstract, mesh)
+
+    def init():
+        return nnx.state(Model(config, policy=policy, rngs=nnx.Rngs(seed)))
+
+    return nnx.merge(graphdef, jax.jit(init, out_shardings=shardings)())
+
+
+def _tree_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
+    shardings = [parameter_sharding(path, mesh) for path in paths]
+    return jax.tree.unflatten(jax.tree.structure(state), shardings)
+
+
+def load_model(
+    directory: Path,
+    config: ModelConfig,
+    policy: Policy,
+    mesh: Mesh,
+    on_progress: OnProgress = lambda done, total: None,
+    transform: Transform | None = None,
+) -> nnx.Module:
+    """The model of a Hugging Face or converted directory, on the devices of the mesh.
+
+    Args:
+        transform: applied to each parameter before it is moved, to cast or quantise it.
+
+    Raises:
+        CheckpointError: lists every tensor that is missing, unused, of the wrong shape or dtype, or
+        damaged.
+    """
+    model = abstract_model(config, policy)
+    params = flat_params(model)
+    read = read_converted if converted.is_converted(directory) else read_safetensors
+    leaves = read(directory, config, mesh, params, on_progress, transform)
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+
+
+def read_converted(
+    directory: Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    params: dict[str, Any],
+    on_progress: OnProgress,
+    transform: Transform | None,
+) -> list[jax.Array]:
+    """The parameters, in order, on the devices of the mesh, from what `python -m convert` made."""
+    on_progress(0, len(params))
+    leaves = converted.restore(directory, params, mesh)
+    if transform is not None:
+        leaves = [
+            jax.device_put(transform(path, np.asarray(leaf)), parameter_sharding(path, mesh))
+            for path, leaf in zip(params, leaves, strict=True)
+        ]
+    on_progress(len(params), len(params))
+    return leaves
+
+
+def read_safetensors(
+    directory: Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    params: dict[str, Any],
+    on_progress: OnProgress,
+    transform: Transform | None,
+) -> list[jax.Array]:
+    """The parameters, in order, on the devices of the mesh, from a Hugging Face directory."""
+    parts = find_parts(directory, config, mesh.size, params)
+
+    def load(path: str) -> jax.Array:
+        array = fill(params[path], parts[path], config, mesh.size)
+        if transform is not None:
+            array = transform(path, array)
+        return jax.device_put(array, parameter_sharding(path, mesh)).block_until_ready()
+
+    sizes = [(path, param.size * param.dtype.itemsize) for path, param in params.items()]
+    return in_parallel(load, sizes, on_progress)
+
+
+Parts = dict[str, list[tuple[Source, Tensor]]]  # by path: what fills the parameter
+
+
+def find_parts(
+    directory: Path, config: ModelConfig, n_shards: int, params: dict[str, Any]
+) -> Parts:
+    """Which tensors of a Hugging Face directory fill which parameters.
+
+    Raises:
+        CheckpointError: lists all problems.
+    """
+    family = families.family(config.family)
+    stored, problems = read_headers(weight_files(directory))
+    tensors, found = unquantised(read_json(directory / "config.json"), stored)
+    problems += found
+    prefix = getattr(family, "PREFIX", "")
+    if not any(name.startswith(prefix) for name in tensors):
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}  # saved without head
+    renamed = getattr(family, "RENAMED", {})
+    tensors = {weights.rename(name, renamed): tensor for name, tensor in tensors.items()}
+    shapes = {path: param.shape for path, param in params.items()}
+    sources, found = weights.plan(family, config, n_shards, shapes, tensors)
+    problems += found
+    if problems:
+        shown = problems[:MAX_PROBLEMS]
+        if len(problems) > len(shown):
+            shown.append(f"and {len(problems) - len(shown)} more")
+        raise CheckpointError(
+            f"the checkpoint is damaged or does not fit its config.json ({len(problems)} problems):"
+            "\n  " + "\n  ".join(shown)
+        )
+    parts: Parts = {path: [] for path in params}
+    for source in sources:
+        parts[source.path].append((source, tensors[source.name]))
+    unfilled = [path for path, found in parts.items() if not found]
+    assert not unfilled, unfilled
+    return parts
+
+
+def fill(
+    param: Any, parts: list[tuple[Source, Tensor]], config: ModelConfig, n_shards: int
+) -> np.ndarray:
+    """A parameter with the shape and dtype of `param`, from its parts."""
+    array = np.empty(param.shape, param.dtype)
+    for source, tensor in parts:
+        weights.fill(source, array, tensor, config, n_shards)
+    return array
+
+
+def in_parallel(
+    load: Callable[[str], Any], sizes: Iterable[tuple[str, int]], on_progress: OnProgress
+) -> list[Any]:
+    """`load` of every path, in order, on several threads that together hold MAX_IN_FLIGHT bytes."""
+    waiting = deque(sizes)
+    total, n_bytes, running, results = len(waiting), 0, deque(), []
+    on_progress(0, total)
+    with ThreadPoolExecutor(N_THREADS, thread_name_prefix="load") as pool:
+        while waiting or running:
+            if waiting and (not running or n_bytes + waiting[0][1] <= MAX_IN_FLIGHT):
+                path, size = waiting.popleft()
+                n_bytes += size
+                running.append((pool.submit(load, path), size))
+                continue
+            future, size = running.popleft()
+            results.append(future.result())
+            n_bytes -= size
+            on_progress(len(results), total)
+    return results

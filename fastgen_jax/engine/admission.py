@@ -1,0 +1,119 @@
+"""Who may enter the engine: requests are checked against model and pool, the queue is bounded."""
+
+import threading
+
+import numpy as np
+
+from fastgen_jax.engine.scheduler import servable_tokens
+from fastgen_jax.engine.types import Request
+from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
+
+QUEUED_POOLS = 4  # prompt tokens that may wait, in KV pools ...
+QUEUED_CONTEXTS = 64  # ... or in longest prompts, whichever is more
+
+
+class Admission:
+    """Counts the requests that are open and the prompt tokens that wait; thread-safe.
+
+    Args:
+        max_requests: open at once, running or waiting.
+        max_model_len, n_blocks, block_size: what bounds a sequence; see `servable_tokens`.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_requests: int,
+        max_model_len: int,
+        n_blocks: int,
+        block_size: int,
+        vocab_size: int,
+    ):
+        self.max_total_tokens = servable_tokens(max_model_len, n_blocks, block_size)
+        self._max_model_len = max_model_len
+        self._n_blocks = n_blocks
+        self._vocab_size = vocab_size
+        self._max_requests = max_requests
+        self._max_queued_tokens = max(
+            QUEUED_POOLS * n_blocks * block_size, QUEUED_CONTEXTS * self.max_total_tokens
+        )
+        self._lock = threading.Lock()
+        self._closed: str | None = None
+        self.n_open = 0
+        self.n_queued_tokens = 0
+
+    def check(self, request: Request) -> int:
+        """The most tokens, prompt and output together, that a request may reach.
+
+        Raises:
+            InvalidRequest, ContextLengthExceeded: it can never be served.
+        """
+        p, prompt = request.params, request.prompt_token_ids
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
+        wanted = 1 if p.max_tokens is None else p.max_tokens
+        if len(prompt) + wanted > self.max_total_tokens:
+            raise ContextLengthExceeded(self._too_long(len(prompt), wanted), param="prompt")
+        check_ids("prompt", prompt, self._vocab_size)
+        check_ids("stop_token_ids", p.stop_token_ids, self._vocab_size)
+        check_ids("logit_bias", p.logit_bias or (), self._vocab_size)
+        return self.max_total_tokens if p.max_tokens is None else len(prompt) + p.max_tokens
+
+    def enter(self, requests: list[Request]) -> None:
+        """Counts all of them in or, raising QueueFull or EngineStopped, none."""
+        n_tokens = sum(len(r.prompt_token_ids) * r.params.n for r in requests)
+        with self._lock:
+            if self._closed:
+                raise EngineStopped(self._closed)
+            if self.n_open + len(requests) > self._max_requests:
+                raise QueueFull(
+                    f"{self.n_open} requests run or wait, the limit is {self._max_requests}; "
+                    "try again later"
+                )
+            if self.n_queued_tokens and self.n_queued_tokens + n_tokens > self._max_queued_tokens:
+                raise QueueFull(
+                    f"{self.n_queued_tokens} prompt tokens wait, the limit is "
+                    f"{self._max_queued_tokens}; try again later"
+                )
+            self.n_open += len(requests)
+            self.n_queued_tokens += n_tokens
+
+    def dequeue(self, n_tokens: int) -> None:
+        """A prompt of that many tokens waits no more."""
+        with self._lock:
+            self.n_queued_tokens -= n_tokens
+
+    def leave(self) -> None:
+        """A request has ended."""
+        with self._lock:
+            self.n_open -= 1
+
+    def close(self, reason: str) -> None:
+        """Refuses all further requests; the first reason stays."""
+        with self._lock:
+            self._closed = self._closed or reason
+
+    def _too_long(self, n_prompt: int, n_output: int) -> str:
+        bound = self.max_total_tokens
+        text = (
+            f"This model's maximum context length is {bound} tokens. However, you requested "
+            f"{n_prompt + n_output} tokens ({n_prompt} in the messages, {n_output} in the "
+            "completion). Please reduce the length of the messages or completion."
+        )
+        if bound < self._max_model_len:
+            text += (
+                f" (The KV cache of {self._n_blocks} blocks holds {bound} tokens; raise "
+                "--num-kv-blocks or --memory-fraction.)"
+            )
+        return text
+
+
+def check_ids(name: str, ids, vocab_size: int) -> None:
+    """Raises InvalidRequest unless every id is an integer within the vocabulary."""
+    for token in ids:
+        is_integer = isinstance(token, int | np.integer) and not isinstance(token, bool)
+        if not is_integer or not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                f"{name} holds {token!r:.40}; token ids are integers from 0 to {vocab_size - 1}",
+                param=name,
+            )

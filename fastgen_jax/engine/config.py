@@ -1,0 +1,90 @@
+"""EngineConfig: what a user may choose of an engine; `startup.resolve` decides the rest."""
+
+from dataclasses import dataclass
+
+from fastgen_jax.config import is_integer, is_real, option
+from fastgen_jax.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that shapes an engine. None means: chosen from the model and the machine."""
+
+    model: str = option("", "directory of a Hugging Face checkpoint, or a hub id", "model")
+    tokenizer: str | None = option(
+        None, "tokenizer directory or hub id (default: the model's)", "model"
+    )
+    dtype: str = option(
+        "auto",
+        "float32, bfloat16 or float16; auto: float32 on CPU, bfloat16 on GPU and TPU",
+        "model",
+    )
+    max_model_len: int | None = option(
+        None,
+        "longest sequence, prompt and output together, in tokens (default: the model's)",
+        "model",
+    )
+    load_format: str = option(
+        "auto", "auto: read weights; dummy: random weights from config.json", "model"
+    )
+    seed: int = option(
+        0, "seed of sampling for requests that bring none, and of dummy weights", "model"
+    )
+    compilation_cache: str | None = option(
+        "~/.cache/fastgen_jax/xla",
+        "directory that keeps compiled programs between runs; empty for none",
+        "model",
+    )
+    block_size: int | None = option(
+        None, "tokens per KV cache block (default: the backend's)", "cache"
+    )
+    num_kv_blocks: int | None = option(
+        None, "KV cache blocks (default: fill memory_fraction of the free memory)", "cache"
+    )
+    memory_fraction: float | None = option(
+        None,
+        "share of the memory left after loading for the KV cache (default: 0.9, CPU 0.25)",
+        "cache",
+    )
+    enable_prefix_caching: bool = option(
+        True, "reuse the KV blocks of prompts that start alike", "cache"
+    )
+    max_num_batched_tokens: int | None = option(
+        None,
+        "token budget of one step, the SplitFuse budget (default: 512 on CPU, else 768)",
+        "scheduler",
+    )
+    max_num_seqs: int | None = option(
+        None, "sequences that may run at once (default: 64 on CPU, else 256)", "scheduler"
+    )
+    max_queued_requests: int = option(
+        256, "requests running and waiting at once; more are refused (HTTP 429)", "scheduler"
+    )
+    tensor_parallel_size: int = option(1, "devices over which the model is sharded", "parallelism")
+    attention_backend: str = option(
+        "auto",
+        "attention implementation: auto, pallas_tpu, pallas_gpu, jax_triton, xla, reference",
+        "parallelism",
+    )
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.load_format not in LOAD_FORMATS:
+            raise ConfigError(
+                f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}"
+            )
+        for name in ("max_model_len", "block_size", "num_kv_blocks", "max_num_batched_tokens",
+                     "max_num_seqs", "max_queued_requests", "tensor_parallel_size"):  # fmt: skip
+            value = getattr(self, name)
+            is_open = value is None and type(self).__dataclass_fields__[name].default is None
+            if not is_open and not (is_integer(value) and value > 0):
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        share = self.memory_fraction
+        if share is not None and not (is_real(share) and 0 < share <= 1):
+            raise ConfigError(f"memory_fraction must be in (0, 1], got {share!r}")
+        if not (is_integer(self.seed) and 0 <= self.seed < 2**32):
+            raise ConfigError(f"seed must be an integer in [0, 2**32), got {self.seed!r}")

@@ -1,0 +1,487 @@
+"""Engine: submit, cancel, step, run. The one owner of sequences, rows and blocks.
+
+A step plans and dispatches batch k+1 before it reads the tokens of batch k, so that the device
+never waits for the host: counts advance at dispatch, values arrive one step later. A sequence that
+turns out to have ended wastes at most one token, which is discarded. Rows and blocks are released
+as soon as no later step needs them: the device runs steps in order, so that a stray write of a step
+in flight lands before the next owner's first.
+"""
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastgen_jax.engine import startup
+from fastgen_jax.engine.admission import Admission
+from fastgen_jax.engine.batch import MAX_EOS, Batch, HostTables, pack
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.prefix import SequenceBlocks
+from fastgen_jax.engine.runner import StepResult, shape_for
+from fastgen_jax.engine.scheduler import Limits, schedule
+from fastgen_jax.engine.types import (
+    FinishReason,
+    Output,
+    Plan,
+    Request,
+    Sequence,
+    Stats,
+    TokenLogprobs,
+)
+from fastgen_jax.sampling_params import SamplingParams
+
+MAX_FAILED_STEPS = 3  # in a row; then the engine gives up
+MAX_PREFIX_LOOKUPS = 4  # waiting sequences per step
+
+
+class InFlight(NamedTuple):
+    """A dispatched step whose tokens have not been read."""
+
+    batch: Batch
+    result: Any
+
+
+Command = Callable[[list[Output]], None]  # run by the engine's thread before its next step
+
+
+class Engine:
+    """Generates tokens for requests; see the module's docstring for the order of things.
+
+    Thread-safe: check, submit, submit_all, cancel, finish, stop, stats. One thread at a time may
+    call step or run.
+
+    Args:
+        config: what to load and its limits; `self.config` is the same with nothing left None.
+        on_phase: called with (phase, done, total) while loading and compiling.
+
+    Raises:
+        ConfigError, CheckpointError: the model cannot be served so; the message says what to
+        change.
+    """
+
+    def __init__(self, config: EngineConfig, on_phase: startup.OnPhase | None = None):
+        on_phase = on_phase or (lambda phase, done, total: None)
+        started = startup.start(config, on_phase)
+        self.config = c = started.config
+        self.model_config = started.model_config
+        self.default_params = default_params(started.generation_config)
+        self.eos_token_ids = eos_token_ids(started)
+        self.timings = dict.fromkeys(("plan", "pack", "dispatch", "wait", "commit"), 0.0)  # seconds
+        self._runner = started.runner
+        self._limits = Limits(c.max_num_batched_tokens, c.max_num_seqs, c.block_size)
+        self._tables = HostTables(c.max_num_seqs, c.max_model_len, c.table_width)
+        self._blocks = self._empty_cache()
+        self._admission = Admission(
+            max_requests=c.max_queued_requests,
+            max_model_len=c.max_model_len,
+            n_blocks=self._blocks.pool.n_usable,
+            block_size=self._limits.block_size,
+            vocab_size=self.model_config.vocab_size,
+        )
+        self._live: dict[int, Sequence] = {}  # by id, which is arrival order
+        self._requests: dict[int, list[Sequence]] = {}  # unfinished samples of each
+        self._in_flight: InFlight | None = None
+        self._n_failed_steps = 0
+        self._counters = dict.fromkeys(
+            ("steps", "prompt", "generated", "preemptions", "prefix_queries", "prefix_hits"), 0
+        )
+        self._last_step_time = time.monotonic()
+        self._inbox: deque[Command] = deque()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._is_stopping = False
+        self._request_ids, self._sequence_ids = itertools.count(), itertools.count()
+        self._runner.compile(self._tables, lambda done, total: on_phase("compiling", done, total))
+        on_phase("ready", 1, 1)
+
+    def _empty_cache(self) -> SequenceBlocks:
+        c = self.config
+        return SequenceBlocks(
+            c.num_kv_blocks,
+            self._limits.block_size,
+            is_sharing=c.enable_prefix_caching,
+            window=self.model_config.longest_window,
+        )
+
+    # Any thread.
+
+    @property
+    def max_total_tokens(self) -> int:
+        """The longest sequence, prompt and output together, that can be served."""
+        return self._admission.max_total_tokens
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._inbox or self._live or self._in_flight)
+
+    def check(self, request: Request) -> None:
+        """Raises what `submit` would, but for QueueFull and EngineStopped; queues nothing."""
+        self._admission.check(request)
+
+    def submit(self, request: Request) -> int:
+        """Queues a request and returns its id.
+
+        Raises:
+            InvalidRequest, ContextLengthExceeded: it can never be served; nothing was queued.
+            QueueFull: too many requests or prompt tokens wait; try again later.
+            EngineStopped: the engine accepts no more work.
+        """
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: list[Request]) -> list[int]:
+        """Queues all of them or, raising as `submit` does, none."""
+        totals = [self._admission.check(request) for request in requests]
+        with self._lock:  # whoever is let in reaches the inbox before a closed engine empties it
+            self._admission.enter(requests)
+            ids = [next(self._request_ids) for _ in requests]
+            for request_id, request, total in zip(ids, requests, totals, strict=True):
+                self._command(self._enter(request_id, request, total))
+        return ids
+
+    def cancel(self, request_id: int) -> None:
+        """Ends what is left of a request with "abort". Unknown and ended ids are ignored."""
+
+        def apply(outputs: list[Output]) -> None:
+            for sequence in list(self._requests.get(request_id, ())):
+                self._end_with(sequence, "abort", None, outputs)
+
+        self._command(apply)
+
+    def finish(self, request_id: int, index: int) -> None:
+        """Ends one sample quietly: its caller has seen enough (a stop string)."""
+
+        def apply(outputs: list[Output]) -> None:
+            for sequence in list(self._requests.get(request_id, ())):
+                if sequence.index == index:
+                    self._end(sequence, "stop")
+
+        self._command(apply)
+
+    def stop(self, reason: str = "the engine has stopped") -> None:
+        """Accepts no more requests and makes `run` return, ending live requests with "abort"."""
+        self._admission.close(reason)
+        self._is_stopping = True
+        self._wake.set()
+
+    def stats(self) -> Stats:
+        n_running = self._limits.max_seqs - len(self._tables.free_rows)
+        pool, counters = self._blocks.pool, self._counters
+        return Stats(
+            n_running=n_running,
+            n_waiting=max(len(self._live) - n_running, 0),
+            n_blocks_used=pool.n_usable - pool.n_free,
+            n_blocks=pool.n_usable,
+            n_steps=counters["steps"],
+            n_prompt_tokens=counters["prompt"],
+            n_generated_tokens=counters["generated"],
+            n_preemptions=counters["preemptions"],
+            n_prefix_queries=counters["prefix_queries"],
+            n_prefix_hits=counters["prefix_hits"],
+            last_step_time=self._last_step_time,
+        )
+
+    def _command(self, apply: Command) -> None:
+        self._inbox.append(apply)
+        self._wake.set()
+
+    # The engine's thread.
+
+    def run(self, deliver: Callable[[list[Output]], None]) -> None:
+        """Steps until `stop`, handing each step's outputs to `deliver`; waits while there is no
+        work.
+
+        Raises whatever made the engine give up, after every live request has ended with "error".
+        """
+        try:
+            while not self._is_stopping:
+                self._wake.clear()
+                if not self.has_work and not self._is_stopping:
+                    self._last_step_time = time.monotonic()
+                    self._wake.wait()
+                    continue
+                outputs = self.step()
+                if outputs:
+                    deliver(outputs)
+            deliver(self._end_all("abort", None))
+        except BaseException as error:
+            self.stop("the engine has failed; the server must be restarted")
+            deliver(self._end_all("error", f"the engine failed: {type(error).__name__}"))
+            raise
+
+    def step(self) -> list[Output]:
+        """Plans and dispatches the next batch, then reads the tokens of the one before."""
+        outputs: list[Output] = []
+        while self._inbox:
+            self._inbox.popleft()(outputs)
+        previous, self._in_flight = self._in_flight, None
+        batch = self._prepare(self._plan())
+        failed: list[tuple[Exception, Batch]] = []
+        if batch:
+            try:
+                self._in_flight = self._launch(batch)
+            except (RuntimeError, ValueError) as error:  # XLA's errors are RuntimeErrors
+                failed.append((error, batch))
+        if previous:
+            try:
+                self._commit(previous, outputs)
+                self._n_failed_steps = 0
+            except (RuntimeError, ValueError) as error:
+                failed.append((error, previous.batch))
+        if failed:
+            self._recover(failed, outputs)
+        self._last_step_time = time.monotonic()
+        return outputs
+
+    def _plan(self) -> Plan:
+        started = time.perf_counter()
+        self._drop_unseen()
+        attached = self._attach_prefixes()
+        plan = self._schedule()
+        is_starved = attached and (plan.preempted or not plan.chunks)
+        admitted = () if is_starved else {chunk.sequence.id for chunk in plan.chunks}
+        for sequence in attached:
+            if sequence.id not in admitted:
+                self._blocks.forget(sequence)
+        if is_starved:  # what waits must not hold blocks that what runs needs
+            plan = self._schedule()
+        self.timings["plan"] += time.perf_counter() - started
+        return plan
+
+    def _schedule(self) -> Plan:
+        sequences, n_free = list(self._live.values()), self._blocks.pool.n_free
+        return schedule(sequences, n_free, self._limits, self._blocks.n_exclusive)
+
+    def _drop_unseen(self) -> None:
+        """Gives back blocks behind the windows of all layers."""
+        if self._blocks.window is not None:
+            for sequence in self._live.values():
+                if sequence.row >= 0 and self._blocks.drop(sequence):
+                    self._tables.drop(sequence)
+
+    def _attach_prefixes(self) -> list[Sequence]:
+        """Lets the first waiting sequences hold their cached prefix, for `schedule` to see."""
+        n_rows = len(self._tables.free_rows)
+        n_running = self._limits.max_seqs - n_rows
+        if not n_rows or self._blocks.pool.n_free < 2 * n_running:
+            return []
+        waiting = (s for s in self._live.values() if s.row < 0 and self._blocks.may_share(s))
+        attached = list(itertools.islice(waiting, min(n_rows, MAX_PREFIX_LOOKUPS)))
+        for sequence in attached:
+            self._blocks.attach(sequence)
+        return attached
+
+    def _prepare(self, plan: Plan) -> Batch | None:
+        """Applies a plan: blocks, rows and counts change here."""
+        for sequence in plan.preempted:
+            self._blocks.forget(sequence)
+            self._tables.leave(sequence)
+            self._counters["preemptions"] += 1
+        for sequence in plan.bypassed:
+            sequence.n_bypassed += 1
+        if not plan.chunks:
+            return None
+        started = time.perf_counter()
+        for sequence, _, n_blocks in plan.chunks:
+            if sequence.row < 0:
+                self._admit(sequence)
+            if n_blocks:
+                self._tables.extend(sequence, self._blocks.pool.allocate(n_blocks))
+        shape = shape_for(sum(chunk.n_new for chunk in plan.chunks), self._runner.shapes)
+        batch = pack(plan.chunks, self._tables, shape, self._limits.block_size)
+        for sequence, n_new, _ in plan.chunks:
+            sequence.n_cached += n_new
+            if sequence.n_cached == sequence.n_tokens:
+                sequence.n_tokens += 1
+                if sequence.n_tokens == sequence.max_tokens:
+                    self._retire(sequence)
+        self.timings["pack"] += time.perf_counter() - started
+        return batch
+
+    def _launch(self, batch: Batch) -> InFlight:
+        started = time.perf_counter()
+        result = self._runner.dispatch(batch, self._tables)
+        self._counters["steps"] += 1
+        self.timings["dispatch"] += time.perf_counter() - started
+        return InFlight(batch, result)
+
+    def _commit(self, step: InFlight, outputs: list[Output]) -> None:
+        """Reads a step's tokens; extends the sequences that live, ends those that are done."""
+        started = time.perf_counter()
+        result = self._runner.fetch(step.result)
+        fetched = time.perf_counter()
+        tokens, is_finite = result.token_ids.tolist(), result.is_finite.tolist()
+        for i, sequence in enumerate(step.batch.sampled):
+            if sequence.finish_reason is not None:
+                continue  # it ended while this step ran
+            if not is_finite[i]:
+                problem = "the model produced non-finite logits"
+                self._end_with(sequence, "error", problem, outputs)
+                continue
+            self._extend(sequence, tokens[i], read_logprobs(result, i, sequence.params), outputs)
+        self.timings["wait"] += fetched - started
+        self.timings["commit"] += time.perf_counter() - fetched
+
+    def _recover(self, failed: list[tuple[Exception, Batch]], outputs: list[Output]) -> None:
+        """After failed steps: their requests end with an error, the others recompute."""
+        self._n_failed_steps += 1
+        if self._n_failed_steps >= MAX_FAILED_STEPS:
+            raise failed[0][0]
+        for error, batch in failed:
+            for sequence in batch.sampled:
+                if not sequence.is_finished:
+                    problem = f"the step failed: {type(error).__name__}"
+                    self._end_with(sequence, "error", problem, outputs)
+        for samples in self._requests.values():
+            for sequence in samples:
+                if sequence.row >= 0:
+                    self._blocks.forget(sequence)
+                    self._tables.leave(sequence)
+                # Tokens of a lost step were counted; a sequence that had retired lives again.
+                sequence.n_tokens = sequence.n_prompt + len(sequence.output_ids)
+                self._live[sequence.id] = sequence
+        self._live = dict(sorted(self._live.items()))
+        self._in_flight = None
+        self._blocks = self._empty_cache()
+        self._runner.reset()
+
+    # Life of a sequence.
+
+    def _enter(self, request_id: int, request: Request, total: int) -> Command:
+        """The command that makes a submitted request live."""
+        prompt = np.array(request.prompt_token_ids, np.int32)
+        params = request.params
+
+        def apply(outputs: list[Output]) -> None:
+            self._requests[request_id] = samples = [
+                Sequence(
+                    id=next(self._sequence_ids),
+                    request_id=request_id,
+                    index=index,
+                    prompt_ids=prompt,
+                    params=params,
+                    seed=seed,
+                    max_tokens=total,
+                    ending_ids=ending_ids(params, self.eos_token_ids),
+                    n_tokens=len(prompt),
+                )
+                for index, seed in enumerate(sample_seeds(self.config.seed, request_id, params))
+            ]
+            self._live |= {sequence.id: sequence for sequence in samples}
+
+        return apply
+
+    def _admit(self, sequence: Sequence) -> None:
+        self._tables.enter(sequence)
+        if not sequence.is_dequeued and self._blocks.may_share(sequence):
+            sequence.n_reused = sequence.n_cached
+            self._counters["prefix_queries"] += sequence.n_prompt
+            self._counters["prefix_hits"] += sequence.n_reused
+        self._dequeue(sequence)
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        if not sequence.is_dequeued:
+            sequence.is_dequeued = True
+            self._admission.dequeue(sequence.n_prompt)
+
+    def _extend(
+        self,
+        sequence: Sequence,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        outputs: list[Output],
+    ) -> None:
+        """One more token; the end of the sample if it is its last."""
+        sequence.output_ids.append(token)
+        n_output = len(sequence.output_ids)
+        self._counters["generated"] += 1
+        if n_output == 1:
+            self._counters["prompt"] += sequence.n_prompt
+        reason: FinishReason | None = None
+        stop_reason = None
+        if token in sequence.ending_ids:
+            reason = "stop"
+            stop_reason = token if token in sequence.params.stop_token_ids else None
+        elif sequence.n_prompt + n_output == sequence.max_tokens:
+            reason = "length"
+        key, n_reused = (sequence.request_id, sequence.index), sequence.n_reused
+        output = Output(*key, token, logprobs, reason, stop_reason, n_reused=n_reused)
+        outputs.append(output)
+        self._blocks.publish(sequence)
+        if reason:
+            self._end(sequence, reason)
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Gives back row and blocks: no further step needs them."""
+        if sequence.row >= 0:
+            self._blocks.forget(sequence)
+            self._tables.leave(sequence)
+        self._live.pop(sequence.id, None)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        self._retire(sequence)
+        self._dequeue(sequence)
+        samples = self._requests[sequence.request_id]
+        samples.remove(sequence)
+        if not samples:
+            del self._requests[sequence.request_id]
+            self._admission.leave()
+
+    def _end_with(
+        self, sequence: Sequence, reason: FinishReason, error: str | None, outputs: list[Output]
+    ) -> None:
+        """Ends a sample by an event that carries no token."""
+        self._end(sequence, reason)
+        outputs.append(
+            Output(sequence.request_id, sequence.index, None, finish_reason=reason, error=error)
+        )
+
+    def _end_all(self, reason: FinishReason, error: str | None) -> list[Output]:
+        outputs: list[Output] = []
+        with self._lock:
+            while self._inbox:
+                self._inbox.popleft()(outputs)
+        for sequence in list(itertools.chain.from_iterable(self._requests.values())):
+            self._end_with(sequence, reason, error, outputs)
+        self._in_flight = None
+        return outputs
+
+
+def read_logprobs(result: StepResult, i: int, params: SamplingParams) -> TokenLogprobs | None:
+    """What a request asked to know of row i."""
+    if params.logprobs is None:
+        return None
+    ids = result.top_ids[i, : params.logprobs].tolist()
+    logprobs = result.top_logprobs[i, : params.logprobs].tolist()
+    return TokenLogprobs(float(result.logprobs[i]), list(zip(ids, logprobs, strict=True)))
+
+
+def ending_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """Token ids that end a sample."""
+    eos = frozenset() if params.ignore_eos else eos_token_ids
+    return eos | frozenset(params.stop_token_ids)
+
+
+def sample_seeds(engine_seed: int, request_id: int, params: SamplingParams) -> list[int]:
+    """One 32-bit seed per sample: from the request's seed if it has one, else from its number."""
+    entropy = [engine_seed, request_id] if params.seed is None else [params.seed % 2**64]
+    return np.random.SeedSequence(entropy).generate_state(params.n, np.uint32).tolist()
+
+
+def default_params(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """SamplingParams fields that a model's generation_config.json sets."""
+    if not generation_config.get("do_sample", True):
+        return {"temperature": 0.0}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {n: generation_config[n] for n in names if generation_config.get(n) is not None}
+
+
+def eos_token_ids(started: startup.Started) -> frozenset[int]:
+    """End-of-sequence ids: those of generation_config.json, else those of config.json."""
+    value = started.generation_config.get("eos_token_id")
+    ids = [value] if isinstance(value, int) else value or started.model_config.eos_token_ids
+    return frozenset(list(ids)[:MAX_EOS])

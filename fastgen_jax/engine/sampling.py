@@ -1,0 +1,234 @@
+"""sample(): logits to tokens, batched, on device, inside the step; every parameter is an array, one
+value per row.
+
+Order: penalties, bias and bans; temperature; top_k; top_p and min_p of what top_k left; the draw.
+Work that no row asks for is skipped at run time (lax.cond), so mixing parameters costs no
+recompilation. Nothing here sorts the vocabulary: thresholds are found by bisection over the bits of
+float32, which is exact.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS
+from fastgen_jax.sampling_params import MAX_LOGPROBS
+
+TINY = 1e-30
+
+
+class RowParams(NamedTuple):
+    """Sampling parameters of the sampled rows, each "S"; fields are FLOAT_PARAMS then INT_PARAMS of
+    batch.py.
+    """
+
+    temperature: Float[Array, "S"]
+    top_p: Float[Array, "S"]
+    min_p: Float[Array, "S"]
+    repetition_penalty: Float[Array, "S"]
+    presence_penalty: Float[Array, "S"]
+    frequency_penalty: Float[Array, "S"]
+    top_k: Int[Array, "S"]
+    seed: Int[Array, "S"]
+    n_logprobs: Int[Array, "S"]
+    n_prompt: Int[Array, "S"]
+    min_total: Int[Array, "S"]  # prompt and output length below which nothing may end the sample
+    has_bias: Int[Array, "S"]
+
+    @classmethod
+    def unpack(cls, packed: Int[Array, "S F"]) -> "RowParams":
+        n_floats = len(FLOAT_PARAMS)
+        floats = lax.bitcast_convert_type(packed[:, :n_floats], jnp.float32)
+        names = dict(zip(FLOAT_PARAMS, floats.T, strict=True))
+        names |= dict(zip(INT_PARAMS, packed[:, n_floats:].T, strict=True))
+        return cls(**names)
+
+
+class RowTables(NamedTuple):
+    """What rows have said so far, and their biased and banned token ids (-1: none); indexed by row.
+
+    token_ids has one line more than there are rows: scratch, for padding.
+    """
+
+    token_ids: Int[Array, "R+1 M"]
+    bias_ids: Int[Array, "R A"]
+    bias: Float[Array, "R A"]
+    banned_ids: Int[Array, "R Z"]
+
+
+class Sampled(NamedTuple):
+    token_ids: Int[Array, "S"]
+    logprobs: Float[Array, "S"]  # of the raw logits
+    top_ids: Int[Array, "S {MAX_LOGPROBS}"]
+    top_logprobs: Float[Array, "S {MAX_LOGPROBS}"]
+    is_finite: Bool[Array, "S"]
+
+
+def sample(
+    logits: Float[Array, "S V"],
+    params: RowParams,
+    tables: RowTables,
+    rows: Int[Array, "S"],
+    n_tokens: Int[Array, "S"],
+) -> Sampled:
+    """Draws the token after the first `n_tokens` of each row.
+
+    The draw depends on (logits, parameters, seed, position) of the row alone, never on the others.
+    """
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    wants_change = (
+        (params.repetition_penalty != 1.0)
+        | (params.presence_penalty != 0.0)
+        | (params.frequency_penalty != 0.0)
+        | (params.has_bias != 0)
+        | (n_tokens < params.min_total)
+    )
+    adjusted = lax.cond(
+        jnp.any(wants_change),
+        lambda: adjust(logits, params, tables, rows, n_tokens),
+        lambda: logits,
+    )
+    greedy = first_best(adjusted)
+    is_random = params.temperature > 0.0
+    drawn = lax.cond(jnp.any(is_random), lambda: draw(adjusted, params, n_tokens), lambda: greedy)
+    token_ids = jnp.where(is_random, drawn, greedy)
+    chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=1) - normaliser
+    top_logits, top_ids = lax.cond(
+        jnp.any(params.n_logprobs > 0), lambda: _top(logits), lambda: _no_top(logits)
+    )
+    return Sampled(
+        token_ids,
+        chosen[:, 0],
+        top_ids,
+        top_logits - normaliser,
+        jnp.isfinite(normaliser[:, 0]),
+    )
+
+
+def first_best(logits: Float[Array, "S V"]) -> Int[Array, "S"]:
+    """argmax of each row, as two plain reductions: XLA:CPU runs its own on one core, 10 times
+    slower. A row with NaN gives some id of the vocabulary.
+    """
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    last = logits.shape[1] - 1
+    return jnp.min(jnp.where(logits == best, ids, last), axis=-1)
+
+
+def _top(logits):
+    k = min(MAX_LOGPROBS, logits.shape[1])
+    values, ids = lax.top_k(logits, k)
+    pad = ((0, 0), (0, MAX_LOGPROBS - k))
+    return jnp.pad(values, pad, constant_values=-jnp.inf), jnp.pad(ids, pad).astype(jnp.int32)
+
+
+def _no_top(logits):
+    shape = (len(logits), MAX_LOGPROBS)
+    return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+
+
+def adjust(
+    logits: Float[Array, "S V"],
+    params: RowParams,
+    tables: RowTables,
+    rows: Int[Array, "S"],
+    n_tokens: Int[Array, "S"],
+) -> Float[Array, "S V"]:
+    """Penalties as OpenAI (presence, frequency: of output) and CTRL (repetition: of prompt and
+    output) define them.
+
+    Then logit_bias is added, and tokens that would end the sample too early are banned.
+    """
+    vocab_size = logits.shape[1]
+    lines = jnp.arange(len(logits))[:, None]
+    said = tables.token_ids[rows]  # S M
+    columns = jnp.arange(said.shape[1])[None]
+    is_known = columns < n_tokens[:, None]
+    is_output = is_known & (columns >= params.n_prompt[:, None])
+
+    def count(mask):
+        ids = jnp.where(mask, said, vocab_size)
+        return jnp.zeros(logits.shape, jnp.int32).at[lines, ids].add(1, mode="drop")
+
+    n_output = count(is_output)
+    penalty = jnp.where(count(is_known) > 0, params.repetition_penalty[:, None], 1.0)
+    logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits -= params.frequency_penalty[:, None] * n_output.astype(jnp.float32)
+    logits -= params.presence_penalty[:, None] * (n_output > 0).astype(jnp.float32)
+
+    bias_ids = jnp.take(tables.bias_ids, rows, axis=0, mode="clip")
+    has_bias = (params.has_bias != 0)[:, None] & (bias_ids >= 0)
+    bias_ids = jnp.where(has_bias, bias_ids, vocab_size)
+    bias = jnp.take(tables.bias, rows, axis=0, mode="clip")
+    logits = logits.at[lines, bias_ids].add(bias, mode="drop")
+
+    banned_ids = jnp.take(tables.banned_ids, rows, axis=0, mode="clip")
+    is_banned = (n_tokens < params.min_total)[:, None] & (banned_ids >= 0)
+    banned_ids = jnp.where(is_banned, banned_ids, vocab_size)
+    return logits.at[lines, banned_ids].set(-jnp.inf, mode="drop")
+
+
+def draw(
+    logits: Float[Array, "S V"], params: RowParams, n_tokens: Int[Array, "S"]
+) -> Int[Array, "S"]:
+    """One draw per row, its key fold_in(key(seed), position): never the row, step or batch."""
+    temperature = jnp.where(params.temperature > 0.0, params.temperature, 1.0)
+    best = jnp.max(logits, axis=-1, keepdims=True)  # scaled to 0: no overflow near temperature 0
+    scaled = (logits - best) / temperature[:, None]
+    wants_filter = (params.top_k > 0) | (params.top_p < 1.0) | (params.min_p > 0.0)
+    scaled = lax.cond(jnp.any(wants_filter), lambda: keep_likely(scaled, params), lambda: scaled)
+
+    def noise(seed, position):
+        key = jax.random.fold_in(jax.random.key(seed.astype(jnp.uint32)), position)
+        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
+
+    gumbel = jax.vmap(noise)(params.seed, n_tokens)
+    return first_best(scaled + gumbel)
+
+
+def keep_likely(logits: Float[Array, "S V"], params: RowParams) -> Float[Array, "S V"]:
+    """-inf for the tokens that top_k, top_p or min_p exclude; tokens equal to the last one kept
+    stay.
+    """
+    order = _sortable(logits)
+    vocab_size = logits.shape[1]
+    k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab_size), vocab_size)
+    kth = _largest(lambda t: jnp.sum(order >= t, axis=-1) >= k, len(logits))
+    logits = jnp.where(order >= kth[:, None], logits, -jnp.inf)
+
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    top_p = jnp.maximum(params.top_p, TINY)  # what float32 rounds to 0 still keeps the best
+    nucleus = _largest(
+        lambda t: jnp.sum(jnp.where(order >= t, probabilities, 0.0), axis=-1) >= top_p,
+        len(logits),
+    )
+    peak = jnp.max(probabilities, axis=-1, keepdims=True)
+    is_kept = (probabilities >= params.min_p[:, None] * peak) & (
+        (order >= nucleus[:, None]) | (params.top_p >= 1.0)[:, None]
+    )
+    return jnp.where(is_kept, logits, -jnp.inf)
+
+
+def _sortable(x: Float[Array, "S V"]) -> Int[Array, "S V"]:
+    """int32 keys in the order of float32 values."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits >= 0, bits, bits ^ jnp.int32(0x7FFFFFFF))
+
+
+def _largest(holds, n_rows: int) -> Int[Array, "S"]:
+    """The largest int32 t per row for which `holds(t "S 1")`; holds is monotone and true at the
+    smallest int32.
+    """
+
+    def halve(_, bounds):
+        low, high = bounds  # holds(low), not holds(high + 1)
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # rounded up, without overflow
+        is_true = holds(middle[:, None])
+        return jnp.where(is_true, middle, low), jnp.where(is_true, high, middle - 1)
+
+    low = jnp.full(n_rows, jnp.iinfo(jnp.int32).min, jnp.int32)
+    high = jnp.full(n_rows, jnp.iinfo(jnp.int32).max, jnp.int32)
+    return lax.fori_loop(0, 32, halve, (low, high))[0]

@@ -1,0 +1,130 @@
+"""The nouns that travel between the rooms of the engine, in the order in which a request meets
+them.
+
+Read these and you know the program: a Request becomes one Sequence per sample; `schedule` turns the
+counts of the live sequences into a Plan of Chunks; `pack` turns the Plan into a Batch of arrays; a
+step yields Outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from fastgen_jax.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller asks for: token ids in, `params.n` samples out. The engine never sees text."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One sample being generated. The engine is its only writer.
+
+    INVARIANT: n_cached < n_tokens. It owes n_tokens - n_cached tokens to the cache; a chunk that
+    pays all of them yields one more token. n_tokens counts a sampled token as soon as its step is
+    dispatched; its value reaches `output_ids` one step later.
+    """
+
+    id: int  # arrival order, never reused
+    request_id: int
+    index: int  # which of the request's n samples
+    prompt_ids: np.ndarray  # i32
+    params: SamplingParams
+    seed: int  # u32
+    max_tokens: int  # prompt and output together, never exceeded by n_tokens
+    ending_ids: frozenset[int]  # tokens that end it
+    n_tokens: int
+    n_cached: int = 0
+    row: int = -1  # line of the host tables; -1: waiting
+    block_ids: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)
+    n_published: int = 0  # leading blocks offered to the prefix cache
+    n_dropped: int = 0  # leading blocks given back, behind every window: 0 in block_ids
+    prefix: int = 0  # the pool's number of what these blocks hold; 0: nothing
+    is_dequeued: bool = False  # its prompt no longer counts as waiting
+    n_bypassed: int = 0  # times a younger sequence was admitted before this one
+    n_reused: int = 0  # prompt tokens that the prefix cache held when it was admitted
+    finish_reason: FinishReason | None = None
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+class Chunk(NamedTuple):
+    """The next `n_new` tokens of one sequence, for which `n_blocks` further KV blocks are taken."""
+
+    sequence: Sequence
+    n_new: int
+    n_blocks: int
+
+
+class Plan(NamedTuple):
+    """What one step does: preempt these, then run these chunks (those that owe one token come
+    first).
+    """
+
+    chunks: list[Chunk]
+    preempted: list[Sequence]
+    bypassed: list[Sequence]  # waiting ones that a younger one was admitted before
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural-log probabilities at one position, of the raw logits in float32."""
+
+    logprob: float  # of the sampled token
+    top: list[tuple[int, float]]  # the most likely (token id, logprob), best first
+
+
+class Output(NamedTuple):
+    """One event of one sample: a token, the end, or both. Exactly one event carries a
+    finish_reason.
+    """
+
+    request_id: int
+    index: int
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None  # the stop token, when one ended it
+    error: str | None = None
+    n_reused: int = 0  # prompt tokens that came from the prefix cache
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of the engine for metrics: gauges of this moment, counters since the start."""
+
+    n_running: int
+    n_waiting: int
+    n_blocks_used: int
+    n_blocks: int
+    n_steps: int
+    n_prompt_tokens: int
+    n_generated_tokens: int
+    n_preemptions: int
+    n_prefix_queries: int
+    n_prefix_hits: int  # tokens
+    last_step_time: float  # time.monotonic() of the newest finished step
+
+    @property
+    def kv_usage(self) -> float:
+        return self.n_blocks_used / max(self.n_blocks, 1)
+
+    def as_dict(self) -> dict[str, float]:
+        return dataclasses.asdict(self)

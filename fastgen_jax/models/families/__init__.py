@@ -1,0 +1,55 @@
+"""Model families: FAMILIES maps a Hugging Face model_type to the module that knows it.
+
+A family module offers `config(hf) -> ModelConfig`, `WEIGHTS` and `IGNORED` (`{}` is a number, `*`
+anything), and `PREFIX` or `RENAMED` (starts of names) where checkpoints differ in them; the module
+that they describe is decoder.Model.
+"""
+
+import importlib
+from types import ModuleType
+
+from fastgen_jax.errors import ConfigError
+
+FAMILIES = {  # model_type -> module
+    "bloom": "bloom",
+    "cohere": "cohere",
+    "cohere2": "cohere2",
+    "deepseek_v2": "deepseek_v2",
+    "deepseek_v3": "deepseek_v3",
+    "exaone4": "exaone4",
+    "falcon": "falcon",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
+    "gpt_oss": "gpt_oss",
+    "gptj": "gptj",
+    "granite": "granite",
+    "llama": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "mpt": "mpt",
+    "olmo2": "olmo2",
+    "olmoe": "olmoe",
+    "opt": "opt",
+    "phi": "phi",
+    "phi3": "phi3",
+    "qwen": "qwen",
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2_moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+}
+
+
+def family(model_type: str) -> ModuleType:
+    """The module of a Hugging Face model_type; ConfigError names the known ones."""
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ConfigError(f"model type {model_type!r} is not supported; known: {known}")
+    return importlib.import_module(f"fastgen_jax.models.families.{FAMILIES[model_type]}")

@@ -1,0 +1,28 @@
+"""Mixtral (Jiang et al., 2024): Mistral whose MLPs are mixtures of experts."""
+
+import dataclasses
+from typing import Any
+
+from fastgen_jax.models.config import ModelConfig, MoeConfig
+from fastgen_jax.models.families import llama, mistral
+
+EXPERTS = "model.layers.{}.block_sparse_moe.experts.{}"
+WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if ".mlp." not in name} | {
+    "model.layers.{}.block_sparse_moe.gate.weight": ("layers.{}.mlp.router", "plain"),
+    f"{EXPERTS}.w1": ("layers.{}.mlp.gate_up", "expert_gate"),
+    f"{EXPERTS}.w3": ("layers.{}.mlp.gate_up", "expert_up"),
+    f"{EXPERTS}.w2": ("layers.{}.mlp.down", "expert"),
+}
+IGNORED = llama.IGNORED
+
+
+def config(hf: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig of a Hugging Face config.json."""
+    moe = MoeConfig(
+        n_experts=hf["num_local_experts"],
+        n_chosen=hf["num_experts_per_tok"],
+        ffn_size=hf["intermediate_size"],
+        layers=tuple(range(hf["num_hidden_layers"])),
+        normalise=True,
+    )
+    return dataclasses.replace(mistral.config(hf), family="mixtral", moe=moe)

@@ -1,0 +1,251 @@
+"""The layers that model families are made of: linear, norms, embedding, MLPs, attention.
+
+Activations are flat over tokens ("T D"): no layer knows batches or sequences. Attention hands its
+queries, keys and values to the `attend` it was given, which owns the KV cache. Weights are stored
+(out, in), as Hugging Face stores them.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.rope import Rotation
+from pallas_kernels import AttentionSpec
+
+Cache = Any  # whatever the attend function reads and returns
+# (q, k, v, cache, *, spec, alibi_slopes=None, sinks=None) -> (out, cache)
+Attend = Callable[..., tuple[Array, Cache]]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Dtypes of weights and of activations between layers, and the devices that split weights.
+
+    Products accumulate in float32 and norms work in float32 whatever the policy says.
+    """
+
+    weights: str = "float32"
+    activations: str = "float32"
+    mesh: Mesh | None = None  # None: one device
+
+    @property
+    def n_shards(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
+
+
+def product(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
+    """x W^T with the weight's dtype as input and float32 as output.
+
+    On CPU a matrix product packs its right-hand side anew in every call, so with few tokens the
+    weight had better be on the left: up to 1.25 times as fast (benchmarks/models/matmul.py).
+    """
+    x = x.astype(weight.dtype)
+
+    def dot(a, b):
+        contract = (((1,), (1,)), ((), ()))
+        return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
+
+    def cpu(x, weight):
+        fewest = 1 if weight.dtype == jnp.float32 else 32
+        if not fewest <= len(x) < 128:
+            return dot(x, weight)
+        return lax.optimization_barrier(dot(weight, x)).T  # XLA would turn it back
+
+    return lax.platform_dependent(x, weight, cpu=cpu, default=dot)
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b, with W (out, in)."""
+
+    def __init__(self, in_size: int, out_size: int, *, bias: bool, policy: Policy, rngs: nnx.Rngs):
+        self.policy = policy
+        weight = jax.random.normal(rngs.params(), (out_size, in_size), jnp.float32) * in_size**-0.5
+        self.weight = nnx.Param(weight.astype(policy.weights))
+        self.bias = nnx.Param(jnp.zeros(out_size, policy.weights)) if bias else None
+
+    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        y = product(x, self.weight[...])
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)[None]
+        return y.astype(self.policy.activations)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * (weight + offset), statistics in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, *, eps: float, policy: Policy, offset: float = 0.0):
+        self.eps, self.offset = eps, offset
+        self.weight = nnx.Param(jnp.full(size, 1.0 - offset, policy.weights))
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        weight = self.weight[...].astype(jnp.float32) + self.offset
+        return (x32 * scale * along_last(weight, x)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / std(x) * weight + bias, statistics in float32 (Ba et al., 2016).
+
+    size: of the weight; its last axis is normalised.
+    """
+
+    def __init__(self, size: int | tuple[int, ...], *, eps: float, policy: Policy, bias: bool):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(size, policy.weights))
+        self.bias = nnx.Param(jnp.zeros(size, policy.weights)) if bias else None
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        y = x32 * scale * along_last(self.weight[...].astype(jnp.float32), x)
+        if self.bias is not None:
+            y = y + along_last(self.bias[...].astype(jnp.float32), x)
+        return y.astype(x.dtype)
+
+
+def along_last(weight: Array, x: Array) -> Array:
+    """The weight with as many axes as x, for its last ones."""
+    return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
+
+
+def make_norm(config: ModelConfig, policy: Policy) -> nnx.Module:
+    """The kind of norm that the hidden states of this model have."""
+    if config.norm == "rms":
+        offset = config.norm_offset
+        return RMSNorm(config.hidden_size, eps=config.norm_eps, policy=policy, offset=offset)
+    bias = config.norm_bias
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, policy=policy, bias=bias)
+
+
+class Embedding(nnx.Module):
+    """Token ids to vectors, and back to logits when the output shares the table."""
+
+    def __init__(self, vocab_size: int, size: int, *, policy: Policy, rngs: nnx.Rngs):
+        self.policy = policy
+        weight = jax.random.normal(rngs.params(), (vocab_size, size), jnp.float32) * 0.02
+        self.weight = nnx.Param(weight.astype(policy.weights))
+
+    def __call__(self, token_ids: Int[Array, "T"]) -> Float[Array, "T D"]:
+        rows = jnp.take(self.weight[...], token_ids, axis=0, mode="clip")
+        return rows.astype(self.policy.activations)
+
+    def unembed(self, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
+        """Logits in float32."""
+        return product(x, self.weight[...])
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class MLP(nnx.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
+        self.activation = config.activation
+        shape = {"bias": config.mlp_bias, "policy": policy, "rngs": rngs}
+        self.up = Linear(config.hidden_size, config.ffn_size, **shape)
+        self.down = Linear(config.ffn_size, config.hidden_size, **shape)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        hidden = ACTIVATIONS[self.activation](self.up(x).astype(jnp.float32))
+        return self.down(hidden.astype(x.dtype))
+
+
+class GatedMLP(nnx.Module):
+    """down(act(gate(x)) * up(x)); gate and up are one product (Shazeer, 2020).
+
+    Rows of `gate_up` are (shard, gate|up, F / n_shards), so that splitting them over devices
+    keeps pairs together.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs, ffn_size: int | None = None
+    ):
+        self.n_shards = policy.n_shards
+        self.activation = config.activation
+        shape = {"bias": config.mlp_bias, "policy": policy, "rngs": rngs}
+        ffn_size = ffn_size or config.ffn_size
+        self.gate_up = Linear(config.hidden_size, 2 * ffn_size, **shape)
+        self.down = Linear(ffn_size, config.hidden_size, **shape)
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        both = self.gate_up(x).reshape(len(x), self.n_shards, 2, -1)
+        gate = ACTIVATIONS[self.activation](both[:, :, 0].astype(jnp.float32))
+        hidden = (gate * both[:, :, 1].astype(jnp.float32)).astype(x.dtype)
+        return self.down(hidden.reshape(len(x), -1))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention of one layer; queries, keys and values are one product.
+
+    Rows of `qkv` are (K, G + 2, H): each KV head with its queries, so that splitting over KV
+    heads is contiguous.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, *, policy: Policy, rngs: nnx.Rngs):
+        self.config = config
+        scale = config.attention_scale or config.head_dim**-0.5
+        self.spec = AttentionSpec(scale, config.window(layer), config.attention_soft_cap)
+        size = config.n_heads * config.head_dim
+        heads = size + 2 * config.n_kv_heads * config.head_dim
+        self.qkv = Linear(config.hidden_size, heads, bias=config.qkv_bias, policy=policy, rngs=rngs)
+        self.out = Linear(size, config.hidden_size, bias=config.out_bias, policy=policy, rngs=rngs)
+        self.q_norm = _qk_norm(config, config.n_heads, policy)
+        self.k_norm = _qk_norm(config, config.n_kv_heads, policy)
+        self.sinks = nnx.Param(jnp.zeros(config.n_heads, policy.weights)) if config.sinks else None
+
+    def __call__(
+        self, x: Float[Array, "T D"], rotation: Rotation | None, cache: Cache, attend: Attend
+    ) -> tuple[Float[Array, "T D"], Cache]:
+        c = self.config
+        qkv = self.qkv(x).reshape(len(x), c.n_kv_heads, c.group_size + 2, c.head_dim)
+        if c.qkv_clip is not None:
+            qkv = jnp.clip(qkv, -c.qkv_clip, c.qkv_clip)
+        q = self._normalised(qkv[:, :, : c.group_size].reshape(len(x), -1, c.head_dim), self.q_norm)
+        k = self._normalised(qkv[:, :, c.group_size], self.k_norm)
+        if rotation is not None:
+            q, k = rotation(q), rotation(k)
+        extras: dict[str, Array] = {}
+        if c.alibi_slopes:
+            extras["alibi_slopes"] = jnp.array(c.alibi_slopes, jnp.float32)
+        if self.sinks is not None:
+            extras["sinks"] = self.sinks[...].astype(jnp.float32)
+        out, cache = attend(q, k, qkv[:, :, c.group_size + 1], cache, spec=self.spec, **extras)
+        return self.out(out.reshape(len(x), -1)), cache
+
+    def _normalised(self, heads: Float[Array, "T N H"], norm) -> Float[Array, "T N H"]:
+        if norm is None:
+            return heads
+        if self.config.qk_norm == "all":
+            return norm(heads.reshape(len(heads), -1)).reshape(heads.shape)
+        return norm(heads)
+
+
+def _qk_norm(config: ModelConfig, n_heads: int, policy: Policy) -> nnx.Module | None:
+    """Of queries or keys: "T N H", but "T N*H" if over all heads."""
+    rms = functools.partial(RMSNorm, eps=config.norm_eps, policy=policy, offset=config.norm_offset)
+    match config.qk_norm:
+        case "head":
+            return rms(config.head_dim)
+        case "all":
+            return rms(n_heads * config.head_dim)
+        case "each_head":
+            size = n_heads, config.head_dim
+            return LayerNorm(size, eps=config.norm_eps, policy=policy, bias=False)
+    return None

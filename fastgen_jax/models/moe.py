@@ -1,0 +1,214 @@
+"""Mixture of experts (Shazeer et al., 2017): each token goes through its best experts only.
+
+Pairs of token and expert are sorted by expert, so that an expert's tokens are neighbours and a
+product with its weights is a matrix product of just those rows. Over devices experts are split
+(Lepikhin et al., GShard, 2020): each device takes the pairs of its own experts, and outputs are
+summed.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from fastgen_jax.models.config import ModelConfig, MoeConfig
+from fastgen_jax.models.layers import ACTIVATIONS, GatedMLP, Linear, Policy, product
+
+GLU_SLOPE = 1.702  # of GPT-OSS's clamped gate
+
+
+class MoE(nnx.Module):
+    """sum over the chosen experts e of weight(e) * down_e(act(gate_e(x)) * up_e(x)).
+
+    Rows of `gate_up` are (E, gate|up, F). A shared MLP, which all tokens take, may be added.
+    """
+
+    def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
+        moe = config.moe
+        assert moe is not None
+        self.moe, self.activation, self.policy = moe, config.activation, policy
+        size, dtype = config.hidden_size, policy.weights
+
+        def random(*shape):
+            weight = jax.random.normal(rngs.params(), shape, jnp.float32) * shape[-1] ** -0.5
+            return nnx.Param(weight.astype(dtype))
+
+        def bias(is_there: bool, *shape):
+            return nnx.Param(jnp.zeros(shape, dtype)) if is_there else None
+
+        self.router = random(moe.n_experts, size)
+        self.router_bias = bias(moe.router_bias, moe.n_experts)
+        # In float32 whatever the policy: it decides between near scores.
+        score_bias = jnp.zeros(moe.n_experts, jnp.float32)
+        self.score_bias = nnx.Param(score_bias) if moe.score_bias else None
+        self.gate_up = random(moe.n_experts, 2 * moe.ffn_size, size)
+        self.gate_up_bias = bias(moe.expert_bias, moe.n_experts, 2 * moe.ffn_size)
+        self.down = random(moe.n_experts, size, moe.ffn_size)
+        self.down_bias = bias(moe.expert_bias, moe.n_experts, size)
+        shape = {"policy": policy, "rngs": rngs}
+        shared = moe.shared_size
+        self.shared = GatedMLP(config, ffn_size=shared, **shape) if shared else None
+        has_gate = shared and moe.shared_gate
+        self.shared_gate = Linear(size, 1, bias=False, **shape) if has_gate else None
+
+    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        logits = product(x.astype(jnp.float32), self.router[...].astype(jnp.float32))
+        router_bias, score_bias = _float32(self.router_bias), _float32(self.score_bias)
+        weights, experts = route(logits, router_bias, score_bias, self.moe)
+        arrays = self.gate_up, self.gate_up_bias, self.down, self.down_bias
+        arrays = tuple(None if array is None else array[...] for array in arrays)
+        out = self._experts(x, weights, experts, arrays)
+        if self.shared is not None:
+            shared = self.shared(x).astype(jnp.float32)
+            if self.shared_gate is not None:
+                shared = shared * jax.nn.sigmoid(self.shared_gate(x).astype(jnp.float32))
+            out = out + shared
+        return out.astype(x.dtype)
+
+    def _experts(self, x, weights, experts, arrays) -> Float[Array, "T D"]:
+        mesh = self.policy.mesh
+        if mesh is None or mesh.size == 1:
+            return self._own_experts(x, weights, experts, arrays)
+        (axis,) = mesh.axis_names
+        n_own = self.moe.n_experts // mesh.size
+
+        def own(x, weights, experts, arrays):
+            out = self._own_experts(x, weights, experts - n_own * lax.axis_index(axis), arrays)
+            return lax.psum(out, axis)
+
+        every = PartitionSpec()
+        specs = every, every, every, PartitionSpec(axis)
+        sharded = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=every, check_vma=False)
+        return sharded(x, weights, experts, arrays)
+
+    def _own_experts(
+        self,
+        x: Float[Array, "T D"],
+        weights: Float[Array, "T k"],
+        experts: Int[Array, "T k"],
+        arrays,
+    ) -> Float[Array, "T D"]:
+        """Those of `arrays`; pairs with other experts count nothing. In float32."""
+        gate_up, gate_up_bias, down, down_bias = arrays
+        n_experts, n_chosen = len(gate_up), experts.shape[1]
+        expert = experts.reshape(-1)
+        is_own = (expert >= 0) & (expert < n_experts)
+        expert = jnp.where(is_own, expert, n_experts)
+        order = jnp.argsort(expert, stable=True)
+        sizes = jnp.bincount(expert, length=n_experts + 1)[:n_experts].astype(jnp.int32)
+        expert = expert[order]  # n_experts: no expert's
+        both = grouped_product(x[order // n_chosen].astype(gate_up.dtype), gate_up, sizes)
+        both = both + _rows(gate_up_bias, expert)
+        hidden = self._activated(*jnp.split(both, 2, axis=1))
+        out = grouped_product(hidden.astype(down.dtype), down, sizes) + _rows(down_bias, expert)
+        out = jnp.where((expert < n_experts)[:, None], out, 0.0)
+        back = jnp.argsort(order)
+        return jnp.einsum("tkd,tk->td", out[back].reshape(*weights.shape, -1), weights)
+
+    def _activated(self, gate: Float[Array, "M F"], up: Float[Array, "M F"]):
+        clamp = self.moe.clamp
+        if clamp is None:
+            return ACTIVATIONS[self.activation](gate) * up
+        gate, up = jnp.minimum(gate, clamp), jnp.clip(up, -clamp, clamp)
+        return gate * jax.nn.sigmoid(GLU_SLOPE * gate) * (up + 1)
+
+
+def _float32(bias) -> Array | float:
+    return 0.0 if bias is None else bias[...].astype(jnp.float32)[None]
+
+
+def _rows(bias: Float[Array, "E O"] | None, expert: Int[Array, "M"]) -> Array | float:
+    return 0.0 if bias is None else bias.astype(jnp.float32)[expert]
+
+
+def route(
+    logits: Float[Array, "T E"],
+    router_bias: Array | float,
+    score_bias: Array | float,
+    moe: MoeConfig,
+) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
+    """Weights and ids of each token's experts."""
+    logits = logits + router_bias
+    match moe.scores:
+        case "chosen":
+            top, experts = lax.top_k(logits, moe.n_chosen)
+            return moe.scale * jax.nn.softmax(top, axis=-1), experts
+        case "softmax":
+            scores = jax.nn.softmax(logits, axis=-1)
+        case _:
+            scores = jax.nn.sigmoid(logits)
+    _, experts = lax.top_k(_best_groups(scores + score_bias, moe), moe.n_chosen)
+    weights = jnp.take_along_axis(scores, experts, axis=1)
+    if moe.normalise:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return moe.scale * weights, experts
+
+
+def _best_groups(scores: Float[Array, "T E"], moe: MoeConfig) -> Float[Array, "T E"]:
+    """Scores, none outside the best groups (DeepSeek-AI, 2024): of a group its best counts, with a
+    bias its best two.
+    """
+    if moe.n_groups == 1:
+        return scores
+    grouped = scores.reshape(len(scores), moe.n_groups, -1)
+    value = lax.top_k(grouped, 2 if moe.score_bias else 1)[0].sum(axis=-1)
+    _, best = lax.top_k(value, moe.n_chosen_groups)
+    is_best = jax.nn.one_hot(best, moe.n_groups, dtype=jnp.bool_).any(axis=1)
+    return jnp.where(is_best[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
+
+
+def grouped_product(
+    x: Float[Array, "M I"], weight: Float[Array, "E O I"], sizes: Int[Array, "E"]
+) -> Float[Array, "M O"]:
+    """Rows of x times their expert's weight, in float32; the first sizes[0] rows are expert 0's.
+
+    What rows behind the last expert's become is undefined. Only XLA:TPU has a product for this:
+    elsewhere its ragged_dot multiplies every row, masked, by every expert.
+    """
+    tiled = functools.partial(_by_tiles, tile=_tile(len(x), len(weight)))
+    static = functools.partial(tiled, is_static=True)
+    return lax.platform_dependent(x, weight, sizes, cpu=tiled, tpu=_ragged_dot, default=static)
+
+
+def _ragged_dot(x, weight, sizes):
+    return lax.ragged_dot(x, weight.swapaxes(1, 2), sizes, preferred_element_type=jnp.float32)
+
+
+def _tile(n_rows: int, n_experts: int) -> int:
+    """A power of two near the rows that an expert may expect, so that few are padding."""
+    tile = 8
+    while tile < 128 and tile * n_experts < n_rows:
+        tile *= 2
+    return tile
+
+
+def _by_tiles(x, weight, sizes, *, tile: int, is_static: bool = False):
+    """A loop over as many tiles of rows as there are.
+
+    A tile may reach into the next expert's rows: that expert's own tiles, which come later,
+    overwrite them.
+
+    is_static: always as many tiles as there may be. A GPU need not tell the host how many there
+    are; those that are too many go behind all rows.
+    """
+    n_rows, n_experts = len(x), len(weight)
+    x = jnp.pad(x, ((0, tile), (0, 0)))
+    n_tiles = (sizes + tile - 1) // tile
+    last_tile = jnp.cumsum(n_tiles)
+    index = jnp.arange(n_rows // tile + min(n_rows, n_experts), dtype=jnp.int32)
+    expert = jnp.searchsorted(last_tile, index, side="right", method="compare_all")
+    expert = jnp.minimum(expert, n_experts - 1)
+    row = (jnp.cumsum(sizes) - sizes)[expert] + (index - (last_tile - n_tiles)[expert]) * tile
+    row = jnp.where(index < last_tile[-1], row, n_rows)
+
+    def multiply(i, out):
+        rows = lax.dynamic_slice_in_dim(x, row[i], tile)
+        result = product(rows, lax.dynamic_index_in_dim(weight, expert[i], keepdims=False))
+        return lax.dynamic_update_slice_in_dim(out, result, row[i], 0)
+
+    out = jnp.zeros((n_rows + tile, weight.shape[1]), jnp.float32)
+    return lax.fori_loop(0, len(index) if is_static else last_tile[-1], multiply, out)[:n_rows]

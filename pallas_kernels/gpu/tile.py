@@ -1,0 +1,303 @@
+"""What the GPU attention kernels share: loads of query and KV tiles and one step of a softmax over
+a tile of keys, in the subset of jax that Pallas lowers to Triton.
+
+Layout and reasons:
+- All arrays are flat; offsets are computed here, in int32 (contract.MAX_CACHE_SIZE). A row of a
+  tile is a pair (token, query head of one KV head's group), so that a group shares its keys.
+- A head is in parts, powers of two as Triton demands: 80 = 64 + 16, 96 = 64 + 32. No byte and no
+  product is spent on padding.
+- Tiles of keys start at multiples of block_n. Where block_n divides the block size a tile lies in
+  one block: its address is one scalar. Otherwise each cell looks up its block.
+- Scores are in units of log2, so that weights are exp2, the GPU's own exponential.
+- Edge tiles mask loads (unused cells may be NaN, and NaN * 0 is NaN), interior ones nothing.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as pltriton
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from pallas_kernels.gpu import plan
+from pallas_kernels.gpu.layout import FACTORS, LOG2_E, LOWEST, Inputs, Layout
+
+
+class Item(NamedTuple):
+    """One line of the plan, scalars."""
+
+    seq: Array
+    token: Array
+    n_tokens: Array
+    position: Array
+    kv_start: Array
+    kv_end: Array
+    slot: Array
+    split: Array
+
+
+class Softmax(NamedTuple):
+    """A softmax in progress, in float32: sums of values weighted by exp2(score - top)."""
+
+    acc: tuple[Float[Array, "M _"], ...]  # one for each part of the head
+    top: Float[Array, "M"]
+    total: Float[Array, "M"]
+
+
+class Queries(NamedTuple):
+    """A tile of queries; scores are to be multiplied by `scale`."""
+
+    parts: tuple[Float[Array, "M _"], ...]
+    scale: Float[Array, "M"] | None
+    position: Int[Array, "M"]
+    slopes: Float[Array, "M"] | None
+
+
+def read_item(items, i) -> Item:
+    columns = plan.SEQ, plan.TOKEN, plan.N_TOKENS, plan.POSITION
+    columns += plan.KV_START, plan.KV_END, plan.SLOT, plan.SPLIT
+    return Item(*(items[i, column] for column in columns))
+
+
+class Rows(NamedTuple):
+    """Where the rows of a query tile are."""
+
+    index: Int[Array, "M"]  # in "T * N", unique also for rows that are not there
+    token: Int[Array, "M"]  # in the tile
+    head: Int[Array, "M"]
+    is_row: Bool[Array, "M"]
+
+
+def tile_rows(
+    layout: Layout, token, n_tokens, kv_head, first: Array | int = 0, n_rows: int | None = None
+) -> Rows:
+    """Rows `first` ... of the tile of `n_tokens` tokens from batch token `token` on."""
+    row = first + jnp.arange(n_rows or layout.block_m, dtype=jnp.int32)
+    tile_token, in_group = _divided(row, layout.group_size)
+    head = kv_head * layout.group_size + in_group
+    return Rows(
+        (token + tile_token) * layout.n_heads + head, tile_token, head, tile_token < n_tokens
+    )
+
+
+def load_queries(layout: Layout, inputs: Inputs, item: Item, rows: Rows) -> Queries:
+    parts, scale = load_parts(layout, inputs.q, rows.index, rows.is_row), None
+    if inputs.q.dtype != layout.dtype:
+        parts = tuple(part.astype(jnp.float32) for part in parts)
+        if layout.dtype == jnp.float16:
+            scale = _power_below(parts)
+            parts = tuple(part / scale[:, None] for part in parts)
+        parts = tuple(part.astype(layout.dtype) for part in parts)
+    slopes = None
+    if inputs.slopes is not None:
+        slopes = LOG2_E * pltriton.load(inputs.slopes.at[rows.head], mask=rows.is_row, other=0.0)
+    return Queries(parts, scale, item.position + rows.token, slopes)
+
+
+def _power_below(parts: tuple[Float[Array, "M _"], ...]) -> Float[Array, "M"]:
+    """The power of two below each row's largest element: to divide by it loses nothing."""
+    top = functools.reduce(jnp.maximum, [jnp.abs(part).max(1) for part in parts])
+    bits = lax.bitcast_convert_type(top, jnp.int32) & 0x7F800000
+    power = lax.bitcast_convert_type(bits, jnp.float32)
+    return jnp.where(power == 0.0, 1.0, power)
+
+
+def start(layout: Layout, inputs: Inputs, item: Item, rows: Rows) -> Softmax:
+    """A softmax over nothing, or over the sinks in the first part of a context."""
+    acc = tuple(jnp.zeros((layout.block_m, width), jnp.float32) for _, width in layout.parts)
+    if inputs.sinks is None:
+        zeros = jnp.zeros(layout.block_m, jnp.float32)
+        return Softmax(acc, zeros + LOWEST, zeros)
+    sinks = pltriton.load(inputs.sinks.at[rows.head], mask=rows.is_row, other=0.0)
+    has_sink = item.split == 0
+    top = jnp.where(has_sink, jnp.maximum(sinks * LOG2_E, LOWEST), LOWEST)
+    return Softmax(acc, top, jnp.where(top > LOWEST, 1.0, 0.0))
+
+
+def first_tile(layout: Layout, item: Item) -> Array:
+    """The first tile of keys of an item that the item's first query sees something of."""
+    first = item.kv_start
+    if layout.spec.window is not None:
+        first = jnp.maximum(first, item.position - layout.spec.window + 1)
+    return lax.div(first, jnp.int32(layout.block_n))
+
+
+class Loop(NamedTuple):
+    """What a loop over tiles of keys carries. The table is read one tile ahead: a load that waits
+    for another one in its own iteration would cost the pipeline a stage.
+    """
+
+    state: Softmax
+    blocks: Array  # of the next tile: one, or one for each cell
+
+
+def attend(
+    layout: Layout, inputs: Inputs, item: Item, kv_head, queries: Queries, state: Softmax, spans
+) -> Softmax:
+    """The softmax with tiles of keys added, all those of spans (first, last, is_edge).
+
+    is_edge: some cells of the tiles are not there, or some query does not see all of them.
+    """
+    for first, last, is_edge in spans:
+        step = functools.partial(
+            _tile_step, layout, inputs, item, kv_head, queries, is_edge=is_edge
+        )
+        blocks = _blocks(layout, inputs.tables, item, first)
+        state = lax.fori_loop(first, last, step, Loop(state, blocks)).state
+    return state
+
+
+def _tile_step(
+    layout: Layout, inputs: Inputs, item: Item, kv_head, queries: Queries, j, loop: Loop, *, is_edge
+) -> Loop:
+    spec, state = layout.spec, loop.state
+    blocks = _blocks(layout, inputs.tables, item, j + 1)
+    cell = j * layout.block_n + jnp.arange(layout.block_n, dtype=jnp.int32)
+    is_cached = None
+    if is_edge:
+        is_cached = (item.kv_start <= cell) & (cell < item.kv_end)
+        if spec.window is not None:  # cells behind the first query's window may be freed
+            is_cached &= cell > item.position - spec.window
+    row = _cache_rows(layout, loop.blocks, kv_head, j, cell)
+    keys, key_scales = _load_cells(layout, inputs, row, is_cached)
+    distance = cell[None, :] - queries.position[:, None]
+    scores = _scores(layout, queries, keys, key_scales, distance)
+    visible = None
+    if is_cached is not None:
+        visible = is_cached[None, :] & (distance <= 0)
+        if spec.window is not None:
+            visible &= distance > -spec.window
+        scores = jnp.where(visible, scores, LOWEST)
+    top = jnp.maximum(state.top, scores.max(1))
+    weights = jnp.exp2(scores - top[:, None])
+    if visible is not None:  # a row that has seen nothing yet has top = LOWEST
+        weights = jnp.where(visible, weights, 0.0)
+    shrink = jnp.exp2(state.top - top)
+    total = state.total * shrink + weights.sum(1)
+    values, value_scales = _load_cells(layout, inputs, row + layout.n_cells, is_cached)
+    if value_scales is not None:
+        weights = weights * value_scales[None, :]
+    weights = weights.astype(layout.dtype)
+    pairs = zip(state.acc, values, strict=True)
+    acc = tuple(a * shrink[:, None] + _dot(weights, part) for a, part in pairs)
+    return Loop(Softmax(acc, top, total), blocks)
+
+
+def finish(state: Softmax) -> tuple[Float[Array, "M _"], ...]:
+    total = jnp.where(state.total == 0.0, 1.0, state.total)
+    return tuple(acc / total[:, None] for acc in state.acc)
+
+
+def store_rows(layout: Layout, ref, index, values, is_row) -> None:
+    """Stores the parts of heads into rows `index` of a flat array of heads."""
+    for (offset, width), value in zip(layout.parts, values, strict=True):
+        at = _offsets(index * layout.head_size, offset, width)
+        pltriton.store(ref.at[at], value.astype(ref.dtype), mask=is_row[:, None])
+
+
+def load_parts(layout: Layout, ref, index, is_row) -> tuple[Array, ...]:
+    """Loads rows `index` of a flat array of heads."""
+    return tuple(_load_rows(ref, index * layout.head_size, part, is_row) for part in layout.parts)
+
+
+def _offsets(base: Int[Array, "M"], offset: int, width: int) -> Int[Array, "M _"]:
+    return base[:, None] + (offset + jnp.arange(width, dtype=jnp.int32))[None, :]
+
+
+def _load_rows(ref, base: Int[Array, "M"], part: tuple[int, int], is_row) -> Num[Array, "M _"]:
+    at = ref.at[_offsets(base, *part)]
+    if is_row is None:
+        return pltriton.load(at)
+    return pltriton.load(at, mask=is_row[:, None], other=jnp.zeros((), ref.dtype))
+
+
+def _load_cells(layout: Layout, inputs: Inputs, row: Int[Array, "M"], is_cached):
+    """Keys or values of a tile in parts, and their scales, None if the cache has none."""
+    base = row * layout.head_size
+    parts = (_load_rows(inputs.kv_cache, base, part, is_cached) for part in layout.parts)
+    parts = tuple(decode(part, layout.dtype) for part in parts)
+    if inputs.kv_scales is None:
+        return parts, None
+    mask = {} if is_cached is None else {"mask": is_cached, "other": 0}
+    scales = pltriton.load(inputs.kv_scales.at[row], **mask).astype(jnp.float32)
+    return parts, scales * FACTORS[inputs.kv_cache.dtype]
+
+
+def _blocks(layout: Layout, tables, item: Item, j) -> Array:
+    """The block of tile j's cells, or of each of them where a tile may lie in several.
+
+    Past the item they are other entries of the table, which nothing is loaded from.
+    """
+    table = item.seq * layout.table_width
+    last = layout.table_width - 1
+    if layout.n_cells % layout.block_n == 0:
+        column, _ = _divided(j * layout.block_n, layout.n_cells)
+        return tables[table + jnp.minimum(column, last)]
+    cell = j * layout.block_n + jnp.arange(layout.block_n, dtype=jnp.int32)
+    column, _ = _divided(cell, layout.n_cells)
+    return pltriton.load(tables.at[table + jnp.minimum(column, last)])
+
+
+def _cache_rows(layout: Layout, blocks, kv_head, j, cell: Int[Array, "M"]) -> Int[Array, "M"]:
+    """Rows of the cells' keys in the cache as "B * K * 2 * C, H"; values are C rows further on."""
+    first = (blocks * layout.n_kv_heads + kv_head) * (2 * layout.n_cells)
+    if layout.n_cells % layout.block_n == 0:
+        _, in_block = _divided(j * layout.block_n, layout.n_cells)
+        return first + in_block + jnp.arange(layout.block_n, dtype=jnp.int32)
+    return first + _divided(cell, layout.n_cells)[1]
+
+
+def _divided(x: Int[Array, "*dims"], n: int) -> tuple[Int[Array, "*dims"], Int[Array, "*dims"]]:
+    """Quotient and remainder of numbers >= 0."""
+    if n & (n - 1) == 0:
+        return x >> (n.bit_length() - 1), x & (n - 1)
+    quotient = lax.div(x, jnp.full_like(x, n))
+    return quotient, x - quotient * n
+
+
+def decode(cells: Num[Array, "M _"], dtype) -> Float[Array, "M _"]:
+    """Cells as operands of a product; those of a quantised cache divided by their FACTORS.
+
+    These conversions are most of what a decode kernel does. Both take two operations on the bits,
+    which GPUs that know no float8 have as well:
+    - float8_e4m3fn, sign-extended to 16 bits: its exponent and mantissa, moved to the places of
+      float16's, are the same number but for the exponents' biases; bit 14 is one more sign.
+    - int8 x: in float16 the numbers from 8 to 16 are 1 / 128 apart, so that the bits of x + 128 as
+      the mantissa are 9 + x / 128.
+    """
+    if cells.dtype == jnp.float8_e4m3fn:
+        bits = lax.bitcast_convert_type(cells, jnp.int8).astype(jnp.int16)
+        cells = lax.bitcast_convert_type((bits << 7) & -0x4080, jnp.float16)
+    if cells.dtype == jnp.int8:
+        bits = (cells.astype(jnp.int16) & 0xFF) ^ 0x4880
+        cells = lax.bitcast_convert_type(bits, jnp.float16) - jnp.float16(9)
+    if cells.dtype == jnp.uint16:
+        cells = lax.bitcast_convert_type(cells, jnp.bfloat16)
+    if cells.dtype == dtype:
+        return cells
+    return cells.astype(jnp.float32).astype(dtype)
+
+
+def _scores(
+    layout: Layout, queries: Queries, keys, key_scales, distance: Int[Array, "M _"]
+) -> Float[Array, "M _"]:
+    """Scores in units of log2."""
+    spec = layout.spec
+    pairs = zip(queries.parts, keys, strict=True)
+    scores = sum((_dot(q, k.T) for q, k in pairs), start=jnp.float32(0))
+    if key_scales is not None:
+        scores = scores * key_scales[None, :]
+    scale = spec.scale * LOG2_E * (1 if spec.soft_cap is None else 2 / spec.soft_cap)
+    scores = scores * (scale if queries.scale is None else (queries.scale * scale)[:, None])
+    if spec.soft_cap is not None:  # c * tanh(x / c) = c - 2 c / (exp(2 x / c) + 1)
+        growth = jnp.exp2(scores)
+        scores = spec.soft_cap * LOG2_E * (1.0 - 2.0 / (growth + 1.0))
+    if queries.slopes is not None:
+        scores = scores + queries.slopes[:, None] * distance.astype(jnp.float32)
+    return scores
+
+
+def _dot(a: Float[Array, "M _"], b: Float[Array, "_ N"]) -> Float[Array, "M N"]:
+    """Products of float32 are exact ones: without a precision they would be TF32."""
+    return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

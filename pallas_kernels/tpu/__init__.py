@@ -1,0 +1,1 @@
+"""Kernels for TPU, in Pallas (Mosaic)."""

@@ -1,0 +1,1 @@
+"""The GPU kernels' twins in Triton itself, by jax-triton."""

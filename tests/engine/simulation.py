@@ -1,0 +1,459 @@
+"""The real engine on a device of integers, whose tokens are wrong when anything of the host is.
+
+A KV cell holds a hash of the cell before it (read through the block table), its token and its
+position. The next token is a hash of all cells of the sequence and of its line of sampling
+parameters. So a wrong slot, a stale block, a shared block that is written, a wrong chunk or
+the wrong seed change tokens; `oracle` says in a plain loop what they must be.
+"""
+
+import math
+from collections import deque
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+
+from fastgen_jax.engine import startup
+from fastgen_jax.engine.batch import FLOAT_PARAMS, UNKNOWN, Batch, unpack
+from fastgen_jax.engine.blocks import BlockPool
+from fastgen_jax.engine.engine import Engine, sample_seeds
+from fastgen_jax.engine.runner import StepResult, make_shapes
+from fastgen_jax.engine.types import Output, Request, Sequence
+from fastgen_jax.errors import QueueFull
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+
+N_WORDS = 2  # tokens 0 and 1, so that prefixes collide
+EOS = 2
+VOCAB_SIZE = 4
+ENGINE_SEED = 11
+MASK = 2**64 - 1
+POISON = -1  # in place of a cell: what follows is not finite
+
+
+def mix(*values: int) -> int:
+    """A 64-bit hash of integers, in order."""
+    h = 0x9E3779B97F4A7C15
+    for value in values:
+        h = ((h ^ (value & MASK)) * 0xBF58476D1CE4E5B9) & MASK
+        h ^= h >> 29
+    return h
+
+
+def cell(before: int, token: int, position: int) -> int:
+    return mix(before, token, position)
+
+
+class Draw(NamedTuple):
+    """What the fake model says after some cells."""
+
+    token: int
+    logprob: float
+    is_finite: bool
+
+
+def draw(
+    cells: list[int], line: list[int], bias: list[tuple[int, float]], banned: set[int]
+) -> Draw:
+    """cells: those that the last token sees."""
+    h = mix(*cells, *line, *(mix(token, int(value * 8)) for token, value in bias))
+    token = EOS if (h >> 8) % 16 == 0 else (h >> 16) % N_WORDS
+    if token in banned:
+        token = next(t for t in range(VOCAB_SIZE) if t not in banned)
+    is_finite = (h >> 44) % 128 != 0 and POISON not in cells
+    return Draw(token, -float((h >> 32) % 4096), is_finite)
+
+
+class Ending(NamedTuple):
+    """All that one sample must deliver."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    reason: str
+
+
+def oracle(
+    prompt: list[int], params: SamplingParams, seed: int, max_tokens: int, window: int | None
+) -> Ending:
+    """The tokens of one sample, computed alone and without any cache management."""
+    line = [int(np.float32(getattr(params, name)).view(np.int32)) for name in FLOAT_PARAMS]
+    line += [max(params.top_k, 0), int(np.uint32(seed).view(np.int32)), params.logprobs or 0]
+    line += [len(prompt), len(prompt) + params.min_tokens, bool(params.logit_bias)]
+    ending = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
+    bias = sorted((params.logit_bias or {}).items())
+    tokens, cells, logprobs = list(prompt), [], []
+    while True:
+        for position in range(len(cells), len(tokens)):
+            cells.append(cell(cells[-1] if cells else 0, tokens[position], position))
+        is_early = len(tokens) < len(prompt) + params.min_tokens
+        seen = cells[-(window or len(cells)) :]
+        token, logprob, is_finite = draw(seen, line, bias, ending if is_early else set())
+        if not is_finite:
+            return Ending(tokens[len(prompt) :], logprobs, "error")
+        tokens.append(token)
+        logprobs.append(logprob)
+        if token in ending:
+            return Ending(tokens[len(prompt) :], logprobs, "stop")
+        if len(tokens) == max_tokens:
+            return Ending(tokens[len(prompt) :], logprobs, "length")
+
+
+class Launched(NamedTuple):
+    """A dispatched step, with copies of the row tables as the device has them."""
+
+    number: int
+    batch: Batch
+    row_tables: tuple[np.ndarray, ...]
+
+
+class FakeRunner:
+    """The device of integers. It runs a step when its result is fetched: no earlier, in order.
+
+    `fail_next` ("dispatch" or "fetch") makes the next such call raise, once; `failed` is its batch.
+    `poison_next` makes one row of the next step that samples non-finite, once, and its newest cell
+    too; `poisoned` is its sequence.
+    """
+
+    def __init__(self, config: startup.ResolvedConfig, window: int | None = None):
+        assert window is None or window >= 2, "a cell is made from the one before"
+        self.window = window
+        self.block_size = config.block_size
+        self.n_rows = config.max_num_seqs
+        self.n_cells = config.num_kv_blocks * config.block_size
+        self.max_tokens = config.max_model_len
+        self.shapes = make_shapes(
+            smallest=1,
+            max_batched_tokens=config.max_num_batched_tokens,
+            max_seqs=self.n_rows,
+            table_width=config.table_width,
+            tile=1024,
+        )
+        self.n_dispatched = self.n_fetched = 0
+        self.log: list[tuple[str, int]] = []
+        self.fail_next: str | None = None
+        self.failed: Batch | None = None
+        self.poison_next = False
+        self.poisoned: Sequence | None = None
+        self.row_tables: tuple[np.ndarray, ...] = ()
+        self.reset()
+
+    def compile(self, tables, on_done) -> None:
+        self._upload(tables)
+        on_done(1, 1)
+
+    def reset(self) -> None:
+        """A new cache, full of junk."""
+        junk = mix(self.n_dispatched, 77)
+        self.cells = [mix(junk, i) for i in range(self.n_cells)]
+        self.token_ids = np.full((self.n_rows + 1, self.max_tokens), junk % 1000, np.int64)
+        self.in_flight: deque[Launched] = deque()
+
+    def dispatch(self, batch: Batch, tables) -> Launched:
+        assert len(self.in_flight) <= 1, "more than one step ahead"
+        self._check_layout(batch)
+        if tables.is_dirty:
+            self._upload(tables)
+        if self._fails("dispatch", batch):
+            raise RuntimeError("the dispatch failed")
+        launched = Launched(self.n_dispatched, batch, self.row_tables)
+        self.log.append(("dispatch", self.n_dispatched))
+        self.n_dispatched += 1
+        self.in_flight.append(launched)
+        return launched
+
+    def fetch(self, launched: Launched) -> StepResult:
+        assert self.in_flight.popleft() is launched, "fetched out of order"
+        self.log.append(("fetch", launched.number))
+        self.n_fetched += 1
+        if self._fails("fetch", launched.batch):
+            raise RuntimeError("the step failed")
+        return self._execute(launched)
+
+    def _fails(self, phase: str, batch: Batch) -> bool:
+        if self.fail_next != phase:
+            return False
+        self.fail_next, self.failed = None, batch
+        return True
+
+    def _upload(self, tables) -> None:
+        self.row_tables = tuple(a.copy() for a in (tables.bias_ids, tables.bias, tables.banned_ids))
+        tables.is_dirty = False
+
+    def _check_layout(self, batch: Batch) -> None:
+        """What every attention kernel is promised."""
+        part = unpack(batch.packed, batch.shape)
+        n_seqs, n_single, n_samples = part["counts"]
+        lengths = np.diff(part["cu_q_lens"])[:n_seqs]
+        total = part["cu_q_lens"][n_seqs]
+        assert 0 < total <= batch.shape.n_tokens, total
+        assert n_seqs <= self.n_rows, n_seqs
+        assert (lengths[:n_single] == 1).all(), "chunks of one token come first"
+        assert (lengths[n_single:] > 1).all(), lengths
+        slots = part["slots"][:total]
+        assert len(set(slots.tolist())) == total, "two tokens share a slot"
+        assert (slots >= self.block_size).all(), "scratch is written"
+        assert not part["slots"][total:].any(), "padding writes outside scratch"
+        assert n_samples == len(batch.sampled)
+
+    def _execute(self, step: Launched) -> StepResult:
+        part = unpack(step.batch.packed, step.batch.shape)
+        last: dict[int, list[int]] = {}  # a sequence's last token in the batch -> all its cells
+        for i in range(part["counts"][0]):
+            start, end = part["cu_q_lens"][i : i + 2].tolist()
+            p = np.arange(part["seq_lens"][i])
+            blocks = part["block_tables"][i, p // self.block_size]
+            slots = (blocks * self.block_size + p % self.block_size).tolist()
+            new = part["slots"][start:end].tolist()
+            assert slots[-len(new) :] == new, "slots and block table differ"
+            for t, slot in zip(range(start, end), new, strict=True):
+                self._write(part, t, slot, slots)
+            if self.poison_next and end - 1 in part["sample_tokens"][: len(step.batch.sampled)]:
+                i = part["sample_tokens"].tolist().index(end - 1)
+                self.poison_next, self.poisoned = False, step.batch.sampled[i]
+                self.cells[slots[-1]] = POISON
+            last[end - 1] = [self.cells[slot] for slot in slots]
+        return self._sample(part, last, step.row_tables)
+
+    def _write(self, part, t: int, slot: int, slots: list[int]) -> None:
+        """Computes the cell of token t of the batch from the cell before it."""
+        row, position = int(part["token_rows"][t]), int(part["positions"][t])
+        token = int(part["token_ids"][t])
+        if token == UNKNOWN:
+            token = int(self.token_ids[row, position])
+        self.token_ids[row, position] = token
+        self.cells[slot] = cell(self.cells[slots[position - 1]] if position else 0, token, position)
+
+    def _sample(self, part, last: dict[int, list[int]], row_tables) -> StepResult:
+        bias_ids, bias, banned_ids = row_tables
+        draws = []
+        for i in range(part["counts"][2]):
+            row, line = int(part["sample_rows"][i]), part["sample_params"][i].tolist()
+            cells = last[int(part["sample_tokens"][i])]
+            has_bias, min_total = line[-1], line[-2]
+            n_biased = np.count_nonzero(bias_ids[row] != UNKNOWN) if has_bias else 0
+            pairs = zip(bias_ids[row, :n_biased].tolist(), bias[row].tolist(), strict=False)
+            banned = set(banned_ids[row].tolist()) if len(cells) < min_total else set()
+            seen = cells[-(self.window or len(cells)) :]
+            draws.append(draw(seen, line, sorted(pairs), banned))
+            if len(cells) < self.max_tokens:
+                self.token_ids[row, len(cells)] = draws[-1].token
+        tokens, logprobs, is_finite = np.array(draws, float).reshape(-1, 3).T
+        ranks = np.arange(MAX_LOGPROBS)
+        top_ids = np.broadcast_to(ranks, (len(draws), MAX_LOGPROBS))
+        return StepResult(
+            tokens.astype(np.int32), logprobs, is_finite != 0, top_ids, logprobs[:, None] - ranks
+        )
+
+
+def fake_engine(*, window: int | None = None, **changes) -> Engine:
+    """An Engine on a FakeRunner, small unless told otherwise."""
+    sizes = {"max_model_len": 24, "block_size": 2, "num_kv_blocks": 9, "max_num_batched_tokens": 8}
+    sizes |= {"max_num_seqs": 4, "max_queued_requests": 1000} | changes
+    config = startup.ResolvedConfig(
+        model="fake", dtype="float32", memory_fraction=0.5, seed=ENGINE_SEED, **sizes
+    )
+    model_config = ModelConfig(
+        family="fake", vocab_size=VOCAB_SIZE, hidden_size=2, n_layers=1, n_heads=1, n_kv_heads=1,
+        head_dim=2, ffn_size=2, max_position=1024, eos_token_ids=(EOS,),
+        windows=(window,),
+    )  # fmt: skip
+    started = startup.Started(config, model_config, {}, FakeRunner(config, window))  # type: ignore
+    with mock.patch.object(startup, "start", return_value=started):
+        return Engine(config)
+
+
+class Sample:
+    """What one sample has delivered, beside what it must."""
+
+    def __init__(self, expected: Ending):
+        self.expected = expected
+        self.n_tokens = 0
+        self.end: str | None = None  # its terminal event's reason, or "quiet"
+        self.is_cancelled = False
+
+
+class Simulation:
+    """Drives an engine, and asserts after every act that all which it must keep true is true."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.runner: FakeRunner = engine._runner  # type: ignore
+        self.samples: dict[tuple[int, int], Sample] = {}
+        self.bound = 8  # steps that all requests so far may take
+        self.n_steps = 0
+        self.n_resets = self.n_poisoned = 0  # faults that happened
+        self.n_tokens = 0  # delivered
+        self.may_fail = True  # two failures in a row are not simulated
+        self.counters: dict[str, float] = {}
+
+    @property
+    def pool(self) -> BlockPool:
+        return self.engine._blocks.pool  # another one after a failed step
+
+    # Acts.
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> None:
+        n_open = self.engine._admission.n_open
+        try:
+            request_id = self.engine.submit(Request(prompt, params))
+        except QueueFull:
+            assert self.engine._admission.n_open == n_open > 0
+            return
+        bound = self.engine.max_total_tokens
+        total = bound if params.max_tokens is None else len(prompt) + params.max_tokens
+        for index, seed in enumerate(sample_seeds(ENGINE_SEED, request_id, params)):
+            self.samples[request_id, index] = Sample(
+                oracle(prompt, params, seed, total, self.runner.window)
+            )
+            self.bound += 4 * total + 8
+        self.check()
+
+    def cancel(self, request_id: int) -> None:
+        self.bound += 1
+        self.engine.cancel(request_id)
+        for key, sample in self.samples.items():
+            sample.is_cancelled |= key[0] == request_id
+        self.check()
+
+    def finish(self, request_id: int, index: int) -> None:
+        self.bound += 1
+        self.engine.finish(request_id, index)
+        sample = self.samples.get((request_id, index))
+        if sample and not sample.end and not sample.is_cancelled:
+            sample.end = "quiet"
+        self.check()
+
+    def fail_next(self, phase: str) -> None:
+        if self.may_fail:
+            self.runner.fail_next = phase
+            self.may_fail = False
+
+    def step(self) -> None:
+        """One step. Unless it fails, something is dispatched while work waits."""
+        live, running = list(self.engine._live.values()), self._running()
+        n_dispatched, n_fetched = self.runner.n_dispatched, self.runner.n_fetched
+        for output in self.engine.step():
+            self._receive(output)
+        self.n_steps += bool(live)
+        failed = self._check_faults()
+        for sample in self.samples.values():
+            assert sample.end or not sample.is_cancelled, "a cancelled sample goes on"
+        if not failed:
+            self.may_fail |= self.runner.n_fetched > n_fetched
+            is_idle = self.runner.n_dispatched == n_dispatched
+            still = [s for s in live if s.id in self.engine._live]
+            assert not (still and is_idle), "work waits and nothing was dispatched"
+            if running and running[0] in still:
+                assert running[0].row >= 0, "the oldest running sequence was preempted"
+        self.check()
+
+    def drain(self) -> None:
+        """Steps until all is done, in a bounded number of steps; then nothing may be held."""
+        while self.engine.has_work:
+            self.step()
+            assert self.n_steps <= self.bound, "more steps than the work is worth"
+            self.bound += self.runner.fail_next is not None
+        for key, sample in self.samples.items():
+            assert sample.end, f"sample {key} never ended"
+        pool, tables, admission = self.pool, self.engine._tables, self.engine._admission
+        assert pool.n_free == pool.n_usable, "blocks are held though all is done"
+        assert len(tables.free_rows) == tables.n_rows
+        assert admission.n_open == admission.n_queued_tokens == 0
+        assert self.engine.stats().n_generated_tokens == self.n_tokens
+
+    # What must hold.
+
+    def _receive(self, output: Output) -> None:
+        sample = self.samples[output.request_id, output.index]
+        expected = sample.expected
+        assert sample.end is None, f"event after the end: {output}"
+        if output.token_id is not None:
+            assert sample.n_tokens < len(expected.tokens), f"too many tokens: {output}"
+            assert output.token_id == expected.tokens[sample.n_tokens], (output, sample.n_tokens)
+            if output.logprobs:
+                assert output.logprobs.logprob == expected.logprobs[sample.n_tokens]
+                assert all(p == output.logprobs.logprob - i for i, p in output.logprobs.top)
+            sample.n_tokens += 1
+            self.n_tokens += 1
+        sample.end = output.finish_reason
+        is_complete = sample.n_tokens == len(expected.tokens)
+        if output.finish_reason in ("stop", "length"):
+            assert is_complete, output
+            assert output.finish_reason == expected.reason
+            assert output.token_id is not None
+        elif output.finish_reason == "abort":
+            assert sample.is_cancelled, output
+        elif output.finish_reason == "error":
+            assert output.error, output
+            is_its_own = is_complete and expected.reason == "error"
+            assert is_its_own or self._is_struck(output), output
+
+    def _is_struck(self, output: Output) -> bool:
+        """Whether a fault that this simulation caused has hit this sample."""
+        struck = list(self.runner.failed.sampled) if self.runner.failed else []
+        struck += [self.runner.poisoned] if self.runner.poisoned else []
+        return any((s.request_id, s.index) == (output.request_id, output.index) for s in struck)
+
+    def _check_faults(self) -> bool:
+        """Whether this step failed; those that a fault struck must have ended."""
+        failed, poisoned = self.runner.failed, self.runner.poisoned
+        self.runner.failed = self.runner.poisoned = None
+        for s in [*(failed.sampled if failed else ()), *([poisoned] if poisoned else ())]:
+            assert self.samples[s.request_id, s.index].end, "a sample that was struck goes on"
+        if failed:
+            self.n_resets += 1
+            assert not self._running(), "a sequence relies on the lost cache"
+        self.n_poisoned += bool(poisoned)
+        return bool(failed)
+
+    def _running(self):
+        return sorted((s for s in self.engine._live.values() if s.row >= 0), key=lambda s: s.id)
+
+    def check(self) -> None:
+        engine, running = self.engine, self._running()
+        self.pool.check()
+        self._check_blocks(running)
+        self._check_rows(running)
+        ids = list(engine._live)
+        assert ids == sorted(ids), "arrival order is lost"
+        for s in engine._live.values():
+            assert 0 <= s.n_cached < s.n_tokens < s.max_tokens, s
+            assert s.row >= 0 or (s.n_cached == 0 and not s.block_ids), "a waiting one holds blocks"
+            sample = self.samples[s.request_id, s.index]
+            assert engine._inbox or not sample.end, "it ended, but lives on"
+        stats = engine.stats()
+        assert stats.n_running == len(running)
+        assert stats.n_blocks_used == len({b for s in running for b in s.block_ids} - {0})
+        gauges = ("n_running", "n_waiting", "n_blocks_used")
+        counters = {k: v for k, v in stats.as_dict().items() if k not in gauges}
+        assert all(v >= self.counters.get(k, 0) for k, v in counters.items()), "a counter fell"
+        self.counters = counters
+
+    def _check_blocks(self, running) -> None:
+        pool, size, window = self.pool, self.engine._limits.block_size, self.runner.window
+        held = [b for s in running for b in s.block_ids[s.n_dropped :]]
+        for block in range(1, pool.n_blocks):
+            assert pool._ref[block] == held.count(block), f"reference count of block {block}"
+        for s in running:
+            assert len(s.block_ids) == math.ceil(s.n_cached / size), "blocks and counts differ"
+            n_checked = s.n_prompt + len(s.output_ids) - 1  # cells that led to finite logits
+            assert s.n_published * size <= n_checked, "unchecked cells are published"
+            assert not any(s.block_ids[: s.n_dropped]), "a dropped block is named"
+            assert 0 not in s.block_ids[s.n_dropped :], "scratch is held"
+            n_unseen = 0 if window is None else max(s.n_cached - window + 1, 0) // size
+            assert s.n_dropped <= n_unseen, "a block was dropped that is still seen"
+            if s.n_cached % size:
+                tail = s.block_ids[-1]
+                assert pool._ref[tail] == 1, "a block that will be written is shared"
+                assert tail not in pool._published, "a block that will be written is published"
+        for published in pool._published.values():
+            assert len(published.tokens) == 4 * size, "a partial block is published"
+
+    def _check_rows(self, running) -> None:
+        tables = self.engine._tables
+        rows = [s.row for s in running]
+        assert sorted(rows + tables.free_rows) == list(range(tables.n_rows)), "rows are lost"
+        for s in running:
+            line = tables.block_tables[s.row].tolist()
+            assert line[: len(s.block_ids)] == s.block_ids, "block table and blocks differ"
+            assert not any(line[len(s.block_ids) :]), "stale blocks in the table"

@@ -1,0 +1,461 @@
+"""The engine under random work keeps what it must keep, and each seeded bug is found."""
+
+import random
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from fastgen_jax.engine import engine as engine_module
+from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS, HostTables, unpack
+from fastgen_jax.engine.blocks import BlockPool
+from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.prefix import SequenceBlocks
+from fastgen_jax.engine.types import Request
+from fastgen_jax.sampling_params import SamplingParams
+from tests.engine.simulation import FakeRunner, Simulation, fake_engine
+
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+PARAMS = st.builds(
+    SamplingParams,
+    n=st.sampled_from([1, 1, 1, 2, 3]),
+    max_tokens=st.integers(1, 10),
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.sampled_from([None, 7]),
+    ignore_eos=st.booleans(),
+    stop_token_ids=st.sampled_from([(), (1,)]),
+    logprobs=st.sampled_from([None, 0, 3]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.5]),
+    logit_bias=st.sampled_from([None, None, {1: 2.0}, {0: -1.5, 3: 4.0}]),
+)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Random acts on an engine with a random small pool."""
+
+    @initialize(
+        n_blocks=st.integers(13, 20),
+        block_size=st.integers(2, 4),
+        budget=st.integers(3, 12),
+        n_seqs=st.integers(1, 6),
+        caching=st.booleans(),
+        window=st.sampled_from([None, None, 2, 3, 8]),
+    )
+    def start(self, n_blocks, block_size, budget, n_seqs, caching, window):
+        self.simulation = Simulation(
+            fake_engine(
+                num_kv_blocks=n_blocks,
+                block_size=block_size,
+                max_num_batched_tokens=max(budget, n_seqs),
+                max_num_seqs=n_seqs,
+                enable_prefix_caching=caching,
+                window=window,
+            )
+        )
+
+    @rule(prompt=PROMPTS, params=PARAMS)
+    def submit(self, prompt, params):
+        self.simulation.submit(prompt, params)
+
+    @rule(data=st.data())
+    def cancel(self, data):
+        n_requests = 1 + max((key[0] for key in self.simulation.samples), default=0)
+        self.simulation.cancel(data.draw(st.integers(0, n_requests)))  # one of them is unknown
+
+    @precondition(lambda self: self.simulation.samples)
+    @rule(data=st.data())
+    def finish(self, data):
+        self.simulation.finish(*data.draw(st.sampled_from(list(self.simulation.samples))))
+
+    @rule(n=st.integers(1, 6))
+    def step(self, n):
+        for _ in range(n):
+            self.simulation.step()
+
+    @precondition(lambda self: self.simulation.may_fail)
+    @rule(phase=st.sampled_from(["dispatch", "fetch"]))
+    def fail_next(self, phase):
+        self.simulation.fail_next(phase)
+
+    @rule()
+    def poison_next(self):
+        self.simulation.runner.poison_next = True
+
+    @rule()
+    def drain(self):
+        self.simulation.drain()
+
+    def teardown(self):
+        if hasattr(self, "simulation"):
+            self.simulation.drain()
+
+
+EngineMachine.TestCase.settings = settings(
+    max_examples=50, stateful_step_count=50, deadline=None, report_multiple_bugs=False
+)
+test_random_work_keeps_the_invariants = EngineMachine.TestCase
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    max_tokens = rng.randint(1, 10)
+    return SamplingParams(
+        n=rng.choice([1, 1, 1, 2, 3]),
+        max_tokens=max_tokens,
+        min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.3 else 0,
+        temperature=rng.choice([0.0, 1.0]),
+        seed=rng.choice([None, 7]),
+        ignore_eos=rng.random() < 0.3,
+        stop_token_ids=rng.choice([(), (1,)]),
+        logprobs=rng.choice([None, 0, 3]),
+        repetition_penalty=rng.choice([1.0, 1.0, 1.0, 1.5]),
+        logit_bias=rng.choice([None, None, {1: 2.0}, {0: -1.5, 3: 4.0}]),
+    )
+
+
+def simulate(seed: int, n_acts: int = 150, n_faults: float = 0.02, **sizes) -> Simulation:
+    """Random acts, then the rest of the work: as the machine, but the same each time and faster."""
+    rng = random.Random(seed)
+    simulation = Simulation(fake_engine(**{"num_kv_blocks": 12} | sizes))
+    for _ in range(n_acts):
+        act = rng.random()
+        if act < 0.3:
+            prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 12))]
+            simulation.submit(prompt, random_params(rng))
+        elif act < 0.4 and simulation.samples:
+            key = rng.choice(list(simulation.samples))
+            simulation.cancel(key[0]) if act < 0.36 else simulation.finish(*key)
+        else:
+            if rng.random() < n_faults:
+                simulation.fail_next(rng.choice(["dispatch", "fetch"]))
+            simulation.runner.poison_next |= rng.random() < n_faults
+            simulation.step()
+    simulation.drain()
+    return simulation
+
+
+def test_simulation_meets_every_event():
+    runs = [simulate(seed, n_acts=300, window=(None, 5)[seed % 2]) for seed in range(4)]
+    stats = [run.engine.stats() for run in runs]
+    assert sum(s.n_preemptions for s in stats) > 5
+    assert sum(s.n_prefix_hits for s in stats) > 50
+    assert sum(run.n_resets for run in runs) > 2
+    assert sum(run.n_poisoned for run in runs) > 2
+    ends = {sample.end for run in runs for sample in run.samples.values()}
+    assert ends == {"stop", "length", "abort", "error", "quiet"}
+
+
+def start(prompts, *, max_tokens=8, n=1, **sizes) -> Simulation:
+    """A simulation with these prompts submitted and nothing run."""
+    simulation = Simulation(fake_engine(**sizes))
+    for prompt in prompts:
+        submit(simulation, prompt, max_tokens=max_tokens, n=n)
+    return simulation
+
+
+def submit(simulation, prompt, **params):
+    simulation.submit(prompt, SamplingParams(ignore_eos=True, seed=0, **params))
+
+
+def test_preempted_samples_deliver_the_same_tokens():
+    prompts = [[i & 1, i >> 1 & 1, i >> 2 & 1, 1, 0, 1] for i in range(10)]
+    simulation = start(prompts, max_num_seqs=6, num_kv_blocks=9)
+    simulation.drain()
+    stats = simulation.engine.stats()
+    assert stats.n_preemptions > 3
+    assert stats.n_prompt_tokens == sum(len(prompt) for prompt in prompts)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_blocks_behind_the_window_are_given_back(caching):
+    sizes = {"num_kv_blocks": 13, "enable_prefix_caching": caching}
+    simulation = start([[0, 1, 1]], max_tokens=20, window=5, **sizes)
+    n_held = []
+    while simulation.engine.has_work:
+        simulation.step()
+        n_held.append(simulation.engine.stats().n_blocks_used)
+    assert max(n_held) == 3  # five tokens lie in up to three blocks of two cells
+    assert simulation.n_tokens == 20
+
+
+def test_pool_for_one_serves_the_longest_request_beside_others():
+    simulation = start([[0] * 6, [1] * 6, [0, 1] * 3], max_tokens=10, num_kv_blocks=9)
+    assert simulation.engine.max_total_tokens == 16
+    simulation.drain()
+    assert simulation.engine.stats().n_preemptions > 0
+
+
+def test_waiting_prefixes_do_not_starve_what_runs():
+    simulation = start([[1, 1, 1, 1]], max_tokens=4, num_kv_blocks=5)
+    simulation.drain()  # two of four blocks stay cached
+    submit(simulation, [0, 0, 0, 0], max_tokens=2)
+    simulation.step()
+    submit(simulation, [1, 1, 1, 1, 0], max_tokens=1)  # holds them, and the other needs one
+    simulation.drain()
+    assert simulation.engine.stats().n_preemptions == 0
+
+
+def test_next_step_is_dispatched_before_the_last_one_is_fetched():
+    simulation = start([[0, 1, 0]], max_tokens=3)
+    simulation.drain()
+    steps = [f"{phase} {number}" for phase, number in simulation.runner.log]
+    assert steps == ["dispatch 0", "dispatch 1", "fetch 0", "dispatch 2", "fetch 1", "fetch 2"]
+
+
+def test_equal_prompts_share_blocks_once_the_first_has_run():
+    simulation = start([[0, 1] * 4])
+    simulation.drain()
+    submit(simulation, [0, 1] * 4, max_tokens=4)
+    simulation.drain()
+    assert simulation.engine.stats().n_prefix_hits == 6  # all but the block of the last token
+
+
+@pytest.mark.parametrize("n_steps", range(6))
+def test_cancel_in_any_phase_ends_a_request_once(n_steps):
+    simulation = start([[0, 1] * 7, [1] * 3], max_tokens=8, n=2, num_kv_blocks=12)
+    for _ in range(n_steps):
+        simulation.step()
+    for request_id in (0, 0, 99):
+        simulation.cancel(request_id)
+    simulation.step()
+    assert [simulation.samples[0, i].end for i in range(2)] == ["abort", "abort"]
+    simulation.cancel(0)
+    simulation.drain()
+
+
+def test_finish_ends_one_sample_quietly():
+    simulation = start([[0, 1, 0]], n=3)
+    for _ in range(3):
+        simulation.step()
+    simulation.finish(0, 1)
+    simulation.finish(0, 1)
+    simulation.drain()
+    assert [simulation.samples[0, i].end for i in range(3)] != 3 * ["quiet"]
+    assert simulation.samples[0, 1].end == "quiet"
+
+
+def test_non_finite_row_ends_only_its_sample():
+    simulation = start([[0, 1], [1, 0, 1], [1, 1, 0]], max_tokens=6)
+    simulation.step()
+    simulation.runner.poison_next = True
+    simulation.drain()
+    assert simulation.n_poisoned == 1
+    ends = [sample.end for sample in simulation.samples.values()]
+    assert ends == ["error", "length", "length"]
+
+
+def test_cells_of_a_non_finite_step_are_not_cached():
+    simulation = start([[0, 1, 1]], num_kv_blocks=12)
+    simulation.step()
+    simulation.step()
+    simulation.runner.poison_next = True  # the cell of token 3 fills block 1
+    simulation.step()
+    simulation.drain()
+    expected = simulation.samples[0, 0].expected.tokens
+    submit(simulation, [0, 1, 1, *expected[:3]], max_tokens=2)
+    simulation.drain()
+    assert simulation.n_poisoned == 1
+    assert simulation.samples[1, 0].end == "length"
+
+
+@pytest.mark.parametrize("phase", ["dispatch", "fetch"])
+@pytest.mark.parametrize("max_tokens", [1, 2, 8])
+@pytest.mark.parametrize("n_steps", range(5))
+def test_failed_step_ends_only_its_samples(phase, max_tokens, n_steps):
+    simulation = start([[0, 1, 0], [1] * 9, [0] * 9], max_tokens=max_tokens, num_kv_blocks=20)
+    for _ in range(n_steps):
+        simulation.step()
+    simulation.fail_next(phase)
+    submit(simulation, [1, 0], max_tokens=3)
+    simulation.drain()
+    assert simulation.n_resets == 1
+
+
+@pytest.mark.parametrize("phase", ["dispatch", "fetch"])
+def test_engine_gives_up_when_every_step_fails(phase):
+    engine = fake_engine()
+    runner: FakeRunner = engine._runner  # type: ignore
+    engine.submit_all([Request([0] * 12, SamplingParams(max_tokens=4))] * 20)
+
+    def step_until_it_raises():
+        for _ in range(30):
+            runner.fail_next = phase
+            engine.step()
+
+    with pytest.raises(RuntimeError, match="failed"):
+        step_until_it_raises()
+
+
+def test_stats_count_waiting_samples():
+    simulation = start([[0, 1]] * 2, n=4)
+    simulation.step()
+    stats = simulation.engine.stats()
+    assert (stats.n_running, stats.n_waiting) == (4, 4)
+
+
+def test_request_that_meets_a_stopping_engine_is_not_lost(monkeypatch):
+    engine, outputs = fake_engine(), []
+    stopper = threading.Thread(target=engine.run, args=(outputs.extend,))
+    enter = engine._admission.enter
+
+    def enter_and_stop(requests):
+        enter(requests)
+        engine.stop()
+        stopper.start()
+        stopper.join(0.2)  # it may wait for the submit to end
+
+    monkeypatch.setattr(engine._admission, "enter", enter_and_stop)
+    request_id = engine.submit(Request([0, 1], SamplingParams(max_tokens=4)))
+    stopper.join(10)
+    assert [(o.request_id, o.finish_reason) for o in outputs] == [(request_id, "abort")]
+
+
+# Seeded bugs: each replaces one function, which it is given first, by a broken one.
+
+BUGS = []
+
+
+def bug(owner, name):
+    def register(broken):
+        BUGS.append(pytest.param(owner, name, broken, id=broken.__name__))
+        return broken
+
+    return register
+
+
+@bug(Engine, "_end")
+def cancelled_sequence_keeps_its_blocks(original, engine, sequence, reason):
+    if reason == "abort":
+        sequence.block_ids = []
+    original(engine, sequence, reason)
+
+
+@bug(Engine, "cancel")
+def prefilling_request_cannot_be_cancelled(original, engine, request_id):
+    if all(s.output_ids for s in engine._requests.get(request_id, ())):
+        original(engine, request_id)
+
+
+@bug(SequenceBlocks, "forget")
+def blocks_are_released_twice(original, blocks, sequence):
+    held = list(sequence.block_ids)
+    original(blocks, sequence)
+    blocks.pool.release([b for b in held if blocks.pool._ref[b]])
+
+
+@bug(SequenceBlocks, "forget")
+def preempted_sequence_keeps_its_count(original, blocks, sequence):
+    n_cached = sequence.n_cached
+    original(blocks, sequence)
+    sequence.n_cached = n_cached
+
+
+@bug(Engine, "_plan")
+def preempted_sequence_goes_to_the_tail(original, engine):
+    plan = original(engine)
+    for s in plan.preempted:
+        engine._live[s.id] = engine._live.pop(s.id)
+    return plan
+
+
+@bug(SequenceBlocks, "publish")
+def half_filled_block_is_published(original, blocks, sequence):
+    original(blocks, sequence)
+    if sequence.n_cached % 2:
+        blocks.pool.publish(sequence.block_ids[-1], blocks.pool.match([])[1], bytes(8))
+
+
+@bug(BlockPool, "publish")
+def prefix_forgets_what_came_before(original, pool, block, parent, tokens):
+    return original(pool, block, pool.match([])[1], tokens)
+
+
+@bug(BlockPool, "match")
+def matched_blocks_are_not_held(original, pool, tokens):
+    blocks, prefix = original(pool, tokens)
+    pool.release(blocks)
+    return blocks, prefix
+
+
+@bug(Engine, "_recover")
+def old_cache_survives_a_reset(original, engine, *args):
+    blocks = engine._blocks
+    original(engine, *args)
+    engine._blocks = blocks
+
+
+@bug(Engine, "_commit")
+def token_is_delivered_twice(original, engine, step, outputs):
+    n = len(outputs)
+    original(engine, step, outputs)
+    outputs += [o for o in outputs[n:] if not o.finish_reason][:1]
+
+
+@bug(engine_module, "Sequence")
+def one_token_too_many_is_generated(original, **fields):
+    return original(**fields | {"max_tokens": fields["max_tokens"] + 1})
+
+
+@bug(engine_module, "sample_seeds")
+def samples_share_a_seed(original, engine_seed, request_id, params):
+    return original(engine_seed, request_id, params)[:1] * params.n
+
+
+@bug(engine_module, "schedule")
+def one_block_too_few_is_taken(original, *args):
+    plan = original(*args)
+    chunks = [c._replace(n_blocks=max(c.n_blocks - 1, 0)) for c in plan.chunks]
+    return plan._replace(chunks=chunks)
+
+
+@bug(engine_module, "schedule")
+def chunk_runs_past_the_known_tokens(original, *args):
+    plan = original(*args)
+    chunks = [c._replace(n_new=c.n_new + 1) if c.n_new > 1 else c for c in plan.chunks]
+    return plan._replace(chunks=chunks)
+
+
+@bug(engine_module, "pack")
+def seed_is_the_row(original, *args):
+    batch = original(*args)
+    part = unpack(batch.packed, batch.shape)
+    column = len(FLOAT_PARAMS) + INT_PARAMS.index("seed")
+    part["sample_params"][:, column] = part["sample_rows"]
+    return batch
+
+
+@bug(HostTables, "extend")
+def table_line_is_stale(original, tables, sequence, blocks):
+    line = tables.block_tables[sequence.row].copy()
+    original(tables, sequence, blocks)
+    tables.block_tables[sequence.row] = line
+
+
+@bug(HostTables, "leave")
+def row_is_never_returned(original, tables, sequence):
+    sequence.row = -1
+
+
+@bug(FakeRunner, "fetch")
+def non_finite_row_is_ignored(original, runner, launched):
+    result = original(runner, launched)
+    return result._replace(is_finite=np.ones(len(result.is_finite), bool))
+
+
+@pytest.mark.parametrize(("owner", "name", "broken"), BUGS)
+def test_seeded_bug_is_found(monkeypatch, owner, name, broken):
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: broken(original, *args, **kwargs))
+    with pytest.raises((AssertionError, LookupError, ValueError, StopIteration)):
+        simulate_many()
+
+
+def test_simulation_without_a_bug_is_silent():
+    simulate_many()
+
+
+def simulate_many() -> None:
+    for seed in range(12):
+        simulate(seed)

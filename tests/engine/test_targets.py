@@ -1,0 +1,156 @@
+"""Whole engine steps of Llama models, compiled by the real compilers for absent accelerators."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from fastgen_jax.checkpoints.loading import abstract_model, flat_params
+from fastgen_jax.engine.batch import MAX_BANNED, Shape, packed_size
+from fastgen_jax.engine.runner import DeviceState, Program, step
+from fastgen_jax.engine.startup import BACKENDS
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.layers import Policy
+from fastgen_jax.models.sharding import cache_sharding, parameter_sharding
+from fastgen_jax.sampling_params import MAX_LOGIT_BIAS
+from pallas_kernels import cache_shape, plan_sizes
+from tests import targets
+
+# Newer versions of jax give it when a program is lowered.
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated"),
+]
+
+LLAMA_3_8B = ModelConfig(
+    family="llama",
+    vocab_size=128256,
+    hidden_size=4096,
+    n_layers=32,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    ffn_size=14336,
+    max_position=8192,
+)
+LLAMA_2_7B = dataclasses.replace(
+    LLAMA_3_8B, vocab_size=32000, n_kv_heads=32, ffn_size=11008, max_position=4096
+)
+SMALL = dataclasses.replace(LLAMA_2_7B, hidden_size=1024, n_layers=2, n_heads=8, n_kv_heads=4)
+N_TOKENS, N_SEQS = 768, 256
+
+
+def make_target(chip: str, n_devices: int = 1) -> targets.Target:
+    make = targets.gpu_target if chip in targets.GPUS else targets.tpu_target
+    return make(chip, n_devices)
+
+
+def compile_step(
+    config: ModelConfig,
+    target: targets.Target,
+    *,
+    attention: str = "",
+    cache_bytes: int = 1 << 30,
+):
+    """The compiled step in bfloat16 with the engine's sizes, and its cache's bytes on a device.
+
+    attention: a backend's name; by default that of the platform.
+    cache_bytes: about as many on each device.
+    """
+    backend = BACKENDS["gpu" if target.platform == "cuda" else "tpu"]
+    attention = attention or backend.attention
+    mesh, n_devices = target.mesh, target.mesh.size
+    n_kv_heads, width = config.n_kv_heads // n_devices, config.max_position // backend.block_size
+    plan = plan_sizes(
+        attention,
+        n_tokens=N_TOKENS,
+        n_seqs=N_SEQS,
+        n_heads=config.n_heads // n_devices,
+        n_kv_heads=n_kv_heads,
+        head_size=config.head_dim,
+        max_context=config.max_position,
+    )
+    shape = Shape(N_TOKENS, N_SEQS, width, plan)
+    model = abstract_model(config, Policy("bfloat16", "bfloat16", mesh))
+    leaves, treedef = jax.tree.flatten(nnx.split(model)[1])
+    placed = tuple(
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(path, mesh))
+        for path, leaf in zip(flat_params(model), leaves, strict=True)
+    )
+    program = Program(nnx.split(model)[0], treedef, attention, mesh, backend.sample_tile)
+    block_bytes = 2 * config.n_layers * 2 * n_kv_heads * backend.block_size * config.head_dim
+    own = cache_shape(
+        attention,
+        n_blocks=cache_bytes // block_bytes,
+        n_kv_heads=n_kv_heads,
+        block_size=backend.block_size,
+        head_size=config.head_dim,
+    )
+    cache = jax.ShapeDtypeStruct(
+        (own[0], config.n_kv_heads, *own[2:]), jnp.bfloat16, sharding=cache_sharding(mesh)
+    )
+    compiled = target.compile(
+        functools.partial(step.__wrapped__, program=program, shape=shape),
+        placed,
+        DeviceState(
+            (cache,) * config.n_layers,
+            jax.ShapeDtypeStruct((N_SEQS + 1, config.max_position), jnp.int32),
+        ),
+        jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32),
+        (
+            jax.ShapeDtypeStruct((N_SEQS, MAX_LOGIT_BIAS), jnp.int32),
+            jax.ShapeDtypeStruct((N_SEQS, MAX_LOGIT_BIAS), jnp.float32),
+            jax.ShapeDtypeStruct((N_SEQS, MAX_BANNED), jnp.int32),
+        ),
+        donate_argnums=(1,),
+    )
+    return compiled, own[0] * block_bytes
+
+
+# Model, chip, devices, GiB of cache on each: as a user would serve it.
+WHOLE_STEPS = [
+    pytest.param(LLAMA_3_8B, "v6e", 1, 8, id="Llama-3-8B-v6e"),
+    pytest.param(LLAMA_2_7B, "v5e", 4, 8, id="Llama-2-7B-2x2-v5e"),
+    pytest.param(LLAMA_3_8B, "h100", 8, 32, id="Llama-3-8B-8-h100"),
+    pytest.param(LLAMA_2_7B, "h100", 1, 32, id="Llama-2-7B-h100"),
+]
+
+
+@pytest.mark.parametrize(("config", "chip", "n_devices", "cache_gib"), WHOLE_STEPS)
+def test_whole_step_never_copies_a_layers_cache(config, chip, n_devices, cache_gib):
+    target = make_target(chip, n_devices)
+    compiled, cache_bytes = compile_step(config, target, cache_bytes=cache_gib << 30)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    logits, ffn = 4 * N_SEQS * config.vocab_size, 4 * N_TOKENS * config.ffn_size
+    # Sampling sorts logits. With a copy of one layer's cache, each of these would be over it.
+    assert memory.temp_size_in_bytes < 6 * logits + 3 * ffn
+
+
+@pytest.mark.parametrize("chip", ["v5e", "h100"])
+def test_temporaries_of_a_step_do_not_grow_with_the_cache(chip):
+    steps = [
+        compile_step(SMALL, make_target(chip), attention="xla", cache_bytes=size << 20)
+        for size in (64, 1024)
+    ]
+    small, large = (compiled.memory_analysis() for compiled, _ in steps)
+    cache_bytes = steps[1][1]
+    assert large.alias_size_in_bytes >= cache_bytes
+    assert large.temp_size_in_bytes - small.temp_size_in_bytes < 0.01 * cache_bytes
+
+
+@pytest.mark.parametrize(("chip", "n_devices"), [("v5e", 4), ("h100", 4)])
+def test_tensor_parallel_step_sums_twice_a_layer_and_moves_no_cache(chip, n_devices):
+    text = compile_step(SMALL, make_target(chip, n_devices))[0].as_text()
+    moved = [line for line in text.splitlines() if re.search(targets.COLLECTIVE, line)]
+    sums = [line for line in moved if f"[{N_TOKENS},{SMALL.hidden_size}]" in line]
+    assert len(sums) == 2 * SMALL.n_layers
+    # All else belongs to sampling, whose rows of logits are split by the vocabulary.
+    others = [line for line in moved if line not in sums]
+    assert not [line for line in others if "op_name=" in line and "/sample/" not in line]
+    whole_cache = rf"\[\d+,{SMALL.n_kv_heads},2,"
+    assert not re.search(whole_cache, text)

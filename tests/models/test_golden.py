@@ -1,0 +1,85 @@
+"""The model and the engine against what Hugging Face computes; see tests/golden/make_golden.py."""
+
+import dataclasses
+import json
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from fastgen_jax.checkpoints.tensor_files import read_json
+from fastgen_jax.engine import startup
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.types import Request
+from fastgen_jax.models import families
+from fastgen_jax.sampling_params import SamplingParams
+from tests.tiny import Naive, run, tokens
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+OLD_FORM = sorted(path.parent.name for path in GOLDEN.glob("*/config.old.json"))
+OPTIONS = {"max_model_len": 256, "block_size": 8, "max_num_batched_tokens": 23, "max_num_seqs": 4}
+TOLERANCE = 2e-4  # of float32 logits around 2; Hugging Face's own rounding is 7e-5
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def golden(name):
+    with np.load(GOLDEN / name / "golden.npz", allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def engine(name):
+    """With a program of one size only, which compiles sooner."""
+    cpu = dataclasses.replace(
+        startup.BACKENDS["cpu"], smallest_batch=OPTIONS["max_num_batched_tokens"]
+    )
+    config = EngineConfig(model=str(GOLDEN / name), dtype="float32", num_kv_blocks=64, **OPTIONS)
+    with mock.patch.dict(startup.BACKENDS, cpu=cpu):
+        return Engine(config)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def test_goldens_cover_what_llama_checkpoints_use():
+    configs = [json.loads((GOLDEN / name / "config.json").read_text()) for name in NAMES]
+    configs = [config for config in configs if config["model_type"] == "llama"]
+    kinds = {config["rope_parameters"]["rope_type"] for config in configs}
+    assert kinds == {"default", "linear", "dynamic", "yarn", "llama3"}
+    assert set(OLD_FORM) >= kinds - {"default"}
+    assert {config["tie_word_embeddings"] for config in configs} == {True, False}
+    assert {config["mlp_bias"] for config in configs} == {True, False}
+
+
+def test_logits_of_every_token_equal_hugging_face(golden, engine):
+    known = np.concatenate([golden["prompt_ids"], golden["greedy_ids"][:-1]])
+    logits = Naive(engine, length=len(known)).logits(known)
+    assert np.abs(logits - golden["logits"]).max() <= TOLERANCE
+
+
+def test_tokens_and_logprobs_in_small_chunks_equal_hugging_face(golden, engine):
+    n_new = len(golden["greedy_ids"])
+    params = SamplingParams(max_tokens=n_new, temperature=0.0, ignore_eos=True, logprobs=20)
+    (outputs,) = run(engine, [Request(golden["prompt_ids"].tolist(), params)])
+    assert tokens(outputs) == golden["greedy_ids"].tolist()
+    for output, expected in zip(outputs, log_softmax(golden["logits"][-n_new:]), strict=True):
+        assert len(output.logprobs.top) == 20
+        for token, logprob in output.logprobs.top:
+            assert abs(logprob - expected[token]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("folder", OLD_FORM)
+def test_rope_in_the_form_of_transformers_4_reads_alike(folder):
+    new, old = (read_json(GOLDEN / folder / f"config{v}.json") for v in ("", ".old"))
+    assert "rope_parameters" not in old
+    assert families.family("llama").config(old) == families.family("llama").config(new)

@@ -1,0 +1,422 @@
+"""Kernels with one bug seeded must not match the oracle: what the attention cases can find.
+
+A mutant is a kernel whose source has one fragment replaced; the fragment must occur exactly once,
+so a kernel that changes takes its mutants along. On TPU the simulator may tell before the oracle,
+and where its copies are eager, results are right and it alone can.
+"""
+
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from jax.errors import JaxRuntimeError
+
+import pallas_kernels
+from tests.pallas_kernels.attention_cases import (
+    MODULES,
+    Case,
+    Complaint,
+    Implementation,
+    Mismatch,
+    check,
+    implementation,
+    is_present,
+    prepared,
+)
+
+SOURCES = Path(pallas_kernels.__file__).parent
+QUANTIZED = ("float32", "int8")
+CASES = {
+    # Few and sharp: float32 products, many features at once, contexts of several tiles, with ALiBi
+    # so that each tile outweighs the one before.
+    "mixed": Case(QUANTIZED, (6, 2), 64, window=40, soft_cap=2.0, alibi=True, sinks=True),
+    "long": Case(QUANTIZED, (6, 2), 64, alibi=True, sinks=True, kind="multi-token decodes"),
+    "tpu": Case(heads=(2, 1), window=200, soft_cap=2.0, alibi=True, sinks=True),
+    "tpu heads": Case(heads=(4, 2), alibi=True),
+    "tpu scales": Case(QUANTIZED, (2, 1), window=40, sinks=True),
+    "decodes": Case(QUANTIZED, (6, 2), 64, alibi=True, sinks=True, kind="decodes"),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: `old` becomes `new` in the file, and the case tells.
+
+    error, message: what it tells with; by default wrong results or a complaint of any kind.
+    tiles: sizes of TPU's small tiles, by name; is_eager: see `attention_cases.implementation`.
+    """
+
+    name: str
+    file: str  # of pallas_kernels
+    old: str = "def ragged_paged_attention("  # by default no bug at all
+    new: str = "def ragged_paged_attention("
+    case: str = "mixed"
+    error: type[Exception] | tuple[type[Exception], ...] = (Mismatch, Complaint)
+    message: str | None = None
+    tiles: Mapping[str, int] = field(default_factory=dict)
+    is_eager: bool = False
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "_")
+
+    @property
+    def implementation(self) -> str:
+        return {"xla": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}[self.file[:3]]
+
+    def source(self) -> str:
+        text = (SOURCES / self.file).read_text()
+        assert text.count(self.old) == 1, f"{self.old!r} occurs {text.count(self.old)} times"
+        return text.replace(self.old, self.new)
+
+
+@contextmanager
+def _fresh_modules(entry: str) -> Iterator[None]:
+    """Inside, the entry and its folder are imported anew, but for the host's plan, whose class the
+    kernels ask for; then they are restored.
+    """
+    folder = entry.removesuffix("attention")
+
+    def forget() -> dict[str, types.ModuleType]:
+        names = [n for n in sys.modules if n.startswith(folder) and not n.endswith(".plan")]
+        forgotten = {name: sys.modules.pop(name) for name in names}
+        for name in names:
+            delattr(*_place(name))
+        return forgotten
+
+    before = forget()
+    try:
+        yield
+    finally:
+        forget()
+        for name, module in before.items():
+            sys.modules[name] = module
+            setattr(*_place(name), module)
+
+
+def _place(name: str) -> tuple[types.ModuleType, str]:
+    """The package of a module, and its name there."""
+    package, _, leaf = name.rpartition(".")
+    return sys.modules[package], leaf
+
+
+def breed(mutant: Mutant) -> Implementation:
+    """The implementation with the mutant's bug."""
+    entry = MODULES[mutant.implementation]
+    with _fresh_modules(entry):
+        name = f"pallas_kernels.{mutant.file.removesuffix('.py').replace('/', '.')}"
+        module = types.ModuleType(name)
+        sys.modules[name] = module
+        setattr(*_place(name), module)
+        exec(compile(mutant.source(), str(SOURCES / mutant.file), "exec"), vars(module))
+        function = importlib.import_module(entry).ragged_paged_attention
+    return implementation(mutant.implementation, function, is_eager=mutant.is_eager, **mutant.tiles)
+
+
+def run(tested: Implementation, name: str) -> None:
+    case = tested.fit(CASES[name])
+    batch, want = prepared(case)
+    check(case, batch, tested(case, batch), want)
+
+
+XLA = functools.partial(Mutant, file="xla.py")
+TILE = functools.partial(Mutant, file="gpu/tile.py")
+GPU = functools.partial(Mutant, file="gpu/attention.py")
+XLA_MUTANTS = [
+    XLA("a token sees the next one", old="(distance <= 0)", new="(distance <= 1)"),
+    XLA(
+        "the window is one too wide",
+        old="visible &= distance > -spec.window",
+        new="visible &= distance >= -spec.window",
+    ),
+    XLA(
+        "a chunk's sum is not rescaled",
+        old="acc = a.acc * shrink[..., None]",
+        new="acc = a.acc",
+        case="long",
+    ),
+    XLA(
+        "a single's sum is not rescaled",
+        old="(state.acc * shrink[..., None]).at",
+        new="state.acc.at",
+        case="decodes",
+    ),
+    XLA(
+        "keys get the values' scales",
+        old="scores * scales.keys[",
+        new="scores * scales.values[",
+    ),
+    XLA(
+        "scales of unused cells leak",
+        old="jnp.where(is_cached[:, None], scales.values, 0.0)",
+        new="scales.values",
+    ),
+    XLA(
+        "the soft cap comes after the mask",
+        old="    top = scores.max(-1)\n",
+        new="    scores = 2 * jnp.tanh(scores / 2)\n    top = scores.max(-1)\n",
+    ),
+    XLA("ALiBi has the wrong sign", old="scores + batch.slopes", new="scores - batch.slopes"),
+    XLA(
+        "sinks are not in the sum",
+        old="Softmax(acc, top, jnp.ones(shape[:-1]))",
+        new="Softmax(acc, top, jnp.zeros(shape[:-1]))",
+    ),
+    XLA(
+        "the last partial tile is missed",
+        old="last = -(-jnp.minimum(start + n_queries - stop + seq_len, seq_len) // n_keys)",
+        new="last = jnp.minimum(start + n_queries - stop + seq_len, seq_len) // n_keys",
+    ),
+    XLA(
+        "tokens are written one cell on",
+        old="slots[:, None] % n_cells",
+        new="(slots[:, None] + 1) % n_cells",
+    ),
+    XLA(
+        "a tile is loaded from the tile before",
+        old="return _merge(state, Softmax(*(x[0] for x in part))), plan(j + 1)",
+        new="return _merge(state, Softmax(*(x[0] for x in part))), plan(j)",
+        case="long",
+    ),
+]
+GPU_MUTANTS = [
+    TILE(
+        "a token sees the next one",
+        old="is_cached[None, :] & (distance <= 0)",
+        new="is_cached[None, :] & (distance <= 1)",
+    ),
+    TILE(
+        "the window is one too wide",
+        old="visible &= distance > -spec.window",
+        new="visible &= distance >= -spec.window",
+    ),
+    TILE(
+        "the sum is not rescaled",
+        old="tuple(a * shrink[:, None] + _dot(",
+        new="tuple(a + _dot(",
+        case="long",
+    ),
+    TILE(
+        "values get the keys' scales",
+        old="weights = weights * value_scales[None, :]",
+        new="weights = weights * key_scales[None, :]",
+    ),
+    TILE("ALiBi has the wrong sign", old="scores + queries.slopes", new="scores - queries.slopes"),
+    TILE(
+        "the soft cap is half as strong",
+        old="spec.soft_cap * LOG2_E",
+        new="0.5 * spec.soft_cap * LOG2_E",
+    ),
+    TILE(
+        "every part of a split adds the sink",
+        old="has_sink = item.split == 0",
+        new="has_sink = item.split >= 0",
+        case="decodes",
+    ),
+    TILE("a tile has a token too many", old="tile_token < n_tokens", new="tile_token <= n_tokens"),
+    TILE(
+        "a tile is loaded from the tile before",
+        old="blocks = _blocks(layout, inputs.tables, item, j + 1)",
+        new="blocks = _blocks(layout, inputs.tables, item, j)",
+        case="long",
+    ),
+    GPU(
+        "the last partial tile is missed",
+        old="span = first_tile(layout, item), pl.cdiv(item.kv_end, layout.block_n)",
+        new="span = first_tile(layout, item), lax.div(item.kv_end, jnp.int32(layout.block_n))",
+        case="decodes",
+    ),
+    GPU(
+        "a tile behind the diagonal is not masked",
+        old="diagonal = lax.div(item.position + 1, jnp.int32(block_n))",
+        new="diagonal = pl.cdiv(item.position + 1, block_n)",
+    ),
+    GPU(
+        "a tile at the window's edge is not masked",
+        old="jnp.minimum(pl.cdiv(behind, block_n), last)",
+        new="jnp.minimum(lax.div(behind, jnp.int32(block_n)), last)",
+    ),
+    GPU(
+        "the last part of a split is missed",
+        old="first_slot, first_slot + n_slots,",
+        new="first_slot, first_slot + n_slots - 1,",
+        case="decodes",
+    ),
+    Mutant(
+        "tokens are written one cell on",
+        file="gpu/layout.py",
+        old="slice(None), slots % n_cells",
+        new="slice(None), (slots + 1) % n_cells",
+    ),
+]
+STREAM = functools.partial(Mutant, file="tpu/stream.py", case="tpu")
+DECODE = functools.partial(Mutant, file="tpu/decode.py", case="tpu")
+CHUNK = functools.partial(Mutant, file="tpu/chunk.py", case="tpu")
+WRITE = functools.partial(Mutant, file="tpu/write.py", case="tpu")
+RACE = {"error": Complaint, "message": "RACE DETECTED"}
+RACE |= {"is_eager": True, "tiles": {"decode_streams": 1}}
+TWO_CORES = {"n_cores": 2, "decode_blocks": 1, "chunk_blocks": 1}
+TPU_MUTANTS = [
+    STREAM(
+        "a token sees the next one", old="visible = distance <= 0", new="visible = distance <= 1"
+    ),
+    STREAM(
+        "the window is one too wide",
+        old="visible &= distance > -spec.window",
+        new="visible &= distance >= -spec.window",
+        case="tpu scales",  # ALiBi would hide what is far
+    ),
+    STREAM("ALiBi has the wrong sign", old="scores + (slope", new="scores - (slope"),
+    STREAM(
+        "nothing waits for a tile",
+        old="""                    for copy in self._copies(slot, b, 0):
+                        copy.wait()
+""",
+        new="""                    pass
+""",
+    ),
+    CHUNK(
+        "a chunk reads the next tile's buffer",
+        old="slot, n_queries = item % stream.n_buffers,",
+        new="slot, n_queries = (item + 1) % stream.n_buffers,",
+    ),
+    CHUNK(
+        "a chunk's sum is not rescaled",
+        old="refs.acc[k, g] = refs.acc[k, g] * shrink + added",
+        new="refs.acc[k, g] = refs.acc[k, g] + added",
+    ),
+    CHUNK(
+        "a chunk's keys get the values' scales",
+        old="keys = keys.astype(jnp.float32) * scales[0][0:1]",
+        new="keys = keys.astype(jnp.float32) * scales[0][1:2]",
+        case="tpu scales",
+    ),
+    CHUNK(
+        "a chunk's last partial block is missed",
+        old="blocks = -(-(tile * size + high + shift) // n_cells)",
+        new="blocks = jnp.maximum((tile * size + high + shift) // n_cells, 1)",
+    ),
+    CHUNK(
+        "every KV head attends to the first one's cells",
+        old="blocks = [[ring.at[slot, b, k] for",
+        new="blocks = [[ring.at[slot, b, 0] for",
+        case="tpu heads",
+    ),
+    CHUNK(
+        "a tile of queries is shared by two cores",
+        old="borders = jnp.where(borders > 0, is_before.sum(1, dtype=jnp.int32), 0)",
+        new="",
+        tiles=TWO_CORES,
+    ),
+    CHUNK(
+        "results change while they are copied",
+        old="""        pl.when(is_last & (leaving >= 0))(lambda: self._out_copy(0).wait())
+        pl.when(is_last)(lambda: self._leave(p))
+""",
+        new="""        pl.when(is_last)(lambda: self._leave(p))
+        pl.when(is_last & (leaving >= 0))(lambda: self._out_copy(0).wait())
+""",
+        **RACE,
+    ),
+    DECODE(
+        "a single's sum is not rescaled",
+        old="acc_ref[...] * _widen(shrink, acc_ref.shape[1]) + added",
+        new="acc_ref[...] + added",
+        case="tpu heads",  # sinks would be the maximum before and after
+    ),
+    DECODE(
+        "a single's values get the keys' scales",
+        old="part * tile[1][1:2]",
+        new="part * tile[1][0:1]",
+        case="tpu scales",
+    ),
+    DECODE(
+        "the sink is added in every lane",
+        old="jnp.where(lane == 0, 1.0, 0.0)",
+        new="jnp.where(lane >= 0, 1.0, 0.0)",
+    ),
+    DECODE(
+        "a single's last partial block is missed",
+        old="n_blocks = lax.div(self.refs.seq_lens[s] + self.n_cells - 1, self.n_cells)",
+        new="n_blocks = jnp.maximum(lax.div(self.refs.seq_lens[s], self.n_cells), 1)",
+        error=JaxRuntimeError,  # that block is to be written: its place is behind the buffer
+        message="Out-of-bounds read",
+    ),
+    DECODE(
+        "the second core serves the first one's sequences",
+        old="index = pl.program_id(0) * tiles.decode_streams + w",
+        new="index = w",
+        tiles=TWO_CORES,
+    ),
+    DECODE(
+        "a single is written one cell on",
+        old="new_cell = lax.rem(refs.seq_lens[s] - 1, self.n_cells)",
+        new="new_cell = lax.rem(refs.seq_lens[s], self.n_cells)",
+    ),
+    DECODE(
+        "a block is refilled while it is written back",
+        old="""        pl.when(lane.is_writing > 0)(lambda: self._wait_for_write())
+        stream.fetch(lane.ahead, item + stream.n_buffers - 1, self._fetch_row)
+""",
+        new="""        stream.fetch(lane.ahead, item + stream.n_buffers - 1, self._fetch_row)
+        pl.when(lane.is_writing > 0)(lambda: self._wait_for_write())
+""",
+        **RACE,
+    ),
+    WRITE(
+        "a chunk's first block loses its earlier tokens",
+        old="pl.when(n_old(i) > 0)(lambda: each(old_copies, i, method))",
+        new="pl.when(n_old(i) > 1000)(lambda: each(old_copies, i, method))",
+    ),
+    WRITE(
+        "a chunk's first new cell keeps what it held",
+        old="len(placed.shape) - 1) < first",
+        new="len(placed.shape) - 1) <= first",
+    ),
+    WRITE(
+        "a chunk is written one cell back",
+        old="return pl.multiple_of(aligned, ROWS), start - aligned",
+        new="return pl.multiple_of(aligned, ROWS), start - aligned + 1",
+    ),
+]
+MUTANTS = XLA_MUTANTS + GPU_MUTANTS + TPU_MUTANTS
+
+
+def of_present(name: str, *values, id: str):
+    """A test's parameters, skipped if the implementation's module does not exist yet."""
+    reason = f"{MODULES[name]} does not exist yet"
+    skip = pytest.mark.skipif(not is_present(name), reason=reason)
+    return pytest.param(*values, marks=skip, id=f"{name}-{id}")
+
+
+@pytest.mark.parametrize("mutant", [of_present(m.implementation, m, id=str(m)) for m in MUTANTS])
+def test_mutant_does_not_match_the_oracle(mutant: Mutant):
+    tested = breed(mutant)
+    with pytest.raises(mutant.error, match=mutant.message):
+        run(tested, mutant.case)
+
+
+def without_bugs() -> list[Mutant]:
+    """One for each way that mutants are run."""
+    ways = {}
+    for mutant in MUTANTS:
+        file = (
+            MODULES[mutant.implementation].removeprefix("pallas_kernels.").replace(".", "/") + ".py"
+        )
+        way = file, mutant.case, tuple(mutant.tiles.items()), mutant.is_eager
+        name = " ".join([mutant.case, *mutant.tiles, *["eager"] * mutant.is_eager])
+        sizes = {"tiles": mutant.tiles, "is_eager": mutant.is_eager}
+        ways[way] = Mutant(name, file, case=mutant.case, **sizes)
+    return list(ways.values())
+
+
+@pytest.mark.parametrize(
+    "mutant", [of_present(m.implementation, m, id=str(m)) for m in without_bugs()]
+)
+def test_kernel_without_a_bug_matches_the_oracle(mutant: Mutant):
+    run(breed(mutant), mutant.case)

@@ -1,0 +1,161 @@
+"""An engine without a model, for tests of the server: it answers each prompt with the prompt.
+
+A step yields one token per live sample: the prompt's ids after the first, from the start again once
+they are over. An id of EOS ends the sample ("stop"), max_tokens too ("length").
+"""
+
+import itertools
+import threading
+import time
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+from fastgen_jax.engine.types import Output, Request, Stats, TokenLogprobs
+from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
+
+MAX_TOKENS = 4096
+VOCAB_SIZE = 335
+
+
+@dataclass(eq=False)
+class Sample:
+    request_id: int
+    index: int
+    request: Request
+    n_tokens: int = 0
+
+
+@dataclass(eq=False)
+class FakeEngine:
+    """`may_step` cleared holds the engine; `fault` makes its next step raise."""
+
+    eos_token_id: int
+    step_time: float = 0.0
+    max_queued_requests: int = 64
+    may_step: threading.Event = field(default_factory=threading.Event)
+    fault: BaseException | None = None
+    poisoned: set[int] = field(default_factory=set)  # request ids that end with an error
+    cancelled: list[int] = field(default_factory=list)
+    finished: list[tuple[int, int]] = field(default_factory=list)
+    submitted: list[Request] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.config = SimpleNamespace(
+            model="fake", tokenizer=None, dtype="float32", block_size=16, num_kv_blocks=256,
+            max_model_len=MAX_TOKENS, max_queued_requests=self.max_queued_requests,
+        )  # fmt: skip
+        self.model_config = SimpleNamespace(
+            family="fake", n_layers=1, hidden_size=8, vocab_size=VOCAB_SIZE
+        )
+        self.max_total_tokens = MAX_TOKENS
+        self.default_params = {"temperature": 0.0}
+        self.eos_token_ids = frozenset({self.eos_token_id})
+        self.live: dict[tuple[int, int], Sample] = {}
+        self.n_steps = self.n_generated = self.n_prompt = 0
+        self.last_step_time = time.monotonic()
+        self._ids = itertools.count()
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._outbox: list[Output] = []
+        self.may_step.set()
+
+    def submit_all(self, requests: list[Request]) -> list[int]:
+        for request in requests:
+            self._check(request)
+        with self._lock:
+            if self._stopping:
+                raise EngineStopped("the engine has stopped")
+            n_open = len({key[0] for key in self.live})
+            if n_open + len(requests) > self.max_queued_requests:
+                raise QueueFull(f"{n_open} requests run or wait; try again later", retry_after=2.0)
+            ids = [next(self._ids) for _ in requests]
+            for id, request in zip(ids, requests, strict=True):
+                self.submitted.append(request)
+                self.n_prompt += len(request.prompt_token_ids)
+                for index in range(request.params.n):
+                    self.live[id, index] = Sample(id, index, request)
+        return ids
+
+    def _check(self, request: Request):
+        n_prompt, n_output = len(request.prompt_token_ids), request.params.max_tokens or 1
+        if n_prompt + n_output > MAX_TOKENS:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {MAX_TOKENS} tokens. However, you "
+                f"requested {n_prompt + n_output} tokens ({n_prompt} in the messages, {n_output} "
+                "in the completion). Please reduce the length of the messages or completion.",
+                param="prompt",
+            )
+        if not request.prompt_token_ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+
+    def cancel(self, request_id: int) -> None:
+        with self._lock:
+            self.cancelled.append(request_id)
+            for key in [key for key in self.live if key[0] == request_id]:
+                del self.live[key]
+                self._outbox.append(Output(*key, None, finish_reason="abort"))
+
+    def finish(self, request_id: int, index: int) -> None:
+        with self._lock:
+            self.finished.append((request_id, index))
+            self.live.pop((request_id, index), None)
+
+    def stop(self) -> None:
+        self._stopping = True
+        self.may_step.set()
+
+    def stats(self) -> Stats:
+        return Stats(
+            n_running=len(self.live), n_waiting=0, n_blocks_used=len(self.live), n_blocks=256,
+            n_steps=self.n_steps, n_prompt_tokens=self.n_prompt,
+            n_generated_tokens=self.n_generated, n_preemptions=0, n_prefix_queries=0,
+            n_prefix_hits=0, last_step_time=self.last_step_time,
+        )  # fmt: skip
+
+    def run(self, deliver) -> None:
+        while not self._stopping:
+            if not self.may_step.wait(0.01):
+                continue
+            time.sleep(self.step_time or (0.0 if self.live else 0.001))
+            if self.fault is not None:
+                raise self.fault
+            if outputs := self.step():
+                deliver(outputs)
+        with self._lock:
+            deliver([Output(*key, None, finish_reason="abort") for key in self.live])
+            self.live.clear()
+
+    def step(self) -> list[Output]:
+        with self._lock:
+            if not self.may_step.is_set():  # it was cleared before the newest request came
+                return []
+            outputs, self._outbox = self._outbox, []
+            outputs += [self._next(sample) for sample in self.live.values()]
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self.live.pop((output.request_id, output.index), None)
+        self.n_steps += 1
+        self.last_step_time = time.monotonic()
+        return outputs
+
+    def _next(self, sample: Sample) -> Output:
+        id, index, params = sample.request_id, sample.index, sample.request.params
+        if id in self.poisoned:
+            return Output(id, index, None, finish_reason="error", error="logits are not finite")
+        prompt = sample.request.prompt_token_ids
+        echoed = prompt[1:] or prompt
+        token = echoed[sample.n_tokens % len(echoed)]
+        if sample.n_tokens == len(echoed) and not params.ignore_eos:
+            token = self.eos_token_id
+        sample.n_tokens += 1
+        self.n_generated += 1
+        logprobs = None
+        if params.logprobs is not None:
+            others = [((token + i) % VOCAB_SIZE, -0.5 - i) for i in range(params.logprobs)]
+            logprobs = TokenLogprobs(-0.5, others)
+        reason = None
+        if token == self.eos_token_id and not params.ignore_eos:
+            reason = "stop"
+        elif sample.n_tokens == params.max_tokens:
+            reason = "length"
+        return Output(id, index, token, logprobs, reason)
