@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ from fastgen_jax.tokenizer import TextStream, Tokenizer, has_tokenizer
 if TYPE_CHECKING:
     from fastgen_jax.engine.engine import Engine
 
-Prompt = str | Sequence[int]
-EncodedPrompt = tuple[str | None, list[int]]
+Prompt = str | Iterable[int] | Mapping[str, Any]
+EncodedPrompt = tuple[str | None, list[int]]  # its text, if it came as one, and its ids
+PROMPT_KEYS = {"prompt", "prompt_token_ids"}  # of vLLM's TextPrompt and TokensPrompt
 
 
 @dataclass(frozen=True)
@@ -150,22 +151,22 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Completes prompts; the outputs are in their order.
 
         Args:
-            prompts: a text, a list of token ids, or a list of either.
+            prompts: a text, a list of token ids, or several of either; lists may be any iterables.
+                vLLM's dicts of `prompt` or `prompt_token_ids` are prompts too.
             sampling_params: for all prompts, or one for each; default: get_default_sampling_params.
 
         Raises:
             InvalidRequest: a prompt or its params cannot be served; none of the prompts was run.
         """
-        named = [(p if isinstance(p, str) else None, p) for p in _prompt_list(prompts)]
-        encoded = [(text, at_prompt(i, self.encode_prompt, p)) for i, (text, p) in enumerate(named)]
+        encoded = self.encode_prompts(prompts)
         return self.run(encoded, self._params_list(sampling_params, len(encoded)), use_tqdm)
 
     def chat(
@@ -185,8 +186,9 @@ class LLM:
         Raises:
             InvalidRequest: as `generate`, or the template refuses a conversation.
         """
-        is_one = not messages or isinstance(messages[0], dict)
-        conversations: Any = [messages] if is_one else messages
+        conversations: Any = list(messages)
+        if not conversations or isinstance(conversations[0], dict):
+            conversations = [conversations]
         tokenizer = self._text_tokenizer("chat")
         encoded = []
         for i, conversation in enumerate(conversations):
@@ -199,25 +201,32 @@ class LLM:
             raise InvalidRequest(f"{purpose} needs a tokenizer; the model has none: use token ids")
         return self.tokenizer
 
-    def encode_prompt(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text; token ids as they are."""
-        if isinstance(prompt, str):
-            return self._text_tokenizer("a text prompt").encode(prompt)
-        ids = _as_list(prompt)
-        if not isinstance(ids, list):
-            raise InvalidRequest(f"a prompt is a text or a list of token ids, not {prompt!r:.80}")
-        return ids
+    def encode_prompts(self, prompts: Any) -> list[EncodedPrompt]:
+        """One or several prompts, as `generate` takes them.
+
+        Raises:
+            InvalidRequest: naming the prompt.
+        """
+        return [at_prompt(i, self._encode, p) for i, p in enumerate(_prompt_list(prompts))]
+
+    def _encode(self, prompt: Any) -> EncodedPrompt:
+        text, ids = _parts(prompt)
+        if ids is None:
+            assert text is not None
+            ids = self._text_tokenizer("a text prompt").encode(text)
+        return text, ids
 
     def _params_list(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, n_prompts: int
+        self, params: SamplingParams | Iterable[SamplingParams] | None, n_prompts: int
     ) -> list[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * n_prompts
+        params = list(params)
         if len(params) != n_prompts:
             raise InvalidRequest(f"{len(params)} sampling_params for {n_prompts} prompts")
-        return list(params)
+        return params
 
     def run(
         self, prompts: list[EncodedPrompt], params: list[SamplingParams], use_tqdm: bool
@@ -239,18 +248,34 @@ class LLM:
 
 def _prompt_list(prompts: Any) -> list[Any]:
     """One prompt is a list of one."""
-    prompts = _as_list(prompts)
-    if isinstance(prompts, str):
+    listed = _as_list(prompts)
+    if not isinstance(listed, list):
         return [prompts]
-    is_one = bool(prompts) and all(isinstance(item, int | np.integer) for item in prompts)
-    return [prompts] if is_one else prompts
+    is_one = bool(listed) and all(isinstance(item, int | np.integer) for item in listed)
+    return [listed] if is_one else listed
+
+
+def _parts(prompt: Any) -> tuple[str | None, list[int] | None]:
+    """Text and token ids of a prompt, which has one of them or, if it is a dict, perhaps both."""
+    if isinstance(prompt, str):
+        return prompt, None
+    text, ids = None, _as_list(prompt)
+    if isinstance(prompt, Mapping) and prompt.keys() <= PROMPT_KEYS:
+        text, ids = prompt.get("prompt"), _as_list(prompt.get("prompt_token_ids"))
+    if isinstance(ids, list) or (isinstance(text, str) and ids is None):
+        return text, ids
+    raise InvalidRequest(
+        f"a prompt is a text or a list of token ids, not {prompt!r:.80}; a dict may hold them as "
+        "'prompt' and 'prompt_token_ids', and nothing else"
+    )
 
 
 def _as_list(value: Any) -> Any:
-    """Arrays, of numpy or jax, and tuples as lists of plain ints."""
-    if isinstance(value, tuple):
-        return list(value)
-    return value.tolist() if hasattr(value, "tolist") else value
+    """Arrays, of numpy or jax, as lists of plain ints; other iterables of items as lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    is_items = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set)
+    return list(value) if is_items else value
 
 
 def at_prompt(index: int, function: Callable, *args: Any, **kwargs: Any) -> Any:

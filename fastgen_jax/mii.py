@@ -10,7 +10,7 @@ from typing import Any
 
 from fastgen_jax.config import check_known
 from fastgen_jax.errors import InvalidRequest
-from fastgen_jax.llm import LLM, EncodedPrompt, RequestOutput, at_prompt
+from fastgen_jax.llm import LLM, RequestOutput, at_prompt
 from fastgen_jax.sampling_params import SamplingParams
 
 MII_NAMES = {"tensor_parallel": "tensor_parallel_size", "max_length": "max_model_len"}
@@ -67,10 +67,7 @@ class Pipeline:
         """Completes prompts with the same options of PipelineOptions; shows no progress."""
         check_known(options, PipelineOptions)
         o = PipelineOptions(**options)
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        encoded: list[EncodedPrompt] = [
-            (text, at_prompt(i, self.llm.encode_prompt, text)) for i, text in enumerate(texts)
-        ]
+        encoded = self.llm.encode_prompts(prompts)
         params = [at_prompt(i, o.sampling_params, len(ids)) for i, (_, ids) in enumerate(encoded)]
         responses = self.llm.run(encoded, params, use_tqdm=False)
         return [_with_prompt(r) for r in responses] if o.return_full_text else responses

@@ -120,7 +120,7 @@ class Tokenizer:
 
         Args:
             messages: dicts with a role and a content: a string or a list of text parts, and for the
-                assistant possibly None.
+                assistant possibly None, which templates see as "".
             add_generation_prompt: open an assistant's turn; default: unless continue_final_message.
             continue_final_message: leave the last message open, for the model to continue.
             tools: JSON schemas of functions, for templates that know them.
@@ -229,14 +229,18 @@ BYTE_LEVEL_CODES = _byte_level_codes()
 
 
 def _plain_message(message: Any, where: str) -> dict[str, Any]:
-    """The message with its content as one string: not every template knows lists of parts."""
+    """The message without null keys, and with its content as one string: not every template knows
+    lists of parts.
+    """
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str) or not ROLE.fullmatch(role):
         raise InvalidRequest(f"{where} needs a role such as 'user', got {role!r:.80}", param=where)
-    content = message.get("content")
+    message = {key: value for key, value in message.items() if value is not None}
+    # Beside tool calls an assistant's content is null; templates that add it to strings need one.
+    content = message.get("content", "" if role == "assistant" else None)
     if isinstance(content, list):
         content = "\n".join(_part_text(part, where) for part in content)
-    if not isinstance(content, str) and not (content is None and role == "assistant"):
+    if not isinstance(content, str):
         raise InvalidRequest(f"{where}.content must be text, got {content!r:.80}", param=where)
     return {**message, "content": content}
 

@@ -159,6 +159,12 @@ def test_text_is_completed(says, tokenizer):
         (np.array([1, 2, 3]), 1),
         (np.array([[1, 2], [3, 4]]), 2),
         ([np.array([1, 2]), (3, 4), [5]], 3),
+        ((i for i in (1, 2, 3)), 1),
+        (([i] for i in (1, 2)), 2),
+        (map(iter, [[1, 2], [3]]), 2),
+        (range(1, 4), 1),
+        ({"prompt_token_ids": (1, 2, 3)}, 1),
+        ([{"prompt_token_ids": [1]}, {"prompt_token_ids": np.array([2]), "prompt": None}], 2),
         ([], 0),
     ],
 )
@@ -167,6 +173,18 @@ def test_token_ids_come_in_every_shape(prompts, n_prompts):
     assert len(outs) == n_prompts
     assert all(type(id) is int for out in outs for id in out.prompt_token_ids)
     assert all(out.prompt is None and out.outputs[0].text == "" for out in outs)
+
+
+def test_no_prompt_of_a_generator_is_lost():
+    outs = make_llm().generate(([i + 1] for i in range(3)), (GREEDY for _ in range(3)))
+    assert [out.prompt_token_ids for out in outs] == [[1], [2], [3]]
+
+
+def test_dict_prompts_are_what_they_hold(says, tokenizer):
+    both = {"prompt": "hi", "prompt_token_ids": [5]}
+    outs = says("x").generate([{"prompt": "Anna"}, both], GREEDY, use_tqdm=False)
+    assert [out.prompt for out in outs] == ["Anna", "hi"]
+    assert [out.prompt_token_ids for out in outs] == [tokenizer.encode("Anna"), [5]]
 
 
 def test_results_are_in_the_order_of_the_prompts():
@@ -284,6 +302,12 @@ def test_chat_without_a_tokenizer_is_refused():
         (list(range(100)), ContextLengthExceeded, "prompt 2: maximum context"),
         (7.5, InvalidRequest, "prompt 2: a prompt is a text or a list of token ids, not 7.5"),
         (None, InvalidRequest, "prompt 2: a prompt is"),
+        (b"text", InvalidRequest, "prompt 2: a prompt is a text or .* not b'text'"),
+        ({1, 2}, InvalidRequest, "prompt 2: a prompt is a text or .* not {1, 2}"),
+        ({"prompt_ids": [1]}, InvalidRequest, "a dict may hold them as 'prompt' and"),
+        ({"prompt": 5}, InvalidRequest, "prompt 2: a prompt is a text or"),
+        ({"prompt_token_ids": [1], "cache_salt": "x"}, InvalidRequest, "and nothing else"),
+        ({}, InvalidRequest, "prompt 2: a prompt is a text or"),
     ],
 )
 def test_bad_prompt_is_named_before_any_runs(bad, error, message):
@@ -291,6 +315,12 @@ def test_bad_prompt_is_named_before_any_runs(bad, error, message):
     with pytest.raises(error, match=message):
         llm.generate([[1], [2], bad, [3]], GREEDY)
     assert llm.engine.n_submitted == 0
+
+
+@pytest.mark.parametrize("prompts", [5, None, b"text"])
+def test_what_is_no_prompt_at_all_is_refused(prompts):
+    with pytest.raises(InvalidRequest, match="a prompt is a text or a list of token ids, not"):
+        make_llm().generate(prompts, GREEDY)
 
 
 def test_failing_request_fails_alone():

@@ -330,6 +330,29 @@ def test_parts_of_text_are_joined(byte_level):
     assert chat(byte_level, parts) == chat(byte_level, "a\nb")
 
 
+# How templates of the hub write a turn: added to strings (ChatML, DeepSeek), printed if it is there
+# (Llama 3, Qwen 3), or cut (Llama 2).
+TURNS = {
+    "added": "{{ '[' + m['content'] + ']' }}",
+    "none": "[{{ '' if m['content'] is none else m['content'] + '' }}]",
+    "defined": "[{% if m.content is defined and m.content is string %}{{ m.content }}{% endif %}]",
+    "cut": "[{{ m['content'].strip() }}]",
+}
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize("turn", TURNS.values(), ids=TURNS)
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=repr)
+def test_tool_calls_may_have_no_content(tmp_path, turn, content):
+    template = "{% for m in messages %}" + turn + "{{ m.tool_calls is defined }}{% endfor %}"
+    tokenizer = Tokenizer(tiny_tokenizers.byte_level(tmp_path), chat_template=template)
+    messages = [
+        {"role": "user", "content": "hi", "tool_calls": None},
+        {"role": "assistant", "tool_calls": [CALL], **content},
+    ]
+    assert shown(tokenizer, tokenizer.apply_chat_template(messages)) == "[hi]False[]True"
+
+
 @pytest.mark.parametrize(
     ("messages", "error"),
     [

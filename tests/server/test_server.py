@@ -275,6 +275,16 @@ class TestChat:
         )
         assert answer.choices[0].message.content.strip() == "one\ntwo"
 
+    @pytest.mark.parametrize("content", [{}, {"content": None}], ids=repr)
+    def test_assistant_may_have_called_tools_and_said_nothing(self, client, content):
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        called = {"role": "assistant", "tool_calls": [call], **content}
+        result = {"role": "tool", "tool_call_id": "1", "content": "7"}
+        answer = client.chat.completions.create(
+            model="fake", messages=[*CHAT, called, result, *CHAT]
+        )
+        assert answer.choices[0].message.content.strip() == TEXT
+
     def test_max_completion_tokens_limits_the_answer(self, client):
         answer = client.chat.completions.create(
             model="fake", messages=CHAT, max_completion_tokens=3, max_tokens=5
