@@ -188,10 +188,24 @@ class ModelConfig:
     bos_token_id: int | None = None
 
     def __post_init__(self):
+        self._check_numbers()
+        self._check_choices()
+        for rope in filter(None, (self.rope, self.local_rope)):
+            self._check_rope(rope)
+        if self.alibi_slopes and len(self.alibi_slopes) != self.n_heads:
+            raise ConfigError(
+                f"model config: {len(self.alibi_slopes)} ALiBi slopes for {self.n_heads} heads"
+            )
+        if self.windows and len(self.windows) != self.n_layers:
+            raise ConfigError(
+                f"model config: {len(self.windows)} windows for {self.n_layers} layers"
+            )
+
+    def _check_numbers(self) -> None:
         for name in ("vocab_size", "hidden_size", "n_layers", "n_heads", "n_kv_heads", "head_dim",
                      "ffn_size", "max_position"):  # fmt: skip
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not (is_integer(value) and value > 0):
                 raise ConfigError(f"model config: {name} must be a positive integer, got {value!r}")
         if not (is_real(self.norm_eps) and self.norm_eps > 0):
             raise ConfigError(
@@ -202,19 +216,8 @@ class ModelConfig:
                 f"model config: {self.n_heads} query heads do not divide into "
                 f"{self.n_kv_heads} KV heads"
             )
-        for rope in filter(None, (self.rope, self.local_rope)):
-            size = self.head_dim if rope.size is None else rope.size
-            if size % 2 or not 2 <= size <= self.head_dim:
-                raise ConfigError(
-                    "model config: rotary size must be even and from 2 to "
-                    f"head_dim={self.head_dim}, got {size}"
-                )
-            n_factors = len(rope.short_factor), len(rope.long_factor)
-            if rope.kind == "longrope" and n_factors != (size // 2, size // 2):
-                raise ConfigError(
-                    f"model config: longrope needs {size // 2} short factors and as many long "
-                    f"ones, got {n_factors}"
-                )
+
+    def _check_choices(self) -> None:
         for name, known in (
             ("residual", RESIDUALS), ("norm_places", NORM_PLACES), ("qk_norm", QK_NORMS),
             ("norm", ("rms", "layer")), ("activation", ACTIVATIONS),
@@ -228,13 +231,19 @@ class ModelConfig:
             raise ConfigError(
                 f"model config: residual={self.residual!r} has no norm_places={self.norm_places}"
             )
-        if self.alibi_slopes and len(self.alibi_slopes) != self.n_heads:
+
+    def _check_rope(self, rope: RopeConfig) -> None:
+        size = self.head_dim if rope.size is None else rope.size
+        if size % 2 or not 2 <= size <= self.head_dim:
             raise ConfigError(
-                f"model config: {len(self.alibi_slopes)} ALiBi slopes for {self.n_heads} heads"
+                f"model config: rotary size must be even and from 2 to head_dim={self.head_dim}, "
+                f"got {size}"
             )
-        if self.windows and len(self.windows) != self.n_layers:
+        n_factors = len(rope.short_factor), len(rope.long_factor)
+        if rope.kind == "longrope" and n_factors != (size // 2, size // 2):
             raise ConfigError(
-                f"model config: {len(self.windows)} windows for {self.n_layers} layers"
+                f"model config: longrope needs {size // 2} short factors and as many long ones, "
+                f"got {n_factors}"
             )
 
     @property

@@ -1,0 +1,130 @@
+"""A server on a fake engine, in this process, and ways to talk to it."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import httpx
+import openai
+import orjson
+
+from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.lifecycle import Server
+from fastgen_jax.server.listen import bind
+from fastgen_jax.server.service import Backend, Service
+from fastgen_jax.tokenizer import Tokenizer
+from tests.server.fake_engine import FakeEngine
+
+TEXT = "Anna has three apples and a red ball."
+CHAT = [{"role": "user", "content": TEXT}]
+PATHS = {"completions": {"prompt": TEXT}, "chat/completions": {"messages": CHAT}}
+
+
+@dataclass
+class Running:
+    """A server in a thread."""
+
+    service: Service
+    server: Server
+    thread: threading.Thread
+    address: tuple[str, int]
+    engine: FakeEngine
+    http: httpx.Client
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.address[1]}"
+
+    def post(self, path: str, body=None, **kwargs) -> httpx.Response:
+        """POSTs a JSON value, or bytes as they are."""
+        if isinstance(body, bytes):
+            kwargs = {"content": body, "headers": {"content-type": "application/json"}} | kwargs
+        else:
+            kwargs["json"] = body
+        return self.http.post(self.url + path, **kwargs)
+
+    def get(self, path: str, **kwargs) -> httpx.Response:
+        return self.http.get(self.url + path, **kwargs)
+
+    def client(self, key: str = "any") -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url + "/v1", api_key=key, max_retries=0, timeout=10)
+
+    def connect(self, body: dict, path: str = "/v1/completions") -> socket.socket:
+        """A raw connection on which the request was sent."""
+        connection = socket.create_connection(self.address, timeout=10)
+        connection.sendall(raw_post(path, orjson.dumps(body)))
+        return connection
+
+    def begin_drain(self):
+        loop = self.server._loop
+        assert loop is not None
+        loop.call_soon_threadsafe(self.server.begin_drain)
+
+
+def raw_post(path: str, body: bytes, extra: str = "", length: int | None = None) -> bytes:
+    length = len(body) if length is None else length
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {length}\r\n{extra}\r\n".encode() + body
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 5.0):
+    """Polls; what did not become true in time fails the test."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := connection.recv(65536):
+            received += data
+    return received
+
+
+@contextlib.contextmanager
+def serving(
+    tokenizer: Tokenizer, engine: FakeEngine | None = None, *, load=None, wait=True, **options
+) -> Iterator[Running]:
+    """A server on a free port; its threads are gone at the end."""
+    engine = engine or FakeEngine(tokenizer.eos_token_id or 0)
+    config = ServerConfig(port=0, **{"drain_timeout": 0.0} | options)
+    listener = bind(config.host, config.port)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    backend = Backend(engine, tokenizer)  # type: ignore[arg-type]
+    service = Service(
+        load or (lambda on_phase: backend), config, model_names=["fake"], model_aliases=["./fake"]
+    )
+    server = Server(service, config)
+    address = listener.getsockname()
+    service.start()
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    one_request_each = httpx.Limits(max_keepalive_connections=0)
+    http_client = httpx.Client(timeout=10, limits=one_request_each, trust_env=False)
+    running = Running(service, server, thread, address, engine, http_client)
+    try:
+        wait_until(lambda: server.started)
+        if wait:
+            wait_until(lambda: service.phase.name == "ready")
+        yield running
+    finally:
+        engine.stop()
+        running.begin_drain() if thread.is_alive() else None
+        thread.join(10)
+        service.stop()
+        http_client.close()
+        assert not thread.is_alive()
+
+
+def events_of(body: str) -> list:
+    """The JSON of each event, "[DONE]" as that."""
+    lines = [line for line in body.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]

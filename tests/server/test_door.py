@@ -1,0 +1,62 @@
+"""Who may enter: keys, hosts, sizes."""
+
+import http.client
+
+import openai
+import orjson
+import pytest
+
+from tests.server.running import (
+    serving,
+)
+
+
+class TestDoor:
+    def test_keys_guard_all_but_the_health_routes(self, tokenizer):
+        with serving(tokenizer, api_key=("first", "second")) as up:
+            for path in ("/livez", "/health", "/ready"):
+                assert up.get(path).status_code == 200
+            paths = ["/v1/models", "/metrics", "/version", "/docs", "/openapi.json", "/nowhere",
+                     "//livez", "/health/", "/LIVEZ", "/%2e/health"]  # fmt: skip
+            for path in paths:
+                answer = up.get(path)
+                assert answer.status_code == 401, path
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+            for key in ("", "First", "first ", "firstsecond", "third"):
+                headers = {"authorization": f"Bearer {key}".strip()}
+                status = 200 if key.strip() == "first" else 401
+                assert up.get("/v1/models", headers=headers).status_code == status
+            for key in ("first", "second"):
+                with up.client(key) as client:
+                    assert client.models.list().data[0].id == "fake"
+            with up.client("bad") as client, pytest.raises(openai.AuthenticationError):
+                client.completions.create(model="fake", prompt="x")
+
+    def test_request_ids_are_echoed_if_well_formed(self, up):
+        assert (
+            up.get("/livez", headers={"x-request-id": "a.B-9_"}).headers["x-request-id"] == "a.B-9_"
+        )
+        for bad in ("", "x" * 129, "a b", "<script>"):
+            made = up.get("/livez", headers={"x-request-id": bad}).headers["x-request-id"]
+            assert len(made) == 32
+        refused = up.post("/v1/completions", b"{", headers={"x-request-id": "mine"})
+        assert refused.status_code == 415
+        assert refused.headers["x-request-id"] == "mine"
+
+    def test_foreign_host_names_are_refused_on_loopback(self, tokenizer):
+        with serving(tokenizer, allowed_host=("proxy.example",)) as up:
+            for host, status in {
+                "evil.example": 403, "localhost:1": 200, "127.0.0.1": 200, "[::1]:80": 200,
+                "proxy.example:80": 200,
+            }.items():  # fmt: skip
+                assert up.get("/livez", headers={"host": host}).status_code == status
+
+    def test_many_requests_on_one_connection(self, up):
+        connection = http.client.HTTPConnection(*up.address, timeout=5)
+        for _ in range(20):
+            body = orjson.dumps({"prompt": "a", "max_tokens": 2})
+            connection.request(
+                "POST", "/v1/completions", body, {"content-type": "application/json"}
+            )
+            assert connection.getresponse().read().startswith(b'{"id":"cmpl-')
+        connection.close()

@@ -1,0 +1,185 @@
+"""Clients that vanish, engines that fail, queues that fill."""
+
+import socket
+import struct
+import time
+
+import httpx
+import openai
+import orjson
+import pytest
+
+from tests.server.running import (
+    PATHS,
+    TEXT,
+    raw_post,
+    read_all,
+    serving,
+    wait_until,
+)
+
+
+class TestFaults:
+    @pytest.mark.parametrize("stream", [False, True])
+    @pytest.mark.parametrize("reset", [False, True])
+    def test_a_client_that_leaves_while_queued_cancels(self, up, stream, reset):
+        up.engine.may_step.clear()
+        up.engine.cancelled.clear()
+        connection = up.connect(PATHS["completions"] | {"stream": stream, "n": 3})
+        wait_until(lambda: len(up.engine.live) == 3)
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        connection.close()
+        wait_until(lambda: not up.engine.live)
+        assert len(up.engine.cancelled) == 1
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_client_that_leaves_mid_answer_cancels(self, up, stream):
+        up.engine.step_time = 0.002
+        body = {"prompt": TEXT, "stream": stream, "max_tokens": 4000, "ignore_eos": True}
+        n_before = up.engine.n_generated
+        connection = up.connect(body)
+        wait_until(lambda: up.engine.n_generated > n_before + 5)
+        connection.close()
+        wait_until(lambda: not up.engine.live)
+        assert up.engine.n_generated < n_before + 2000
+
+    def test_closing_the_openai_stream_cancels(self, up, client):
+        up.engine.step_time = 0.002
+        stream = client.completions.create(
+            model="fake", prompt=TEXT, max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        stream.close()
+        wait_until(lambda: not up.engine.live)
+
+    def test_a_slow_reader_delays_nobody_and_is_cut_at_last(self, tokenizer):
+        slow_body = {
+            "prompt": TEXT, "stream": True, "max_tokens": 4000, "ignore_eos": True, "logprobs": 20,
+        }  # fmt: skip
+        with serving(tokenizer, stream_timeout=0.5) as up:
+            up.engine.step_time = 0.001
+            slow = socket.socket()
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(up.address)
+            slow.sendall(raw_post("/v1/completions", orjson.dumps(slow_body)))
+            wait_until(lambda: up.engine.live)
+            started = time.monotonic()
+            assert up.post("/v1/completions", PATHS["completions"]).status_code == 200
+            assert time.monotonic() - started < 1.0
+            wait_until(lambda: not up.service.n_inflight)
+            assert b"[DONE]" not in read_all(slow)
+            slow.close()
+
+    def test_the_death_of_the_engine_reaches_every_waiter(self, tokenizer):
+        with serving(tokenizer) as up:
+            up.engine.step_time = 0.005
+            body = {"prompt": TEXT, "max_tokens": 4000, "ignore_eos": True}
+            streaming = up.connect(body | {"stream": True})
+            head = streaming.recv(65536)
+            assert head.startswith(b"HTTP/1.1 200")
+            waiting = up.connect(body)
+            wait_until(lambda: len(up.engine.live) == 2)
+            started = time.monotonic()
+            up.engine.fault = RuntimeError("secret /path/of/machine")
+            streamed, answered = read_all(streaming), waiting.recv(65536)
+            assert time.monotonic() - started < 1.0
+            assert b'data: {"error":' in streamed
+            assert b"[DONE]" not in streamed
+            assert not streamed.endswith(b"0\r\n\r\n")
+            assert answered.startswith(b"HTTP/1.1 500")
+            assert b"secret" not in streamed + answered
+            assert up.get("/health").json()["phase"] == "failed"
+            assert up.get("/health").status_code == 503
+            assert up.get("/livez").status_code == 200
+            assert up.post("/v1/completions", body).status_code == 503
+            streaming.close()
+            waiting.close()
+
+    def test_openai_raises_on_an_error_within_a_stream(self, tokenizer):
+        with serving(tokenizer) as up, up.client() as client:
+            up.engine.step_time = 0.005
+            stream = client.completions.create(
+                model="fake", prompt=TEXT, max_tokens=50, stream=True
+            )
+            next(iter(stream))
+            up.engine.fault = RuntimeError("boom")
+            with pytest.raises(openai.APIError, match="engine stopped"):
+                list(stream)
+
+    def test_a_poisoned_request_fails_alone(self, up):
+        up.engine.may_step.clear()
+        with up.connect(PATHS["completions"]) as poisoned, up.connect({"prompt": "b"}) as good:
+            wait_until(lambda: len(up.engine.live) == 2)
+            (bad_id,) = (
+                i
+                for i, _ in up.engine.live
+                if len(up.engine.live[i, 0].request.prompt_token_ids) > 2
+            )
+            up.engine.poisoned.add(bad_id)
+            up.engine.may_step.set()
+            assert poisoned.recv(65536).startswith(b"HTTP/1.1 500")
+            assert good.recv(65536).startswith(b"HTTP/1.1 200")
+
+    def test_a_fault_of_the_detokenizer_fails_its_request_alone(self, up, monkeypatch):
+        from fastgen_jax.server import generation
+
+        def push(self, output, push=generation.TextStream.push):
+            if self._params.seed == 666:
+                raise ValueError("boom")
+            return push(self, output)
+
+        monkeypatch.setattr(generation.TextStream, "push", push)
+        up.engine.may_step.clear()
+        with (
+            up.connect(PATHS["completions"] | {"seed": 666}) as bad,
+            up.connect({"prompt": "b"}) as good,
+        ):
+            wait_until(lambda: len(up.engine.live) == 2)
+            up.engine.may_step.set()
+            assert bad.recv(65536).startswith(b"HTTP/1.1 500")
+            assert good.recv(65536).startswith(b"HTTP/1.1 200")
+
+    def test_a_fault_of_ours_is_a_500_without_its_text(self, up, monkeypatch):
+        monkeypatch.setattr(up.service, "submit", lambda *a, **k: 1 / 0)
+        answer = up.post("/v1/completions", PATHS["completions"], headers={"x-request-id": "r-1"})
+        assert answer.status_code == 500
+        assert "r-1" in answer.json()["error"]["message"]
+        assert "division" not in answer.text
+
+    def test_deadlines_end_queued_and_running_requests(self, tokenizer):
+        with serving(tokenizer, queue_timeout=0.1, request_timeout=0.4) as up:
+            up.engine.may_step.clear()
+            answer = up.post("/v1/completions", PATHS["completions"])
+            assert (answer.status_code, answer.json()["error"]["code"]) == (
+                504,
+                "deadline_exceeded",
+            )
+            up.engine.step_time = 0.01
+            up.engine.may_step.set()
+            body = {"prompt": TEXT, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+            with up.connect(body) as connection:
+                received = read_all(connection)
+            assert b"deadline_exceeded" in received
+            assert b"[DONE]" not in received
+            wait_until(lambda: not up.engine.live)
+
+    def test_health_reports_a_step_that_hangs(self, tokenizer):
+        with serving(tokenizer, step_timeout=0.1) as up:
+            assert up.get("/health").status_code == 200
+            up.engine.may_step.clear()
+            with up.connect(PATHS["completions"]):
+                wait_until(lambda: up.get("/health").json()["phase"] == "stalled")
+                assert up.get("/health").status_code == 503
+            up.engine.may_step.set()
+            wait_until(lambda: up.get("/health").status_code == 200)
+
+    def test_a_thousand_refusals_leave_nothing_behind(self, up):
+        body = orjson.dumps({"prompt": [10**6]})
+        with httpx.Client(base_url=up.url, headers={"content-type": "application/json"}) as client:
+            assert {
+                client.post("/v1/completions", content=body).status_code for _ in range(1000)
+            } == {400}
+        assert up.post("/v1/completions", PATHS["completions"]).status_code == 200
+        assert not up.service._live

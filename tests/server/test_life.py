@@ -1,0 +1,88 @@
+"""Loading, ready, draining, stopped: what is served when."""
+
+import threading
+
+from fastgen_jax.server.service import Backend
+from tests.server.fake_engine import FakeEngine
+from tests.server.running import PATHS, TEXT, read_all, serving, wait_until
+
+
+class TestLife:
+    def test_while_loading_the_port_answers_and_refuses_work(self, tokenizer):
+        go_on, phases = threading.Event(), threading.Event()
+
+        def load(on_phase):
+            on_phase("compiling", 3, 9)
+            phases.set()
+            assert go_on.wait(10)
+            return Backend(engine, tokenizer)
+
+        engine = FakeEngine(tokenizer.eos_token_id)
+        with serving(tokenizer, engine, load=load, wait=False) as up:
+            assert phases.wait(5)
+            assert up.get("/livez").status_code == 200
+            health = up.get("/health")
+            assert health.status_code == 503
+            assert health.json().items() >= {"phase": "compiling", "done": 3, "of": 9}.items()
+            assert health.json()["elapsed_s"] >= 0
+            assert up.get("/ready").status_code == 503
+            assert up.get("/v1/models").json()["data"][0]["id"] == "fake"
+            assert "fastgen:num_requests_running" in up.get("/metrics").text
+            refused = up.post("/v1/completions", PATHS["completions"])
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
+            assert int(refused.headers["retry-after"]) > 0
+            go_on.set()
+            wait_until(lambda: up.get("/health").status_code == 200)
+            assert up.post("/v1/completions", PATHS["completions"]).status_code == 200
+
+    def test_a_failed_load_ends_the_server(self, tokenizer):
+        def load(on_phase):
+            raise ValueError("no such file")
+
+        with serving(tokenizer, load=load, wait=False) as up:
+            up.thread.join(5)
+            assert not up.thread.is_alive()
+            assert isinstance(up.service.load_error, ValueError)
+
+    def test_drain_finishes_what_runs_and_refuses_the_rest(self, tokenizer):
+        with serving(tokenizer, drain_timeout=10) as up:
+            up.engine.may_step.clear()
+            body = PATHS["completions"] | {"max_tokens": 30}
+            streaming, waiting = up.connect(body | {"stream": True}), up.connect(body)
+            wait_until(lambda: len(up.engine.live) == 2)
+            up.begin_drain()
+            wait_until(lambda: up.get("/health").status_code == 503)
+            refused = up.post("/v1/completions", body)
+            assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+            assert refused.json()["error"]["code"] == "draining"
+            up.engine.may_step.set()
+            assert b"[DONE]" in read_all(streaming)
+            assert waiting.recv(65536).startswith(b"HTTP/1.1 200")
+            streaming.close()
+            waiting.close()
+            up.thread.join(2)
+            assert not up.thread.is_alive()
+
+    def test_drain_ends_with_errors_when_time_is_over(self, tokenizer):
+        with serving(tokenizer, drain_timeout=0.2) as up:
+            up.engine.step_time = 0.01
+            body = {"prompt": TEXT, "max_tokens": 4000, "ignore_eos": True}
+            streaming = up.connect(body | {"stream": True})
+            assert streaming.recv(65536).startswith(b"HTTP/1.1 200")
+            waiting = up.connect(body)
+            wait_until(lambda: len(up.engine.live) == 2)
+            up.begin_drain()
+            streamed = read_all(streaming)
+            assert b"shutting down" in streamed
+            assert b"[DONE]" not in streamed
+            assert waiting.recv(65536).startswith(b"HTTP/1.1 503")
+            streaming.close()
+            waiting.close()
+            up.thread.join(2.2)
+            assert not up.thread.is_alive()
+
+    def test_idle_drain_is_fast(self, tokenizer):
+        with serving(tokenizer, drain_timeout=30) as up:
+            up.begin_drain()
+            up.thread.join(2)
+            assert not up.thread.is_alive()

@@ -1,0 +1,80 @@
+"""Models, tokenising, health, metrics."""
+
+import openai
+import pytest
+
+from tests.server.fake_engine import MAX_TOKENS
+from tests.server.running import CHAT, TEXT, serving
+
+
+class TestOtherRoutes:
+    def test_models_are_listed_and_shown(self, client):
+        (model,) = client.models.list().data
+        assert (model.id, model.object, model.owned_by) == ("fake", "model", "fastgen_jax")
+        assert model.model_dump()["max_model_len"] == MAX_TOKENS
+        assert client.models.retrieve("fake").id == "fake"
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.models.retrieve("org/other")
+        assert caught.value.code == "model_not_found"
+
+    def test_an_unknown_model_is_a_404_and_an_alias_is_not(self, client):
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            client.completions.create(model="other", prompt="x")
+        assert client.completions.create(model="./fake", prompt="x").choices
+
+    def test_tokenize_and_detokenize_are_inverse(self, up, tokenizer):
+        answer = up.post("/tokenize", {"prompt": TEXT, "return_token_strs": True}).json()
+        assert answer["tokens"] == tokenizer.encode(TEXT)
+        assert (answer["count"], answer["max_model_len"]) == (len(answer["tokens"]), MAX_TOKENS)
+        assert "".join(answer["token_strs"][1:]) == TEXT
+        text = up.post("/detokenize", {"tokens": answer["tokens"][1:]}).json()["prompt"]
+        assert text == TEXT
+
+    def test_tokenize_renders_messages(self, up, tokenizer):
+        ids = up.post("/tokenize", {"messages": CHAT}).json()["tokens"]
+        assert ids == tokenizer.apply_chat_template(CHAT)
+
+    @pytest.mark.parametrize(("path", "body"), [
+        ("/tokenize", {}), ("/tokenize", {"prompt": "a", "messages": []}),
+        ("/tokenize", {"prompt": 1}),
+        ("/detokenize", {"tokens": [10**9]}), ("/detokenize", {"tokens": "x"}), ("/detokenize", {}),
+    ])  # fmt: skip
+    def test_bad_token_requests_are_400(self, up, path, body):
+        assert up.post(path, body).status_code == 400
+
+    def test_version_and_documentation(self, up):
+        assert up.get("/version").json()["version"]
+        assert "/v1/chat/completions" in up.get("/openapi.json").json()["paths"]
+        assert "$defs" not in up.get("/openapi.json").text
+        assert up.get("/docs").status_code == 200
+
+    def test_metrics_count_what_happened(self, tokenizer):
+        with serving(tokenizer) as up:
+            up.post("/v1/completions", {"prompt": TEXT, "max_tokens": 5, "n": 2})
+            up.post("/v1/completions", {"prompt": "a", "max_tokens": 50})
+            text = up.get("/metrics").text
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+        model = 'model_name="fake"'
+        n_tokens = 10 + len(tokenizer.encode("a"))
+        assert float(values[f"fastgen:generation_tokens_total{{{model}}}"]) == n_tokens
+        assert float(values[f"fastgen:prompt_tokens_total{{{model}}}"]) > 5
+        assert float(values[f"fastgen:num_requests_running{{{model}}}"]) == 0
+        assert float(values[f"fastgen:num_preemptions_total{{{model}}}"]) == 0
+        assert f"fastgen:kv_cache_usage_perc{{{model}}}" in values
+        assert f"fastgen:prefix_cache_hits_total{{{model}}}" in values
+        for reason, count in (("length", 2), ("stop", 1), ("abort", 0)):
+            name = f'fastgen:request_success_total{{finished_reason="{reason}",{model}}}'
+            assert float(values[name]) == count
+        assert float(values[f"fastgen:time_to_first_token_seconds_count{{{model}}}"]) == 3
+        assert (
+            float(values[f"fastgen:inter_token_latency_seconds_count{{{model}}}"]) == n_tokens - 3
+        )
+        assert f'fastgen:time_to_first_token_seconds_bucket{{le="0.001",{model}}}' in values
+        assert f'fastgen:e2e_request_latency_seconds_bucket{{le="0.3",{model}}}' in values
+
+    def test_no_request_can_add_a_metric_series(self, up):
+        n_before = len(up.get("/metrics").text.splitlines())
+        for i in range(20):
+            up.get(f"/path-{i}")
+            up.post("/v1/completions", {"prompt": "a", "model": f"model-{i}"})
+        assert len(up.get("/metrics").text.splitlines()) == n_before
