@@ -1,13 +1,17 @@
 """Tiny models and their naive twins, for tests of the engine."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fastgen_jax.engine import startup
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.types import Output, Request
@@ -41,9 +45,18 @@ def write_config(directory: Path, **changes) -> str:
     return str(directory)
 
 
-def make_engine(directory: Path, **options) -> Engine:
+def make_engine(directory: Path, make: Callable[[EngineConfig], Engine] = Engine, **options):
     """An engine with random weights, the same for the same seed whatever the other options."""
-    return Engine(EngineConfig(model=write_config(directory), **OPTIONS | options))
+    return make(EngineConfig(model=write_config(directory), **OPTIONS | options))
+
+
+def one_program(config: EngineConfig) -> Engine:
+    """An engine that pads every batch to its token budget, and so compiles one step, not four."""
+    cpu = dataclasses.replace(startup.BACKENDS["cpu"], smallest_batch=2**31)
+    with mock.patch.dict(startup.BACKENDS, cpu=cpu):
+        engine = Engine(config)
+    assert len(engine._runner.shapes) == 1
+    return engine
 
 
 def run(engine: Engine, requests: list[Request]) -> list[list[Output]]:

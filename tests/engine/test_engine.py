@@ -23,7 +23,7 @@ from fastgen_jax.errors import (
 )
 from fastgen_jax.sampling_params import SamplingParams
 from pallas_kernels.tpu.tiles import Tiles
-from tests.tiny import Naive, make_engine, random_requests, run, tokens, write_config
+from tests.tiny import Naive, make_engine, one_program, random_requests, run, tokens, write_config
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def engine(folder):
 @pytest.fixture(scope="module")
 def tight(folder):
     """A pool of 1.2 times the largest request."""
-    return make_engine(folder, num_kv_blocks=15, enable_prefix_caching=False)
+    return make_engine(folder, one_program, num_kv_blocks=15, enable_prefix_caching=False)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,8 @@ def test_greedy_tokens_equal_a_full_recompute_of_each_token(engine, naive):
 
 @pytest.mark.parametrize(("budget", "block_size"), [(8, 4), (16, 16), (24, 32)])
 def test_tokens_do_not_depend_on_chunk_budget_or_block_size(folder, engine, budget, block_size):
-    other = make_engine(
-        folder, max_num_batched_tokens=budget, block_size=block_size, max_num_seqs=8
-    )
+    options = {"max_num_batched_tokens": budget, "block_size": block_size, "max_num_seqs": 8}
+    other = make_engine(folder, one_program, **options)
     requests = random_requests(budget, 10)
     expected = [tokens(o) for o in run(engine, requests)]
     assert [tokens(o) for o in run(other, requests)] == expected
@@ -194,8 +193,8 @@ def test_prefix_cache_hits_leave_tokens_unchanged(folder, engine):
     prompt = random_requests(8, 1)[0].prompt_token_ids * 3
     params = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
     requests = [Request([*prompt[:50], i], params) for i in range(4)]
-    cached = make_engine(folder)
-    cold = make_engine(folder, enable_prefix_caching=False)
+    cached = make_engine(folder, one_program)
+    cold = make_engine(folder, one_program, enable_prefix_caching=False)
     expected = [tokens(o) for o in run(cold, requests)]
     run(cached, requests[:1])
     assert [tokens(o) for o in run(cached, requests)] == expected
@@ -259,7 +258,7 @@ def test_bad_request_is_refused_and_changes_nothing(engine, prompt, params, mess
 
 
 def test_too_many_requests_are_refused_together(folder):
-    engine = make_engine(folder, max_queued_requests=3)
+    engine = make_engine(folder, one_program, max_queued_requests=3)
     requests = random_requests(0, 4)
     with pytest.raises(QueueFull, match="0 requests run or wait, the limit is 3"):
         engine.submit_all(requests)
@@ -298,7 +297,7 @@ def test_non_finite_logits_fail_their_request_alone(engine, monkeypatch):
 
 
 def test_failed_step_ends_its_requests_and_the_others_recompute(folder, monkeypatch):
-    engine = make_engine(folder, max_num_seqs=4)
+    engine = make_engine(folder, one_program, max_num_seqs=4)
     requests = random_requests(13, 9)
     expected = [tokens(o) for o in run(engine, requests)]
     fetch, failures = engine._runner.fetch, [6]
@@ -320,7 +319,7 @@ def test_failed_step_ends_its_requests_and_the_others_recompute(folder, monkeypa
 
 
 def test_run_delivers_until_stopped_and_aborts_the_rest(engine, folder):
-    engine = make_engine(folder)
+    engine = make_engine(folder, one_program)
     delivered, first = [], threading.Event()
 
     def deliver(outputs):
@@ -345,7 +344,8 @@ def test_tensor_parallel_engine_makes_the_same_tokens():
         model="tests/golden/gqa", max_model_len=96, num_kv_blocks=64, max_num_batched_tokens=16
     )
     requests = random_requests(14, 6)
-    single, sharded = (Engine(dataclasses.replace(options, tensor_parallel_size=n)) for n in (1, 2))
+    single = one_program(options)
+    sharded = one_program(dataclasses.replace(options, tensor_parallel_size=2))
     expected = [tokens(o) for o in run(single, requests)]
     assert [tokens(o) for o in run(sharded, requests)] == expected
     cache = sharded._runner.state.caches[0]
@@ -366,12 +366,12 @@ def test_engine_with_interpreted_kernels_on_two_devices_makes_the_same_tokens(
         tensor_parallel_size=2,
     )
     requests = random_requests(16, 3, longest=150, max_tokens=6)
-    expected = [tokens(o) for o in run(Engine(options), requests)]
+    expected = [tokens(o) for o in run(one_program(options), requests)]
     monkeypatch.setitem(
         startup.BACKENDS, "cpu", dataclasses.replace(startup.BACKENDS["cpu"], attention=backend)
     )
     monkeypatch.setattr(runner, "select", interpreted)
-    assert [tokens(o) for o in run(Engine(options), requests)] == expected
+    assert [tokens(o) for o in run(one_program(options), requests)] == expected
 
 
 def interpreted(name):
@@ -409,13 +409,13 @@ def test_heads_that_a_kernel_does_not_take_are_refused(
 
 
 def test_pool_is_sized_from_memory_and_capped_by_use(folder):
-    engine = make_engine(folder, num_kv_blocks=None)
+    engine = make_engine(folder, one_program, num_kv_blocks=None)
     assert engine.config.num_kv_blocks == 8 * 12 + 1
     assert engine.max_total_tokens == 96
 
 
 def test_two_sequences_share_a_pool_that_holds_one(folder):
-    engine = make_engine(folder, num_kv_blocks=13, enable_prefix_caching=False)
+    engine = make_engine(folder, one_program, num_kv_blocks=13, enable_prefix_caching=False)
     requests = random_requests(15, 4, longest=71)
     assert all(o[-1].finish_reason == "length" for o in run(engine, requests))
     assert_idle(engine)

@@ -11,7 +11,7 @@ from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.types import Request
 from fastgen_jax.sampling_params import SamplingParams
 from tests.models.test_golden import TOLERANCE, log_softmax
-from tests.tiny import Naive, run, tokens
+from tests.tiny import Naive, one_program, run, tokens
 
 pytest.importorskip("torch")
 
@@ -104,7 +104,7 @@ def test_family_gives_the_tokens_of_transformers_while_sequences_are_preempted(n
         *[make_golden.clear_prompt(theirs, n, N_STEPS, seed) for seed, n in enumerate(lengths)],
         strict=True,
     )
-    engine = Engine(
+    engine = one_program(
         EngineConfig(
             model=str(folder),
             dtype="float32",

@@ -16,7 +16,6 @@ from fastgen_jax.checkpoints.directory import read_config
 from fastgen_jax.checkpoints.tensor_files import read_json
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.engine.engine import Engine
 from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.models import families
 from fastgen_jax.models.config import ModelConfig
@@ -24,7 +23,7 @@ from fastgen_jax.models.hf_config import alibi_slopes
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.rope import rope_frequencies
 from fastgen_jax.models.sharding import check_divides, make_mesh
-from tests.tiny import random_requests, run, tokens
+from tests.tiny import one_program, random_requests, run, tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHORT, LONG = [9.0] * 6, [1.0, 1.2, 1.5, 2.0, 3.0, 4.0]
@@ -193,7 +192,7 @@ def test_first_qwen_serves_no_context_beyond_what_it_was_trained_on():
 def test_two_devices_make_the_same_tokens(name):
     requests = random_requests(17, 4, longest=70, max_tokens=12)
     one, two = (
-        Engine(
+        one_program(
             EngineConfig(
                 model=str(GOLDEN / name),
                 max_model_len=96,
@@ -304,7 +303,7 @@ def test_only_a_head_of_its_own_needs_a_vocabulary_that_splits(tmp_path):
         max_num_batched_tokens=16,
     )
     requests = random_requests(18, 4, longest=70, max_tokens=12)
-    one, two = (Engine(dataclasses.replace(options, tensor_parallel_size=n)) for n in (1, 2))
+    one, two = (one_program(dataclasses.replace(options, tensor_parallel_size=n)) for n in (1, 2))
     expected = [tokens(outputs) for outputs in run(one, requests)]
     assert [tokens(outputs) for outputs in run(two, requests)] == expected
 

@@ -1,21 +1,17 @@
 """The model and the engine against what Hugging Face computes; see tests/golden/make_golden.py."""
 
-import dataclasses
 import json
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 
 from fastgen_jax.checkpoints.tensor_files import read_json
-from fastgen_jax.engine import startup
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.types import Request
 from fastgen_jax.models import families
 from fastgen_jax.sampling_params import SamplingParams
-from tests.tiny import Naive, run, tokens
+from tests.tiny import Naive, one_program, run, tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
@@ -37,13 +33,9 @@ def golden(name):
 
 @pytest.fixture(scope="module")
 def engine(name):
-    """With a program of one size only, which compiles sooner."""
-    cpu = dataclasses.replace(
-        startup.BACKENDS["cpu"], smallest_batch=OPTIONS["max_num_batched_tokens"]
+    return one_program(
+        EngineConfig(model=str(GOLDEN / name), dtype="float32", num_kv_blocks=64, **OPTIONS)
     )
-    config = EngineConfig(model=str(GOLDEN / name), dtype="float32", num_kv_blocks=64, **OPTIONS)
-    with mock.patch.dict(startup.BACKENDS, cpu=cpu):
-        return Engine(config)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

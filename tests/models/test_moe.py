@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from fastgen_jax.checkpoints.loading import flat_params
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models import moe as moe_file
@@ -22,7 +21,7 @@ from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.moe import MoE, _by_tiles, _ragged_dot, grouped_product, route
 from fastgen_jax.models.sharding import check_divides, make_mesh
 from fastgen_jax.sampling_params import SamplingParams
-from tests.tiny import run, tokens
+from tests.tiny import one_program, run, tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -225,7 +224,7 @@ def test_engine_on_several_devices_makes_the_tokens_of_hugging_face(name, n_devi
         prompt, expected = golden["prompt_ids"].tolist(), golden["greedy_ids"].tolist()
     options = {"max_model_len": 256, "num_kv_blocks": 64, "max_num_batched_tokens": 32}
     options |= {"max_num_seqs": 2, "tensor_parallel_size": n_devices}
-    engine = Engine(EngineConfig(model=str(GOLDEN / name), **options))
+    engine = one_program(EngineConfig(model=str(GOLDEN / name), **options))
     params = SamplingParams(max_tokens=len(expected), temperature=0.0, ignore_eos=True)
     (outputs,) = run(engine, [Request(prompt, params)])
     assert tokens(outputs) == expected
