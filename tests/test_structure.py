@@ -3,6 +3,7 @@
 import ast
 import functools
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -242,6 +243,18 @@ def test_top_level_holds_what_the_design_fixes():
     if listed.returncode:
         pytest.skip("not a git checkout")
     assert {name.split("/")[0] for name in listed.stdout.splitlines()} <= TOP_LEVEL
+
+
+def test_every_benchmark_has_one_command_that_it_and_the_readme_name():
+    readme, n_found = (ROOT / "README.md").read_text(), 0
+    for path in FILES:
+        is_run = wing(path) == "benchmarks" and '__name__ == "__main__"' in path.read_text()
+        if is_run and not path.stem.endswith("_worker"):  # which a benchmark starts
+            command = f"python -m {short(path).removesuffix('.py').replace('/', '.')}"
+            assert command in (ast.get_docstring(parse(path)) or "")
+            assert f"`{command}" in readme
+            n_found += 1
+    assert n_found == len(re.findall(r"^\| `python -m benchmarks\.", readme, re.MULTILINE))
 
 
 def test_readme_lists_every_flag_as_the_code_has_it():
