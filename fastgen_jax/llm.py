@@ -134,9 +134,9 @@ class LLM:
         return self._open_engine
 
     def close(self) -> None:
-        """Gives the engine up; further calls raise EngineStopped."""
+        """Closes the engine, which frees its memory; further calls raise EngineStopped."""
         if self._open_engine is not None:
-            self._open_engine.stop()
+            self._open_engine.close()
             self._open_engine = None
 
     def __enter__(self) -> LLM:

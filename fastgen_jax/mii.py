@@ -73,7 +73,7 @@ class Pipeline:
         return [_with_prompt(r) for r in responses] if o.return_full_text else responses
 
     def destroy(self) -> None:
-        """Gives the engine up; further calls raise EngineStopped."""
+        """Closes the engine, which frees its memory; further calls raise EngineStopped."""
         self.llm.close()
 
 

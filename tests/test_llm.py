@@ -74,8 +74,8 @@ class FakeEngine:
         self.calls.append(("finish", id, index))
         self.inbox.append((id, index))
 
-    def stop(self):
-        self.calls.append("stop")
+    def close(self):
+        self.calls.append("close")
 
     @property
     def has_work(self):
@@ -407,7 +407,7 @@ def test_closed_llm_refuses_work():
     with make_llm() as llm:
         engine = llm.engine
     llm.close()
-    assert engine.calls == ["stop"]
+    assert engine.calls == ["close"]
     with pytest.raises(EngineStopped, match="this LLM is closed"):
         llm.generate([1], GREEDY)
 

@@ -32,10 +32,12 @@ from fastgen_jax.engine.types import (
     Stats,
     TokenLogprobs,
 )
+from fastgen_jax.errors import EngineStopped
 from fastgen_jax.sampling_params import SamplingParams
 
 MAX_FAILED_STEPS = 3  # in a row; then the engine gives up
 MAX_PREFIX_LOOKUPS = 4  # waiting sequences per step
+CLOSED = "the engine is closed; make a new one"
 
 
 class InFlight(NamedTuple):
@@ -49,10 +51,11 @@ Command = Callable[[list[Output]], None]  # run by the engine's thread before it
 
 
 class Engine:
-    """Generates tokens for requests; see the module's docstring for the order of things.
+    """Generates tokens for requests; see the module's docstring for the order of things. `close`
+    it, use it in a `with` statement, or drop it: each frees the device's memory and the programs.
 
-    Thread-safe: check, submit, submit_all, cancel, finish, stop, stats. One thread at a time may
-    call step or run.
+    Thread-safe: check, submit, submit_all, cancel, finish, stop, close, stats. One thread at a time
+    may call step or run.
 
     Args:
         config: what to load and its limits; `self.config` is the same with nothing left None.
@@ -93,7 +96,8 @@ class Engine:
         self._inbox: deque[Command] = deque()
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._is_stopping = False
+        self._is_stopping = self._is_closed = False
+        self._stepping = threading.RLock()  # held by the engine's thread: `close` waits for it
         self._request_ids, self._sequence_ids = itertools.count(), itertools.count()
         self._runner.compile(self._tables, lambda done, total: on_phase("compiling", done, total))
         on_phase("ready", 1, 1)
@@ -116,7 +120,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inbox or self._live or self._in_flight)
+        return bool(self._inbox or self._requests or self._in_flight)
 
     def check(self, request: Request) -> None:
         """Raises what `submit` would, but for QueueFull and EngineStopped; queues nothing."""
@@ -167,6 +171,22 @@ class Engine:
         self._is_stopping = True
         self._wake.set()
 
+    def close(self) -> None:
+        """Stops and, once a step or `run` of another thread has returned, frees weights, cache and
+        programs; later steps raise EngineStopped. Idempotent.
+        """
+        self.stop(CLOSED)
+        with self._stepping:
+            self._is_closed = True
+            self._in_flight = None
+            self._runner.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
     def stats(self) -> Stats:
         n_running = self._limits.max_seqs - len(self._tables.free_rows)
         pool, counters = self._blocks.pool, self._counters
@@ -196,6 +216,10 @@ class Engine:
 
         Raises whatever made the engine give up, after every live request has ended with "error".
         """
+        with self._stepping:
+            self._run(deliver)
+
+    def _run(self, deliver: Callable[[list[Output]], None]) -> None:
         try:
             while not self._is_stopping:
                 self._wake.clear()
@@ -213,7 +237,18 @@ class Engine:
             raise
 
     def step(self) -> list[Output]:
-        """Plans and dispatches the next batch, then reads the tokens of the one before."""
+        """Plans and dispatches the next batch, then reads the tokens of the one before.
+
+        Raises:
+            EngineStopped: the engine is closed.
+            RuntimeError, ValueError: what made several steps in a row fail.
+        """
+        with self._stepping:
+            if self._is_closed:
+                raise EngineStopped(CLOSED)
+            return self._step()
+
+    def _step(self) -> list[Output]:
         outputs: list[Output] = []
         while self._inbox:
             self._inbox.popleft()(outputs)

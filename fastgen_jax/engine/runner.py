@@ -222,6 +222,10 @@ class Runner:
         )
         return DeviceState(caches, zeros(self._state_shape, jnp.int32, replicated(self.mesh)))
 
+    def close(self) -> None:
+        """Frees all that it owns; nothing else may be called afterwards."""
+        vars(self).clear()
+
     def compile(self, tables: HostTables, on_done: Callable[[int, int], None]) -> None:
         """Compiles every shape, the largest first, on as many threads as help."""
         self._upload_tables(tables)

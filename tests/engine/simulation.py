@@ -128,6 +128,7 @@ class FakeRunner:
             table_width=config.table_width,
             tile=1024,
         )
+        self.is_closed = False
         self.n_dispatched = self.n_fetched = 0
         self.log: list[tuple[str, int]] = []
         self.fail_next: str | None = None
@@ -148,7 +149,11 @@ class FakeRunner:
         self.token_ids = np.full((self.n_rows + 1, self.max_tokens), junk % 1000, np.int64)
         self.in_flight: deque[Launched] = deque()
 
+    def close(self) -> None:
+        self.is_closed = True
+
     def dispatch(self, batch: Batch, tables) -> Launched:
+        assert not self.is_closed
         assert len(self.in_flight) <= 1, "more than one step ahead"
         self._check_layout(batch)
         if tables.is_dirty:
