@@ -52,19 +52,22 @@ def flat_params(model: nnx.Module) -> dict[str, Any]:
 
 def random_model(config: ModelConfig, policy: Policy, mesh: Mesh, seed: int) -> nnx.Module:
     """A model of random weights (load_format="dummy"), made on the devices."""
-    graphdef, abstract = nnx.split(abstract_model(config, policy))
-    shardings = _tree_shardings(abstract, mesh)
+    model = abstract_model(config, policy)
+    shardings = [parameter_sharding(path, mesh) for path in flat_params(model)]
 
     def init():
-        return nnx.state(Model(config, policy=policy, rngs=nnx.Rngs(seed)))
+        return jax.tree.leaves(Model(config, policy=policy, rngs=nnx.Rngs(seed)))
 
-    return nnx.merge(graphdef, jax.jit(init, out_shardings=shardings)())
+    return _filled(model, jax.jit(init, out_shardings=shardings)())
 
 
-def _tree_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-    paths = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
-    shardings = [parameter_sharding(path, mesh) for path in paths]
-    return jax.tree.unflatten(jax.tree.structure(state), shardings)
+def _filled(model: nnx.Module, leaves: list[jax.Array]) -> nnx.Module:
+    """The model with these parameters.
+
+    Not by nnx.split and nnx.merge: these leave cycles that hold the arrays until Python looks for
+    cycles.
+    """
+    return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
 
 def load_model(
@@ -88,8 +91,7 @@ def load_model(
     params = flat_params(model)
     read = read_converted if converted.is_converted(directory) else read_safetensors
     leaves = read(directory, config, mesh, params, on_progress, transform)
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(state), leaves))
+    return _filled(model, leaves)
 
 
 def read_converted(

@@ -2,10 +2,10 @@
 device_get.
 
 One jitted function runs a step: embed, layers (which write the KV cache and attend), logits of the
-sampled rows, sampling. It takes flat array leaves (nnx.merge inside) and one packed int32 array,
-and returns one array. The cache and the table of known tokens are donated and aliased in place.
-Every shape is compiled by `compile`; afterwards only compiled executables are called, so that
-nothing can compile while serving.
+sampled rows, sampling. It takes the model's leaves and one packed int32 array, and returns one
+array. The cache and the table of known tokens are donated and aliased in place. Every shape is
+compiled by `compile`; afterwards only compiled executables are called, so that nothing can compile
+while serving.
 """
 
 import math
@@ -82,14 +82,13 @@ def pack_result(sampled: Sampled) -> Int[Array, "S {RESULT_SIZE}"]:
 class Program:
     """The static part of a step: hashable, so that it keys the compiled code."""
 
-    graphdef: Any
-    treedef: Any
+    treedef: Any  # of the model, as a pytree
     attention_backend: str
     mesh: Mesh
     sample_tile: int  # rows of logits made at once
 
     def model(self, leaves: tuple[Array, ...]) -> Any:
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self.treedef, leaves))
+        return jax.tree.unflatten(self.treedef, leaves)
 
 
 @partial(jax.jit, static_argnames=("program", "shape"), donate_argnames=("state",))
@@ -187,10 +186,9 @@ class Runner:
         shapes: list[Shape],
         sample_tile: int,
     ):
-        graphdef, params = nnx.split(model)
-        leaves, treedef = jax.tree.flatten(params)
+        leaves, treedef = jax.tree.flatten(model)
         self.leaves = tuple(leaves)
-        self.program = Program(graphdef, treedef, attention_backend, mesh, sample_tile)
+        self.program = Program(treedef, attention_backend, mesh, sample_tile)
         self.mesh = mesh
         self.shapes = shapes
         self._steps: dict[Shape, Callable] = {}

@@ -1,6 +1,8 @@
 """A closed engine leaves nothing behind: no weights, no cache, no programs, no threads."""
 
+import gc
 import threading
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,56 @@ import pytest
 
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import EngineStopped
+from fastgen_jax.llm import LLM
 from fastgen_jax.sampling_params import SamplingParams
 from tests import tiny
 from tests.engine.simulation import fake_engine
 
 REQUEST = Request([0, 1], SamplingParams(max_tokens=4))
+
+
+@pytest.fixture
+def no_collection():
+    """Only reference counts free anything."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def device_arrays(engine):
+    """Weights, cache and programs' tables, without keeping them alive."""
+    runner = engine._runner
+    arrays = jax.tree.leaves((runner.leaves, runner.state, runner._row_tables))
+    return [weakref.ref(array) for array in arrays]
+
+
+def alive(references):
+    return [reference for reference in references if reference() is not None]
+
+
+def test_close_frees_weights_and_cache_at_once(tmp_path, no_collection):
+    engine = tiny.make_engine(tmp_path)
+    tiny.run(engine, tiny.random_requests(0, 2))
+    held = device_arrays(engine)
+    assert len(alive(held)) == len(held) > 10
+    engine.close()
+    assert alive(held) == []
+
+
+def test_last_reference_frees_weights_and_cache_at_once(tmp_path, no_collection):
+    engine = tiny.make_engine(tmp_path)
+    tiny.run(engine, tiny.random_requests(0, 2))
+    held = device_arrays(engine)
+    del engine
+    assert alive(held) == []
+
+
+def test_closed_llm_frees_what_its_engine_held(tmp_path, no_collection):
+    with LLM.from_engine(tiny.make_engine(tmp_path)) as llm:
+        llm.generate([1, 2], SamplingParams(max_tokens=2), use_tqdm=False)
+        held = device_arrays(llm.engine)
+    assert alive(held) == []
 
 
 def test_programs_of_the_user_stay_compiled(tmp_path, forbid_compile):

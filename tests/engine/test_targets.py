@@ -7,7 +7,6 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from fastgen_jax.checkpoints.loading import abstract_model, flat_params
 from fastgen_jax.engine.batch import MAX_BANNED, Shape, packed_size
@@ -76,12 +75,12 @@ def compile_step(
     )
     shape = Shape(N_TOKENS, N_SEQS, width, plan)
     model = abstract_model(config, Policy("bfloat16", "bfloat16", mesh))
-    leaves, treedef = jax.tree.flatten(nnx.split(model)[1])
+    leaves, treedef = jax.tree.flatten(model)
     placed = tuple(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(path, mesh))
         for path, leaf in zip(flat_params(model), leaves, strict=True)
     )
-    program = Program(nnx.split(model)[0], treedef, attention, mesh, backend.sample_tile)
+    program = Program(treedef, attention, mesh, backend.sample_tile)
     block_bytes = 2 * config.n_layers * 2 * n_kv_heads * backend.block_size * config.head_dim
     own = cache_shape(
         attention,
