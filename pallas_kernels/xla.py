@@ -18,10 +18,8 @@ What XLA:CPU is good at decides the form (jax 0.10.2, measured):
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
@@ -68,7 +66,6 @@ class Scales(NamedTuple):
     values: Float[Array, "W K M"]
 
 
-@partial(jax.jit, static_argnames=("spec", "tiles"))
 def ragged_paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],

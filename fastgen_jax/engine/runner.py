@@ -1,11 +1,14 @@
 """The boundary between host and device: weights, cache, compiled steps; the only device_put and
 device_get.
 
-One jitted function runs a step: embed, layers (which write the KV cache and attend), logits of the
+One function runs a step: embed, layers (which write the KV cache and attend), logits of the
 sampled rows, sampling. It takes the model's leaves and one packed int32 array, and returns one
 array. The cache and the table of known tokens are donated and aliased in place. Every shape is
 compiled by `compile`; afterwards only compiled executables are called, so that nothing can compile
 while serving.
+
+jax keeps what it traced and compiled for as long as the function it was given lives. So each
+program is made from a function of its own, not from one of the module: the runner owns it all.
 """
 
 import math
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from fastgen_jax.engine.batch import (
@@ -80,7 +83,7 @@ def pack_result(sampled: Sampled) -> Int[Array, "S {RESULT_SIZE}"]:
 
 @dataclass(frozen=True)
 class Program:
-    """The static part of a step: hashable, so that it keys the compiled code."""
+    """The static part of a step, the same in all shapes."""
 
     treedef: Any  # of the model, as a pytree
     attention_backend: str
@@ -91,7 +94,6 @@ class Program:
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-@partial(jax.jit, static_argnames=("program", "shape"), donate_argnames=("state",))
 def step(
     leaves: tuple[Array, ...],
     state: DeviceState,
@@ -120,6 +122,7 @@ def step(
         plan=work_plan(part, shape),
     )
     attention = shard_attention(select(program.attention_backend), program.mesh)
+    attention = jax.jit(partial(attention), static_argnames="spec")  # layers share one trace
 
     def attend(q, k, v, cache, **options):
         with jax.named_scope("attention"):
@@ -152,6 +155,11 @@ def step(
     return DeviceState(caches, known), result
 
 
+def zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Callable[[], Array]:
+    """A compiled program that makes an array of zeros."""
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding).lower().compile()
+
+
 def buckets(smallest: int, largest: int) -> list[int]:
     """Padded sizes: powers of two, but for 4, which 8 serves as well; `largest` too."""
     sizes, size = {largest}, smallest
@@ -162,7 +170,7 @@ def buckets(smallest: int, largest: int) -> list[int]:
 
 
 class Runner:
-    """Owner of the device's arrays.
+    """Owner of the device's arrays and of the programs that work on them.
 
     Args:
         model: an NNX module whose parameters are on the mesh.
@@ -200,9 +208,11 @@ class Runner:
             block_size=block_size,
             head_size=config.head_dim,
         )
-        self._cache_shape = (n_blocks, config.n_kv_heads, *own[2:])
-        self._cache_dtype = stored_dtype(cache_dtype, jax.default_backend())
+        shape = (n_blocks, config.n_kv_heads, *own[2:])
+        dtype = stored_dtype(cache_dtype, jax.default_backend())
         self._n_layers = config.n_layers
+        self._empty_cache = zeros(shape, dtype, cache_sharding(mesh))
+        self._no_tokens = zeros(self._state_shape, jnp.int32, replicated(mesh))
         self.state = self._fresh_state()
         self._row_tables: tuple[Array, ...] = ()
 
@@ -211,14 +221,8 @@ class Runner:
         self.state = self._fresh_state()
 
     def _fresh_state(self) -> DeviceState:
-        def zeros(shape, dtype, sharding):
-            return jnp.zeros(shape, dtype, device=sharding)
-
-        caches = tuple(
-            zeros(self._cache_shape, self._cache_dtype, cache_sharding(self.mesh))
-            for _ in range(self._n_layers)
-        )
-        return DeviceState(caches, zeros(self._state_shape, jnp.int32, replicated(self.mesh)))
+        caches = tuple(self._empty_cache() for _ in range(self._n_layers))
+        return DeviceState(caches, self._no_tokens())
 
     def close(self) -> None:
         """Frees all that it owns; nothing else may be called afterwards."""
@@ -250,8 +254,9 @@ class Runner:
         packed = jax.ShapeDtypeStruct(
             (packed_size(shape),), jnp.int32, sharding=replicated(self.mesh)
         )
-        return step.lower(
-            self.leaves, self.state, packed, self._row_tables, program=self.program, shape=shape
+        one_shape = partial(step, program=self.program, shape=shape)
+        return jax.jit(one_shape, donate_argnames="state").lower(
+            self.leaves, self.state, packed, self._row_tables
         )
 
     def dispatch(self, batch: Batch, tables: HostTables) -> Array:

@@ -1,8 +1,11 @@
 """A closed engine leaves nothing behind: no weights, no cache, no programs, no threads."""
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -34,23 +37,27 @@ def device_arrays(engine):
     return [weakref.ref(array) for array in arrays]
 
 
+def programs(engine):
+    return [weakref.ref(program) for program in engine._runner._steps.values()]
+
+
 def alive(references):
     return [reference for reference in references if reference() is not None]
 
 
-def test_close_frees_weights_and_cache_at_once(tmp_path, no_collection):
+def test_close_frees_weights_cache_and_programs_at_once(tmp_path, no_collection):
     engine = tiny.make_engine(tmp_path)
     tiny.run(engine, tiny.random_requests(0, 2))
-    held = device_arrays(engine)
+    held = device_arrays(engine) + programs(engine)
     assert len(alive(held)) == len(held) > 10
     engine.close()
     assert alive(held) == []
 
 
-def test_last_reference_frees_weights_and_cache_at_once(tmp_path, no_collection):
+def test_last_reference_frees_weights_cache_and_programs_at_once(tmp_path, no_collection):
     engine = tiny.make_engine(tmp_path)
     tiny.run(engine, tiny.random_requests(0, 2))
-    held = device_arrays(engine)
+    held = device_arrays(engine) + programs(engine)
     del engine
     assert alive(held) == []
 
@@ -58,7 +65,7 @@ def test_last_reference_frees_weights_and_cache_at_once(tmp_path, no_collection)
 def test_closed_llm_frees_what_its_engine_held(tmp_path, no_collection):
     with LLM.from_engine(tiny.make_engine(tmp_path)) as llm:
         llm.generate([1, 2], SamplingParams(max_tokens=2), use_tqdm=False)
-        held = device_arrays(llm.engine)
+        held = device_arrays(llm.engine) + programs(llm.engine)
     assert alive(held) == []
 
 
@@ -99,3 +106,10 @@ def test_close_waits_for_run_which_ends_every_request():
     assert engine._runner.is_closed
     assert [o.finish_reason for o in outputs if o.finish_reason]
     runner.join(10)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_process_does_not_grow_with_the_engines_it_has_closed():
+    command = [sys.executable, "-m", "tests.engine.sweep", "6"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("\n")) == (0, 6), done.stdout + done.stderr

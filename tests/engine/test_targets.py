@@ -93,7 +93,7 @@ def compile_step(
         (own[0], config.n_kv_heads, *own[2:]), jnp.bfloat16, sharding=cache_sharding(mesh)
     )
     compiled = target.compile(
-        functools.partial(step.__wrapped__, program=program, shape=shape),
+        functools.partial(step, program=program, shape=shape),
         placed,
         DeviceState(
             (cache,) * config.n_layers,
