@@ -38,7 +38,7 @@ class Footprint(NamedTuple):
 
 
 # Per engine. The memory is jax's, which keeps traces of its own functions by shape.
-MAX_GROWTH = Footprint(maps=3, anon_mb=20, threads=1)
+MAX_GROWTH = Footprint(maps=3, anon_mb=10, threads=1)
 
 
 def open_and_close(folder: Path, i: int) -> None:
