@@ -7,7 +7,7 @@ mesh can read its own part. The manifest is written last and names every file.
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,10 @@ def restore(directory: Path, params: dict[str, Any], mesh: Mesh) -> list[jax.Arr
         shape = stored_shape(path, param.shape)
         wanted[path] = jax.ShapeDtypeStruct(shape, param.dtype, sharding=sharding)
     arrays = _read(directory / WEIGHTS, wanted)
+    # A function of this call: jax keeps its programs, one per shape, as long as it lives.
+    join = jax.jit(lambda pair: pair.reshape(-1, *pair.shape[2:]))
     return [
-        _joined(arrays.pop(path), parameter_sharding(path, mesh))
+        _joined(arrays.pop(path), parameter_sharding(path, mesh), join)
         if path.endswith(PAIRS)
         else arrays.pop(path)
         for path in params
@@ -134,8 +136,10 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def _joined(pair: jax.Array, sharding: NamedSharding) -> jax.Array:
+def _joined(
+    pair: jax.Array, sharding: NamedSharding, join: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
     """(2, F, ...) split by F as (2 F, ...) in which each device has its gates, then its ups."""
     shape = (2 * pair.shape[1], *pair.shape[2:])
-    shards = [s.data.reshape(-1, *shape[1:]) for s in pair.addressable_shards]
+    shards = [join(s.data) for s in pair.addressable_shards]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
