@@ -14,8 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from jax import lax
 from jax.errors import JaxRuntimeError
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
 from tests.pallas_kernels.attention_cases import (
@@ -25,6 +29,7 @@ from tests.pallas_kernels.attention_cases import (
     Implementation,
     Mismatch,
     check,
+    clock_entries_in_turn,
     implementation,
     is_present,
     prepared,
@@ -420,3 +425,39 @@ def without_bugs() -> list[Mutant]:
 )
 def test_kernel_without_a_bug_matches_the_oracle(mutant: Mutant):
     run(breed(mutant), mutant.case)
+
+
+@pytest.mark.parametrize("mode", ["eager", "on_wait"])
+@pytest.mark.parametrize(("n_between", "is_seen"), [(125, True), (126, False)])
+def test_race_is_seen_until_another_copy_takes_its_entry(capsys, mode, n_between, is_seen):
+    n_entries = 126
+
+    def body(x_ref, out_ref, leaving, arriving, sems):
+        out_copy = pltpu.make_async_copy(leaving, out_ref, sems.at[0])
+        in_copy = pltpu.make_async_copy(x_ref, arriving, sems.at[1])
+        leaving[...] = jnp.zeros(leaving.shape, leaving.dtype)
+        out_copy.start()
+
+        def copy(*_):
+            in_copy.start()
+            in_copy.wait()
+
+        lax.fori_loop(0, n_between, copy, None)
+        leaving[...] = jnp.ones(leaving.shape, leaving.dtype)  # the race
+        out_copy.wait()
+
+    x = jnp.zeros((8, 128))
+    simulator = pltpu.InterpretParams(
+        detect_races=True, dma_execution_mode=mode, vector_clock_size=1 + n_entries
+    )
+    with clock_entries_in_turn() as taken:
+        pl.pallas_call(
+            body,
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            out_shape=x,
+            scratch_shapes=[pltpu.VMEM(x.shape, x.dtype)] * 2 + [pltpu.SemaphoreType.DMA((2,))],
+            interpret=simulator,
+        )(x).block_until_ready()
+    assert taken == [1 + i % n_entries for i in range(1 + n_between)]
+    assert ("RACE DETECTED" in capsys.readouterr().out) == is_seen
