@@ -429,6 +429,7 @@ def implementation(
     interpret: bool = True,
     is_cut_small: bool = True,
     is_eager: bool = False,
+    is_joined: bool = True,
     **tiles: int,
 ) -> Implementation:
     """Of the `ragged_paged_attention` of a module of pallas_kernels, or of a mutant of it.
@@ -436,6 +437,7 @@ def implementation(
     interpret: Pallas kernels are interpreted, not compiled for this machine.
     is_cut_small: those that take tiles get small ones, of which short contexts have several.
     is_eager: TPU's simulator copies at once, not at the latest when somebody waits for it.
+    is_joined: all of it is compiled as one program, even if the function compiles parts.
     tiles: sizes of TPU's small tiles, by name.
     """
     match name:
@@ -454,7 +456,7 @@ def implementation(
             function = functools.partial(function, interpret=simulator if interpret else False)
             if is_cut_small:
                 function = functools.partial(function, tiles=small_tpu_tiles(**tiles))
-            return Implementation(name, _jit(function), is_for_tpu=True)
+            return Implementation(name, _jit(function) if is_joined else function, is_for_tpu=True)
         case "xla":
             return Implementation(name, _jit(function), is_bfloat16_in_bits=True)
     return Implementation(name, _jit(function))

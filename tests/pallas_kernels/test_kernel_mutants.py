@@ -5,15 +5,18 @@ so a kernel that changes takes its mutants along. On TPU the simulator may tell 
 and where its copies are eager, results are right and it alone can.
 """
 
+import ast
 import functools
 import importlib
+import inspect
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
@@ -36,6 +39,8 @@ from tests.pallas_kernels.attention_cases import (
 )
 
 SOURCES = Path(pallas_kernels.__file__).parent
+TPU_PROGRAMS = "paged_decode", "paged_write", "paged_chunk"
+SMALLEST_TILES = {"decode_streams": 1, "decode_blocks": 1, "chunk_blocks": 1}  # to compile
 QUANTIZED = ("float32", "int8")
 CASES = {
     # Few and sharp: float32 products, many features at once, contexts of several tiles, with ALiBi
@@ -54,7 +59,7 @@ class Mutant:
     """A bug: `old` becomes `new` in the file, and the case tells.
 
     error, message: what it tells with; by default wrong results or a complaint of any kind.
-    tiles: sizes of TPU's small tiles, by name; is_eager: see `attention_cases.implementation`.
+    n_cores: of TPU's tiles; is_eager: see `attention_cases.implementation`.
     """
 
     name: str
@@ -64,7 +69,7 @@ class Mutant:
     case: str = "mixed"
     error: type[Exception] | tuple[type[Exception], ...] = (Mismatch, Complaint)
     message: str | None = None
-    tiles: Mapping[str, int] = field(default_factory=dict)
+    n_cores: int = 1
     is_eager: bool = False
 
     def __str__(self) -> str:
@@ -80,25 +85,36 @@ class Mutant:
         return text.replace(self.old, self.new)
 
 
-@contextmanager
-def _fresh_modules(entry: str) -> Iterator[None]:
-    """Inside, the entry and its folder are imported anew, but for the host's plan, whose class the
-    kernels ask for; then they are restored.
-    """
+def _readers(module: str, entry: str) -> set[str]:
+    """The module, and those of the entry's folder that import from it."""
     folder = entry.removesuffix("attention")
+    imported = {
+        name: _imported(sys.modules[name]) for name in sys.modules if name.startswith(folder)
+    }
+    readers = {module}
+    while more := {name for name in imported.keys() - readers if imported[name] & readers}:
+        readers |= more
+    return readers
 
-    def forget() -> dict[str, types.ModuleType]:
-        names = [n for n in sys.modules if n.startswith(folder) and not n.endswith(".plan")]
-        forgotten = {name: sys.modules.pop(name) for name in names}
-        for name in names:
-            delattr(*_place(name))
-        return forgotten
 
-    before = forget()
+def _imported(module: types.ModuleType) -> set[str]:
+    """Where `from a import b` looks: a, and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@contextmanager
+def _forgotten(names: set[str]) -> Iterator[None]:
+    """Inside, these modules are imported anew; then they are restored."""
+    before = {name: sys.modules.pop(name) for name in names}
+    for name in names:
+        delattr(*_place(name))
     try:
         yield
     finally:
-        forget()
         for name, module in before.items():
             sys.modules[name] = module
             setattr(*_place(name), module)
@@ -110,17 +126,34 @@ def _place(name: str) -> tuple[types.ModuleType, str]:
     return sys.modules[package], leaf
 
 
+def _compile_alone(program: Callable) -> Callable:
+    """The program by itself; JAX compiles once what all mutants share."""
+    static = {"spec", "tiles", "interpret"} & inspect.signature(program).parameters.keys()
+    return jax.jit(program, static_argnames=sorted(static))
+
+
 def breed(mutant: Mutant) -> Implementation:
     """The implementation with the mutant's bug."""
     entry = MODULES[mutant.implementation]
-    with _fresh_modules(entry):
-        name = f"pallas_kernels.{mutant.file.removesuffix('.py').replace('/', '.')}"
+    importlib.import_module(entry)
+    name = f"pallas_kernels.{mutant.file.removesuffix('.py').replace('/', '.')}"
+    with _forgotten(_readers(name, entry)):
         module = types.ModuleType(name)
         sys.modules[name] = module
         setattr(*_place(name), module)
         exec(compile(mutant.source(), str(SOURCES / mutant.file), "exec"), vars(module))
-        function = importlib.import_module(entry).ragged_paged_attention
-    return implementation(mutant.implementation, function, is_eager=mutant.is_eager, **mutant.tiles)
+        entered = importlib.import_module(entry)
+    is_for_tpu = mutant.implementation == "pallas_tpu"
+    for program in TPU_PROGRAMS if is_for_tpu else ():
+        setattr(entered, program, _compile_alone(getattr(entered, program)))
+    return implementation(
+        mutant.implementation,
+        entered.ragged_paged_attention,
+        is_eager=mutant.is_eager,
+        is_joined=not is_for_tpu,
+        n_cores=mutant.n_cores,
+        **SMALLEST_TILES,
+    )
 
 
 def run(tested: Implementation, name: str) -> None:
@@ -263,9 +296,7 @@ STREAM = functools.partial(Mutant, file="tpu/stream.py", case="tpu")
 DECODE = functools.partial(Mutant, file="tpu/decode.py", case="tpu")
 CHUNK = functools.partial(Mutant, file="tpu/chunk.py", case="tpu")
 WRITE = functools.partial(Mutant, file="tpu/write.py", case="tpu")
-RACE = {"error": Complaint, "message": "RACE DETECTED"}
-RACE |= {"is_eager": True, "tiles": {"decode_streams": 1}}
-TWO_CORES = {"n_cores": 2, "decode_blocks": 1, "chunk_blocks": 1}
+RACE = {"error": Complaint, "message": "RACE DETECTED", "is_eager": True}
 TPU_MUTANTS = [
     STREAM(
         "a token sees the next one", old="visible = distance <= 0", new="visible = distance <= 1"
@@ -316,7 +347,7 @@ TPU_MUTANTS = [
         "a tile of queries is shared by two cores",
         old="borders = jnp.where(borders > 0, is_before.sum(1, dtype=jnp.int32), 0)",
         new="",
-        tiles=TWO_CORES,
+        n_cores=2,
     ),
     CHUNK(
         "results change while they are copied",
@@ -356,7 +387,7 @@ TPU_MUTANTS = [
         "the second core serves the first one's sequences",
         old="index = pl.program_id(0) * tiles.decode_streams + w",
         new="index = w",
-        tiles=TWO_CORES,
+        n_cores=2,
     ),
     DECODE(
         "a single is written one cell on",
@@ -413,10 +444,9 @@ def without_bugs() -> list[Mutant]:
         file = (
             MODULES[mutant.implementation].removeprefix("pallas_kernels.").replace(".", "/") + ".py"
         )
-        way = file, mutant.case, tuple(mutant.tiles.items()), mutant.is_eager
-        name = " ".join([mutant.case, *mutant.tiles, *["eager"] * mutant.is_eager])
-        sizes = {"tiles": mutant.tiles, "is_eager": mutant.is_eager}
-        ways[way] = Mutant(name, file, case=mutant.case, **sizes)
+        way = {"case": mutant.case, "n_cores": mutant.n_cores, "is_eager": mutant.is_eager}
+        name = mutant.case + " two cores" * (mutant.n_cores == 2) + " eager" * mutant.is_eager
+        ways[file, *way.values()] = Mutant(name, file, **way)
     return list(ways.values())
 
 
