@@ -58,12 +58,14 @@ CASES = {
 class Mutant:
     """A bug: `old` becomes `new` in the file, and the case tells.
 
+    kind: of bug, for `sample`.
     error, message: what it tells with; by default wrong results or a complaint of any kind.
     n_cores: of TPU's tiles; is_eager: see `attention_cases.implementation`.
     """
 
     name: str
     file: str  # of pallas_kernels
+    kind: str = "none"
     old: str = "def ragged_paged_attention("  # by default no bug at all
     new: str = "def ragged_paged_attention("
     case: str = "mixed"
@@ -166,57 +168,72 @@ XLA = functools.partial(Mutant, file="xla.py")
 TILE = functools.partial(Mutant, file="gpu/tile.py")
 GPU = functools.partial(Mutant, file="gpu/attention.py")
 XLA_MUTANTS = [
-    XLA("a token sees the next one", old="(distance <= 0)", new="(distance <= 1)"),
+    XLA("a token sees the next one", kind="mask", old="(distance <= 0)", new="(distance <= 1)"),
     XLA(
         "the window is one too wide",
+        kind="mask",
         old="visible &= distance > -spec.window",
         new="visible &= distance >= -spec.window",
     ),
     XLA(
         "a chunk's sum is not rescaled",
+        kind="softmax",
         old="acc = a.acc * shrink[..., None]",
         new="acc = a.acc",
         case="long",
     ),
     XLA(
         "a single's sum is not rescaled",
+        kind="softmax",
         old="(state.acc * shrink[..., None]).at",
         new="state.acc.at",
         case="decodes",
     ),
     XLA(
         "keys get the values' scales",
+        kind="score",
         old="scores * scales.keys[",
         new="scores * scales.values[",
     ),
     XLA(
         "scales of unused cells leak",
+        kind="mask",
         old="jnp.where(is_cached[:, None], scales.values, 0.0)",
         new="scales.values",
     ),
     XLA(
         "the soft cap comes after the mask",
+        kind="score",
         old="    top = scores.max(-1)\n",
         new="    scores = 2 * jnp.tanh(scores / 2)\n    top = scores.max(-1)\n",
     ),
-    XLA("ALiBi has the wrong sign", old="scores + batch.slopes", new="scores - batch.slopes"),
+    XLA(
+        "ALiBi has the wrong sign",
+        kind="score",
+        old="scores + batch.slopes",
+        new="scores - batch.slopes",
+    ),
     XLA(
         "sinks are not in the sum",
+        kind="softmax",
         old="Softmax(acc, top, jnp.ones(shape[:-1]))",
         new="Softmax(acc, top, jnp.zeros(shape[:-1]))",
     ),
     XLA(
         "the last partial tile is missed",
+        kind="extent",
         old="last = -(-jnp.minimum(start + n_queries - stop + seq_len, seq_len) // n_keys)",
         new="last = jnp.minimum(start + n_queries - stop + seq_len, seq_len) // n_keys",
     ),
     XLA(
         "tokens are written one cell on",
+        kind="write",
         old="slots[:, None] % n_cells",
         new="(slots[:, None] + 1) % n_cells",
     ),
     XLA(
         "a tile is loaded from the tile before",
+        kind="place",
         old="return _merge(state, Softmax(*(x[0] for x in part))), plan(j + 1)",
         new="return _merge(state, Softmax(*(x[0] for x in part))), plan(j)",
         case="long",
@@ -225,68 +242,90 @@ XLA_MUTANTS = [
 GPU_MUTANTS = [
     TILE(
         "a token sees the next one",
+        kind="mask",
         old="is_cached[None, :] & (distance <= 0)",
         new="is_cached[None, :] & (distance <= 1)",
     ),
     TILE(
         "the window is one too wide",
+        kind="mask",
         old="visible &= distance > -spec.window",
         new="visible &= distance >= -spec.window",
     ),
     TILE(
         "the sum is not rescaled",
+        kind="softmax",
         old="tuple(a * shrink[:, None] + _dot(",
         new="tuple(a + _dot(",
         case="long",
     ),
     TILE(
         "values get the keys' scales",
+        kind="score",
         old="weights = weights * value_scales[None, :]",
         new="weights = weights * key_scales[None, :]",
     ),
-    TILE("ALiBi has the wrong sign", old="scores + queries.slopes", new="scores - queries.slopes"),
+    TILE(
+        "ALiBi has the wrong sign",
+        kind="score",
+        old="scores + queries.slopes",
+        new="scores - queries.slopes",
+    ),
     TILE(
         "the soft cap is half as strong",
+        kind="score",
         old="spec.soft_cap * LOG2_E",
         new="0.5 * spec.soft_cap * LOG2_E",
     ),
     TILE(
         "every part of a split adds the sink",
+        kind="softmax",
         old="has_sink = item.split == 0",
         new="has_sink = item.split >= 0",
         case="decodes",
     ),
-    TILE("a tile has a token too many", old="tile_token < n_tokens", new="tile_token <= n_tokens"),
+    TILE(
+        "a tile has a token too many",
+        kind="mask",
+        old="tile_token < n_tokens",
+        new="tile_token <= n_tokens",
+    ),
     TILE(
         "a tile is loaded from the tile before",
+        kind="place",
         old="blocks = _blocks(layout, inputs.tables, item, j + 1)",
         new="blocks = _blocks(layout, inputs.tables, item, j)",
         case="long",
     ),
     GPU(
         "the last partial tile is missed",
+        kind="extent",
         old="span = first_tile(layout, item), pl.cdiv(item.kv_end, layout.block_n)",
         new="span = first_tile(layout, item), lax.div(item.kv_end, jnp.int32(layout.block_n))",
         case="decodes",
     ),
     GPU(
         "a tile behind the diagonal is not masked",
+        kind="mask",
         old="diagonal = lax.div(item.position + 1, jnp.int32(block_n))",
         new="diagonal = pl.cdiv(item.position + 1, block_n)",
     ),
     GPU(
         "a tile at the window's edge is not masked",
+        kind="mask",
         old="jnp.minimum(pl.cdiv(behind, block_n), last)",
         new="jnp.minimum(lax.div(behind, jnp.int32(block_n)), last)",
     ),
     GPU(
         "the last part of a split is missed",
+        kind="extent",
         old="first_slot, first_slot + n_slots,",
         new="first_slot, first_slot + n_slots - 1,",
         case="decodes",
     ),
     Mutant(
         "tokens are written one cell on",
+        kind="write",
         file="gpu/layout.py",
         old="slice(None), slots % n_cells",
         new="slice(None), (slots + 1) % n_cells",
@@ -299,17 +338,22 @@ WRITE = functools.partial(Mutant, file="tpu/write.py", case="tpu")
 RACE = {"error": Complaint, "message": "RACE DETECTED", "is_eager": True}
 TPU_MUTANTS = [
     STREAM(
-        "a token sees the next one", old="visible = distance <= 0", new="visible = distance <= 1"
+        "a token sees the next one",
+        kind="mask",
+        old="visible = distance <= 0",
+        new="visible = distance <= 1",
     ),
     STREAM(
         "the window is one too wide",
+        kind="mask",
         old="visible &= distance > -spec.window",
         new="visible &= distance >= -spec.window",
         case="tpu scales",  # ALiBi would hide what is far
     ),
-    STREAM("ALiBi has the wrong sign", old="scores + (slope", new="scores - (slope"),
+    STREAM("ALiBi has the wrong sign", kind="score", old="scores + (slope", new="scores - (slope"),
     STREAM(
         "nothing waits for a tile",
+        kind="race",
         old="""                    for copy in self._copies(slot, b, 0):
                         copy.wait()
 """,
@@ -318,39 +362,46 @@ TPU_MUTANTS = [
     ),
     CHUNK(
         "a chunk reads the next tile's buffer",
+        kind="place",
         old="slot, n_queries = item % stream.n_buffers,",
         new="slot, n_queries = (item + 1) % stream.n_buffers,",
     ),
     CHUNK(
         "a chunk's sum is not rescaled",
+        kind="softmax",
         old="refs.acc[k, g] = refs.acc[k, g] * shrink + added",
         new="refs.acc[k, g] = refs.acc[k, g] + added",
     ),
     CHUNK(
         "a chunk's keys get the values' scales",
+        kind="score",
         old="keys = keys.astype(jnp.float32) * scales[0][0:1]",
         new="keys = keys.astype(jnp.float32) * scales[0][1:2]",
         case="tpu scales",
     ),
     CHUNK(
         "a chunk's last partial block is missed",
+        kind="extent",
         old="blocks = -(-(tile * size + high + shift) // n_cells)",
         new="blocks = jnp.maximum((tile * size + high + shift) // n_cells, 1)",
     ),
     CHUNK(
         "every KV head attends to the first one's cells",
+        kind="place",
         old="blocks = [[ring.at[slot, b, k] for",
         new="blocks = [[ring.at[slot, b, 0] for",
         case="tpu heads",
     ),
     CHUNK(
         "a tile of queries is shared by two cores",
+        kind="race",
         old="borders = jnp.where(borders > 0, is_before.sum(1, dtype=jnp.int32), 0)",
         new="",
         n_cores=2,
     ),
     CHUNK(
         "results change while they are copied",
+        kind="race",
         old="""        pl.when(is_last & (leaving >= 0))(lambda: self._out_copy(0).wait())
         pl.when(is_last)(lambda: self._leave(p))
 """,
@@ -361,23 +412,27 @@ TPU_MUTANTS = [
     ),
     DECODE(
         "a single's sum is not rescaled",
+        kind="softmax",
         old="acc_ref[...] * _widen(shrink, acc_ref.shape[1]) + added",
         new="acc_ref[...] + added",
         case="tpu heads",  # sinks would be the maximum before and after
     ),
     DECODE(
         "a single's values get the keys' scales",
+        kind="score",
         old="part * tile[1][1:2]",
         new="part * tile[1][0:1]",
         case="tpu scales",
     ),
     DECODE(
         "the sink is added in every lane",
+        kind="softmax",
         old="jnp.where(lane == 0, 1.0, 0.0)",
         new="jnp.where(lane >= 0, 1.0, 0.0)",
     ),
     DECODE(
         "a single's last partial block is missed",
+        kind="extent",
         old="n_blocks = lax.div(self.refs.seq_lens[s] + self.n_cells - 1, self.n_cells)",
         new="n_blocks = jnp.maximum(lax.div(self.refs.seq_lens[s], self.n_cells), 1)",
         error=JaxRuntimeError,  # that block is to be written: its place is behind the buffer
@@ -385,17 +440,20 @@ TPU_MUTANTS = [
     ),
     DECODE(
         "the second core serves the first one's sequences",
+        kind="race",
         old="index = pl.program_id(0) * tiles.decode_streams + w",
         new="index = w",
         n_cores=2,
     ),
     DECODE(
         "a single is written one cell on",
+        kind="write",
         old="new_cell = lax.rem(refs.seq_lens[s] - 1, self.n_cells)",
         new="new_cell = lax.rem(refs.seq_lens[s], self.n_cells)",
     ),
     DECODE(
         "a block is refilled while it is written back",
+        kind="race",
         old="""        pl.when(lane.is_writing > 0)(lambda: self._wait_for_write())
         stream.fetch(lane.ahead, item + stream.n_buffers - 1, self._fetch_row)
 """,
@@ -406,16 +464,19 @@ TPU_MUTANTS = [
     ),
     WRITE(
         "a chunk's first block loses its earlier tokens",
+        kind="write",
         old="pl.when(n_old(i) > 0)(lambda: each(old_copies, i, method))",
         new="pl.when(n_old(i) > 1000)(lambda: each(old_copies, i, method))",
     ),
     WRITE(
         "a chunk's first new cell keeps what it held",
+        kind="write",
         old="len(placed.shape) - 1) < first",
         new="len(placed.shape) - 1) <= first",
     ),
     WRITE(
         "a chunk is written one cell back",
+        kind="write",
         old="return pl.multiple_of(aligned, ROWS), start - aligned",
         new="return pl.multiple_of(aligned, ROWS), start - aligned + 1",
     ),
@@ -423,24 +484,49 @@ TPU_MUTANTS = [
 MUTANTS = XLA_MUTANTS + GPU_MUTANTS + TPU_MUTANTS
 
 
-def of_present(name: str, *values, id: str):
-    """A test's parameters, skipped if the implementation's module does not exist yet."""
-    reason = f"{MODULES[name]} does not exist yet"
-    skip = pytest.mark.skipif(not is_present(name), reason=reason)
-    return pytest.param(*values, marks=skip, id=f"{name}-{id}")
+def sample(mutants: list[Mutant]) -> list[Mutant]:
+    """All races, and of the others enough for each kind of each implementation and each file."""
+    chosen, found = [], set()
+    for mutant in mutants:
+        new = {(mutant.implementation, mutant.kind), mutant.file} - found
+        if mutant.kind == "race" or new:
+            chosen.append(mutant)
+            found |= new
+    return chosen
 
 
-@pytest.mark.parametrize("mutant", [of_present(m.implementation, m, id=str(m)) for m in MUTANTS])
+SAMPLE = sample(MUTANTS)
+
+
+def parameters(mutants: list[Mutant], sampled: list[Mutant]) -> list:
+    """Those not sampled are for the exhaustive run; skipped if their module does not exist yet."""
+
+    def marks(mutant: Mutant) -> list[pytest.MarkDecorator]:
+        name = mutant.implementation
+        skip = pytest.mark.skipif(not is_present(name), reason=f"{MODULES[name]} does not exist")
+        return [skip] if mutant in sampled else [skip, pytest.mark.exhaustive]
+
+    return [pytest.param(m, marks=marks(m), id=f"{m.implementation}-{m}") for m in mutants]
+
+
+def test_sample_has_every_race_and_every_kind_of_bug_of_each_implementation():
+    races = {m.name for m in MUTANTS if m.kind == "race"}
+    assert len(races) == 5 and races <= {m.name for m in SAMPLE}
+    kinds = [{(m.implementation, m.kind) for m in mutants} for mutants in (MUTANTS, SAMPLE)]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("mutant", parameters(MUTANTS, SAMPLE))
 def test_mutant_does_not_match_the_oracle(mutant: Mutant):
     tested = breed(mutant)
     with pytest.raises(mutant.error, match=mutant.message):
         run(tested, mutant.case)
 
 
-def without_bugs() -> list[Mutant]:
-    """One for each way that mutants are run."""
+def without_bugs(mutants: list[Mutant]) -> list[Mutant]:
+    """One for each way that the mutants are run."""
     ways = {}
-    for mutant in MUTANTS:
+    for mutant in mutants:
         file = (
             MODULES[mutant.implementation].removeprefix("pallas_kernels.").replace(".", "/") + ".py"
         )
@@ -450,9 +536,7 @@ def without_bugs() -> list[Mutant]:
     return list(ways.values())
 
 
-@pytest.mark.parametrize(
-    "mutant", [of_present(m.implementation, m, id=str(m)) for m in without_bugs()]
-)
+@pytest.mark.parametrize("mutant", parameters(without_bugs(MUTANTS), without_bugs(SAMPLE)))
 def test_kernel_without_a_bug_matches_the_oracle(mutant: Mutant):
     run(breed(mutant), mutant.case)
 
