@@ -7,6 +7,8 @@ MODEL ?=
 PORT ?= 8000
 ARGS ?=
 PY := .venv/bin/python
+# A process per core; tests of one file stay together, with the engines that they share.
+WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
 # The first interpreter that is new enough. Give another one with PYTHON=...
 PYTHON = $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
@@ -20,8 +22,8 @@ setup: .venv/installed  ## create .venv and install everything that serving and 
 serve: setup  ## serve MODEL (default: the built-in demo) on PORT (8000); more flags in ARGS
 	@$(PY) -m fastgen_jax.serve $(if $(MODEL),"$(MODEL)") --port $(PORT) $(ARGS)
 
-test: setup  ## run the tests; ARGS="-k name" picks some
-	@$(PY) -m pytest $(ARGS)
+test: setup  ## run the tests; ARGS="-k name" picks some, ARGS="-n 0" runs them in one process
+	@$(PY) -m pytest $(WORKERS) $(ARGS)
 
 format: setup  ## rewrite the code as ruff formats it
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .

@@ -18,6 +18,7 @@ from fastgen_jax.sampling_params import SamplingParams
 from tests import tiny
 from tests.engine.simulation import fake_engine
 
+ROOT = Path(__file__).parents[2]
 REQUEST = Request([0, 1], SamplingParams(max_tokens=4))
 
 
@@ -109,7 +110,9 @@ def test_close_waits_for_run_which_ends_every_request():
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
-def test_process_does_not_grow_with_the_engines_it_has_closed():
-    command = [sys.executable, "-m", "tests.engine.sweep", "6"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.count("\n")) == (0, 6), done.stdout + done.stderr
+@pytest.mark.parametrize("n_engines", [6, pytest.param(40, marks=pytest.mark.exhaustive)])
+def test_process_does_not_grow_with_the_engines_it_has_closed(n_engines):
+    command = [sys.executable, "-m", "tests.engine.sweep", str(n_engines)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    n_lines = done.stdout.count("\n")
+    assert (done.returncode, n_lines) == (0, n_engines), done.stdout + done.stderr
