@@ -18,8 +18,9 @@ if TYPE_CHECKING:
         QueueFull,
         RequestError,
     )
-    from fastgen_jax.llm import LLM, CompletionOutput, Logprob, RequestOutput
+    from fastgen_jax.llm import LLM
     from fastgen_jax.mii import pipeline
+    from fastgen_jax.results import CompletionOutput, Logprob, RequestOutput
     from fastgen_jax.sampling_params import SamplingParams
 
 __all__ = [
@@ -43,7 +44,8 @@ __all__ = [
 _ROOMS = {
     "engine.config": ("EngineConfig",),
     "sampling_params": ("SamplingParams",),
-    "llm": ("LLM", "CompletionOutput", "Logprob", "RequestOutput"),
+    "llm": ("LLM",),
+    "results": ("CompletionOutput", "Logprob", "RequestOutput"),
     "mii": ("pipeline",),
 }
 

@@ -11,78 +11,23 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fastgen_jax.config import check_known
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.types import FinishReason, Output, Request, TokenLogprobs
 from fastgen_jax.errors import EngineStopped, InvalidRequest, QueueFull
+from fastgen_jax.prompts import Prompt, at_prompt, prompt_list, text_and_ids
+from fastgen_jax.results import CompletionOutput, Logprob, RequestOutput
 from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.tokenizer import TextStream, Tokenizer, has_tokenizer
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.engine import Engine
 
-Prompt = str | Iterable[int] | Mapping[str, Any]
 EncodedPrompt = tuple[str | None, list[int]]  # its text, if it came as one, and its ids
-PROMPT_KEYS = {"prompt", "prompt_token_ids"}  # of vLLM's TextPrompt and TokensPrompt
-
-
-@dataclass(frozen=True)
-class Logprob:
-    """Natural-log probability of a token at a position. rank: 1 is the likeliest, None unknown."""
-
-    logprob: float
-    rank: int | None
-    decoded_token: str | None
-
-
-@dataclass(frozen=True)
-class CompletionOutput:
-    """One sample. text: empty without a tokenizer. error: why, if finish_reason is "error"."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    cumulative_logprob: float | None
-    logprobs: list[dict[int, Logprob]] | None
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """All samples of one prompt. The properties are MII's names for the first sample."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool = True
-
-    @property
-    def generated_text(self) -> str:
-        return self.outputs[0].text
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.prompt_token_ids)
-
-    @property
-    def generated_length(self) -> int:
-        return len(self.outputs[0].token_ids)
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        return self.outputs[0].finish_reason
-
-    def __str__(self) -> str:
-        return self.generated_text
 
 
 class LLM:
@@ -207,10 +152,10 @@ class LLM:
         Raises:
             InvalidRequest: naming the prompt.
         """
-        return [at_prompt(i, self._encode, p) for i, p in enumerate(_prompt_list(prompts))]
+        return [at_prompt(i, self._encode, p) for i, p in enumerate(prompt_list(prompts))]
 
     def _encode(self, prompt: Any) -> EncodedPrompt:
-        text, ids = _parts(prompt)
+        text, ids = text_and_ids(prompt)
         if ids is None:
             assert text is not None
             ids = self._text_tokenizer("a text prompt").encode(text)
@@ -244,46 +189,6 @@ class LLM:
             RequestOutput(str(job.request_id), text, ids, [s.result() for s in job.samples])
             for job, (text, ids) in zip(generation.jobs, prompts, strict=True)
         ]
-
-
-def _prompt_list(prompts: Any) -> list[Any]:
-    """One prompt is a list of one."""
-    listed = _as_list(prompts)
-    if not isinstance(listed, list):
-        return [prompts]
-    is_one = bool(listed) and all(isinstance(item, int | np.integer) for item in listed)
-    return [listed] if is_one else listed
-
-
-def _parts(prompt: Any) -> tuple[str | None, list[int] | None]:
-    """Text and token ids of a prompt, which has one of them or, if it is a dict, perhaps both."""
-    if isinstance(prompt, str):
-        return prompt, None
-    text, ids = None, _as_list(prompt)
-    if isinstance(prompt, Mapping) and prompt.keys() <= PROMPT_KEYS:
-        text, ids = prompt.get("prompt"), _as_list(prompt.get("prompt_token_ids"))
-    if isinstance(ids, list) or (isinstance(text, str) and ids is None):
-        return text, ids
-    raise InvalidRequest(
-        f"a prompt is a text or a list of token ids, not {prompt!r:.80}; a dict may hold them as "
-        "'prompt' and 'prompt_token_ids', and nothing else"
-    )
-
-
-def _as_list(value: Any) -> Any:
-    """Arrays, of numpy or jax, as lists of plain ints; other iterables of items as lists."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    is_items = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set)
-    return list(value) if is_items else value
-
-
-def at_prompt(index: int, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Calls, naming the prompt's index in what is raised."""
-    try:
-        return function(*args, **kwargs)
-    except InvalidRequest as error:
-        raise type(error)(f"prompt {index}: {error}", param=error.param) from error
 
 
 class Sample:

@@ -10,7 +10,9 @@ from typing import Any
 
 from fastgen_jax.config import check_known
 from fastgen_jax.errors import InvalidRequest
-from fastgen_jax.llm import LLM, RequestOutput, at_prompt
+from fastgen_jax.llm import LLM
+from fastgen_jax.prompts import at_prompt
+from fastgen_jax.results import RequestOutput
 from fastgen_jax.sampling_params import SamplingParams
 
 MII_NAMES = {"tensor_parallel": "tensor_parallel_size", "max_length": "max_model_len"}

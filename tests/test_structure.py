@@ -16,7 +16,7 @@ from fastgen_jax.serve import CONFIGS
 from fastgen_jax.server.flags import markdown
 
 ROOT = Path(__file__).parents[1]
-COMMON = ("sampling_params", "config", "progress", "errors")
+COMMON = ("prompts", "sampling_params", "config", "progress", "errors")
 
 
 class Wing(NamedTuple):
@@ -34,7 +34,7 @@ WINGS = {
     "serve": Wing("the command line", ("fastgen_jax/serve.py",)),
     "demo": Wing("the built-in model, and what trained it", ("fastgen_jax/demo",)),
     "mii": Wing("MII's names", ("fastgen_jax/mii.py",)),
-    "llm": Wing("offline generation", ("fastgen_jax/llm.py",)),
+    "llm": Wing("offline generation", ("fastgen_jax/llm.py", "fastgen_jax/results.py")),
     "server": Wing("OpenAI's protocol over one engine", ("fastgen_jax/server",)),
     "tokenizer": Wing("text to ids and back", ("fastgen_jax/tokenizer.py",)),
     "engine": Wing("token ids in, token ids out", ("fastgen_jax/engine",)),

@@ -14,13 +14,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.admission import Admission
-from fastgen_jax.engine.batch import MAX_EOS, Batch, HostTables, pack
+from fastgen_jax.engine.batch import Batch, HostTables, pack
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.prefix import SequenceBlocks
+from fastgen_jax.engine.requests import default_params, eos_token_ids, make_sequences
 from fastgen_jax.engine.runner import StepResult, shape_for
 from fastgen_jax.engine.scheduler import Limits, schedule
 from fastgen_jax.engine.types import (
@@ -72,7 +71,7 @@ class Engine:
         self.config = c = started.config
         self.model_config = started.model_config
         self.default_params = default_params(started.generation_config)
-        self.eos_token_ids = eos_token_ids(started)
+        self.eos_token_ids = eos_token_ids(started.generation_config, started.model_config)
         self.timings = dict.fromkeys(("plan", "pack", "dispatch", "wait", "commit"), 0.0)  # seconds
         self._runner = started.runner
         self._limits = Limits(c.max_num_batched_tokens, c.max_num_seqs, c.block_size)
@@ -387,24 +386,17 @@ class Engine:
 
     def _enter(self, request_id: int, request: Request, total: int) -> Command:
         """The command that makes a submitted request live."""
-        prompt = np.array(request.prompt_token_ids, np.int32)
-        params = request.params
+        samples = make_sequences(
+            request,
+            request_id,
+            self._sequence_ids,
+            max_tokens=total,
+            engine_seed=self.config.seed,
+            eos_token_ids=self.eos_token_ids,
+        )
 
         def apply(outputs: list[Output]) -> None:
-            self._requests[request_id] = samples = [
-                Sequence(
-                    id=next(self._sequence_ids),
-                    request_id=request_id,
-                    index=index,
-                    prompt_ids=prompt,
-                    params=params,
-                    seed=seed,
-                    max_tokens=total,
-                    ending_ids=ending_ids(params, self.eos_token_ids),
-                    n_tokens=len(prompt),
-                )
-                for index, seed in enumerate(sample_seeds(self.config.seed, request_id, params))
-            ]
+            self._requests[request_id] = samples
             self._live |= {sequence.id: sequence for sequence in samples}
 
         return apply
@@ -493,30 +485,3 @@ def read_logprobs(result: StepResult, i: int, params: SamplingParams) -> TokenLo
     ids = result.top_ids[i, : params.logprobs].tolist()
     logprobs = result.top_logprobs[i, : params.logprobs].tolist()
     return TokenLogprobs(float(result.logprobs[i]), list(zip(ids, logprobs, strict=True)))
-
-
-def ending_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
-    """Token ids that end a sample."""
-    eos = frozenset() if params.ignore_eos else eos_token_ids
-    return eos | frozenset(params.stop_token_ids)
-
-
-def sample_seeds(engine_seed: int, request_id: int, params: SamplingParams) -> list[int]:
-    """One 32-bit seed per sample: from the request's seed if it has one, else from its number."""
-    entropy = [engine_seed, request_id] if params.seed is None else [params.seed % 2**64]
-    return np.random.SeedSequence(entropy).generate_state(params.n, np.uint32).tolist()
-
-
-def default_params(generation_config: dict[str, Any]) -> dict[str, Any]:
-    """SamplingParams fields that a model's generation_config.json sets."""
-    if not generation_config.get("do_sample", True):
-        return {"temperature": 0.0}
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return {n: generation_config[n] for n in names if generation_config.get(n) is not None}
-
-
-def eos_token_ids(started: startup.Started) -> frozenset[int]:
-    """End-of-sequence ids: those of generation_config.json, else those of config.json."""
-    value = started.generation_config.get("eos_token_id")
-    ids = [value] if isinstance(value, int) else value or started.model_config.eos_token_ids
-    return frozenset(list(ids)[:MAX_EOS])

@@ -16,7 +16,8 @@ import numpy as np
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.batch import FLOAT_PARAMS, UNKNOWN, Batch, unpack
 from fastgen_jax.engine.blocks import BlockPool
-from fastgen_jax.engine.engine import Engine, sample_seeds
+from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.requests import sample_seeds
 from fastgen_jax.engine.runner import StepResult, make_shapes
 from fastgen_jax.engine.types import Output, Request, Sequence
 from fastgen_jax.errors import QueueFull

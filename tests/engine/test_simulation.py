@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from fastgen_jax.engine import engine as engine_module
+from fastgen_jax.engine import requests
 from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS, HostTables, unpack
 from fastgen_jax.engine.blocks import BlockPool
 from fastgen_jax.engine.engine import Engine
@@ -393,12 +394,12 @@ def token_is_delivered_twice(original, engine, step, outputs):
     outputs += [o for o in outputs[n:] if not o.finish_reason][:1]
 
 
-@bug(engine_module, "Sequence")
+@bug(requests, "Sequence")
 def one_token_too_many_is_generated(original, **fields):
     return original(**fields | {"max_tokens": fields["max_tokens"] + 1})
 
 
-@bug(engine_module, "sample_seeds")
+@bug(requests, "sample_seeds")
 def samples_share_a_seed(original, engine_seed, request_id, params):
     return original(engine_seed, request_id, params)[:1] * params.n
 

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import io
 import itertools
 import math
@@ -495,10 +494,6 @@ MODULES = {
     "pallas_gpu": "pallas_kernels.gpu.attention",
     "pallas_tpu": "pallas_kernels.tpu.attention",
 }
-
-
-def is_present(name: str) -> bool:
-    return importlib.util.find_spec(MODULES[name]) is not None
 
 
 @functools.cache

@@ -23,7 +23,6 @@ from tests.pallas_kernels.attention_cases import (
     Batch,
     Case,
     check,
-    is_present,
     load,
     make_batch,
     run,
@@ -34,24 +33,15 @@ INTERPRETED = tuple(name for name in MODULES if name not in COMPILED)
 PLAIN = Case(n_tokens=80)
 
 
-def present(name: str, *values):
-    """A test's parameters, skipped if the implementation's module does not exist yet."""
-    reason = f"{MODULES[name]} does not exist yet"
-    return pytest.param(
-        name, *values, marks=pytest.mark.skipif(not is_present(name), reason=reason)
-    )
+def is_sampled(name: str, case: Case) -> bool:
+    """Interpreted kernels are slow: by default they run few cases, in CI all."""
+    return name == "xla" or case in FEW_CASES
 
 
-EVERY = [present(name) for name in MODULES]
-# The others are slow.
-SAMPLED = [
-    present(name, case) for name in MODULES for case in (CASES if name == "xla" else FEW_CASES)
-]
-REST = [
-    present(name, case)
+EVERY_CASE = [
+    pytest.param(name, case, marks=[] if is_sampled(name, case) else [pytest.mark.exhaustive])
     for name in MODULES
     for case in CASES
-    if name != "xla" and case not in FEW_CASES
 ]
 
 
@@ -66,14 +56,8 @@ def plain(name: str) -> Case:
     return load(name).fit(PLAIN)
 
 
-@pytest.mark.parametrize(("name", "case"), SAMPLED, ids=str)
+@pytest.mark.parametrize(("name", "case"), EVERY_CASE, ids=str)
 def test_every_pair_of_features_matches_the_oracle(name, case):
-    run(name, case)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("name", "case"), REST, ids=str)
-def test_every_pair_of_features_matches_the_oracle_in_every_implementation(name, case):
     run(name, case)
 
 
@@ -97,7 +81,7 @@ def test_every_window_matches_the_oracle_on_cpu(window):
     run("xla", Case(window=window))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MODULES)
 def test_many_tiles_of_queries_and_keys_match_the_oracle(name):
     tested = load(name, is_cut_small=False)
     case = tested.fit(Case(n_tokens=420, longest=1200, n_cells=64, heads=(2, 1)))
@@ -118,19 +102,19 @@ def test_fewer_tokens_than_rows_and_fewer_rows_than_tokens_work_on_cpu(sizes, co
     assert_matches_the_oracle("xla", case, make_batch(case, contexts))
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MODULES)
 def test_empty_batch_gives_zeros_and_changes_no_owned_block(name):
     batch = make_batch(plain(name), [], unused=1.5)
     assert not assert_matches_the_oracle(name, plain(name), batch).any()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MODULES)
 def test_sequence_without_new_tokens_is_skipped(name):
     batch = make_batch(plain(name), [(30, 1), (40, 0), (9, 4), (128, 0)])
     assert assert_matches_the_oracle(name, plain(name), batch)[:5].any()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MODULES)
 def test_what_unused_cells_hold_changes_nothing(name):
     case = plain(name)
     nan, inf, zero = (
@@ -140,7 +124,7 @@ def test_what_unused_cells_hold_changes_nothing(name):
     np.testing.assert_array_equal(inf, zero)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", MODULES)
 def test_poisoned_sequence_leaves_the_others_alone(name):
     case = plain(name)
     batch = make_batch(case, unused=0.0)
@@ -166,7 +150,7 @@ RAGGED = {
 }
 
 
-@pytest.mark.parametrize("name", [present(name) for name in COMPILED])
+@pytest.mark.parametrize("name", COMPILED)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(**RAGGED, case=st.sampled_from(RANDOM_CASES))
 def test_random_ragged_batches_match_the_oracle(name, singles, chunks, seed, case):
@@ -174,7 +158,7 @@ def test_random_ragged_batches_match_the_oracle(name, singles, chunks, seed, cas
     assert_matches_the_oracle(name, case, make_batch(case, singles + chunks, seed=seed))
 
 
-@pytest.mark.parametrize("name", [present(name) for name in INTERPRETED])
+@pytest.mark.parametrize("name", INTERPRETED)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(**RAGGED)
 def test_random_ragged_batches_match_the_oracle_interpreted(name, singles, chunks, seed):

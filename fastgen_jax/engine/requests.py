@@ -1,0 +1,69 @@
+"""What a request means to the engine: its sequences, their seeds, what ends them, and defaults."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fastgen_jax.engine.batch import MAX_EOS
+from fastgen_jax.engine.types import Request, Sequence
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.sampling_params import SamplingParams
+
+
+def make_sequences(
+    request: Request,
+    request_id: int,
+    sequence_ids: Iterator[int],
+    *,
+    max_tokens: int,
+    engine_seed: int,
+    eos_token_ids: frozenset[int],
+) -> list[Sequence]:
+    """One sequence for each of the request's samples.
+
+    max_tokens: prompt and output together.
+    """
+    prompt = np.array(request.prompt_token_ids, np.int32)
+    params = request.params
+    return [
+        Sequence(
+            id=next(sequence_ids),
+            request_id=request_id,
+            index=index,
+            prompt_ids=prompt,
+            params=params,
+            seed=seed,
+            max_tokens=max_tokens,
+            ending_ids=ending_ids(params, eos_token_ids),
+            n_tokens=len(prompt),
+        )
+        for index, seed in enumerate(sample_seeds(engine_seed, request_id, params))
+    ]
+
+
+def ending_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """Token ids that end a sample."""
+    eos = frozenset() if params.ignore_eos else eos_token_ids
+    return eos | frozenset(params.stop_token_ids)
+
+
+def sample_seeds(engine_seed: int, request_id: int, params: SamplingParams) -> list[int]:
+    """One 32-bit seed per sample: from the request's seed if it has one, else from its number."""
+    entropy = [engine_seed, request_id] if params.seed is None else [params.seed % 2**64]
+    return np.random.SeedSequence(entropy).generate_state(params.n, np.uint32).tolist()
+
+
+def default_params(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """SamplingParams fields that a model's generation_config.json sets."""
+    if not generation_config.get("do_sample", True):
+        return {"temperature": 0.0}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return {n: generation_config[n] for n in names if generation_config.get(n) is not None}
+
+
+def eos_token_ids(generation_config: dict[str, Any], model: ModelConfig) -> frozenset[int]:
+    """End-of-sequence ids: those of generation_config.json, else those of config.json."""
+    value = generation_config.get("eos_token_id")
+    ids = [value] if isinstance(value, int) else value or model.eos_token_ids
+    return frozenset(list(ids)[:MAX_EOS])

@@ -1,0 +1,51 @@
+"""The forms in which callers of the library give prompts: texts, token ids, vLLM's dicts."""
+
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any
+
+import numpy as np
+
+from fastgen_jax.errors import InvalidRequest
+
+Prompt = str | Iterable[int] | Mapping[str, Any]
+PROMPT_KEYS = {"prompt", "prompt_token_ids"}  # of vLLM's TextPrompt and TokensPrompt
+
+
+def prompt_list(prompts: Any) -> list[Any]:
+    """One prompt is a list of one."""
+    listed = _as_list(prompts)
+    if not isinstance(listed, list):
+        return [prompts]
+    is_one = bool(listed) and all(isinstance(item, int | np.integer) for item in listed)
+    return [listed] if is_one else listed
+
+
+def text_and_ids(prompt: Any) -> tuple[str | None, list[int] | None]:
+    """Text and token ids of a prompt, which has one of them or, if it is a dict, perhaps both."""
+    if isinstance(prompt, str):
+        return prompt, None
+    text, ids = None, _as_list(prompt)
+    if isinstance(prompt, Mapping) and prompt.keys() <= PROMPT_KEYS:
+        text, ids = prompt.get("prompt"), _as_list(prompt.get("prompt_token_ids"))
+    if isinstance(ids, list) or (isinstance(text, str) and ids is None):
+        return text, ids
+    raise InvalidRequest(
+        f"a prompt is a text or a list of token ids, not {prompt!r:.80}; a dict may hold them as "
+        "'prompt' and 'prompt_token_ids', and nothing else"
+    )
+
+
+def _as_list(value: Any) -> Any:
+    """Arrays, of numpy or jax, as lists of plain ints; other iterables of items as lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    is_items = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set)
+    return list(value) if is_items else value
+
+
+def at_prompt(index: int, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Calls, naming the prompt's index in what is raised."""
+    try:
+        return function(*args, **kwargs)
+    except InvalidRequest as error:
+        raise type(error)(f"prompt {index}: {error}", param=error.param) from error

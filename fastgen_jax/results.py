@@ -1,0 +1,58 @@
+"""What a generation gives back, with vLLM's names and MII's."""
+
+from dataclasses import dataclass
+
+from fastgen_jax.engine.types import FinishReason
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural-log probability of a token at a position. rank: 1 is the likeliest, None unknown."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One sample. text: empty without a tokenizer. error: why, if finish_reason is "error"."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """All samples of one prompt. The properties are MII's names for the first sample."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+
+    @property
+    def generated_text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def generated_length(self) -> int:
+        return len(self.outputs[0].token_ids)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.outputs[0].finish_reason
+
+    def __str__(self) -> str:
+        return self.generated_text
