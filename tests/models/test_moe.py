@@ -88,17 +88,16 @@ def loop_product(x: np.ndarray, weight: np.ndarray, sizes: np.ndarray) -> np.nda
     return np.concatenate([a @ w.T for a, w in zip(rows, weight, strict=False)])
 
 
-SIZES = st.lists(st.sampled_from((0, 0, 1, 2, 7, 8, 9, 20)), min_size=1, max_size=6)
+SIZES = st.lists(st.sampled_from((0, 0, 1, 2, 7, 8, 9, 16)), min_size=1, max_size=5)
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-@given(sizes=SIZES, n_behind=st.sampled_from((0, 1, 9)), draw=st.integers(0, 99))
+@given(sizes=SIZES, draw=st.integers(0, 99))
 @settings(max_examples=25, deadline=None)
-def test_grouped_product_equals_a_loop_over_experts(name, sizes, n_behind, draw):
+def test_grouped_product_equals_a_loop_over_experts(name, sizes, draw):
     rng = np.random.default_rng(draw)
-    n_rows = sum(sizes) + n_behind
-    if n_rows == 0:
-        return
+    sizes = [*sizes, *[0] * (5 - len(sizes))] if len(sizes) > 1 else sizes
+    n_rows = max(-(-sum(sizes) // 16), 1) * 16  # few shapes to compile; often some rows behind
     x = rng.normal(size=(n_rows, 5)).astype(np.float32)
     weight = rng.normal(size=(len(sizes), 3, 5)).astype(np.float32)
     out = PRODUCTS[name](jnp.array(x), jnp.array(weight), jnp.array(sizes, jnp.int32))
