@@ -16,7 +16,6 @@ from fastgen_jax.serve import CONFIGS
 from fastgen_jax.server.flags import markdown
 
 ROOT = Path(__file__).parents[1]
-COMMON = ("prompts", "sampling_params", "config", "progress", "errors")
 
 
 class Wing(NamedTuple):
@@ -42,7 +41,10 @@ WINGS = {
     "models": Wing("the decoder of all families", ("fastgen_jax/models",)),
     "common": Wing(
         "what a request asks, configs, errors",
-        tuple(f"fastgen_jax/{name}.py" for name in COMMON),
+        tuple(
+            f"fastgen_jax/{name}.py"
+            for name in ("prompts", "sampling_params", "config", "progress", "errors")
+        ),
     ),
     "pallas_kernels": Wing("attention, by name", ("pallas_kernels/__init__.py",)),
     "triton": Wing("GPU kernels in Triton", ("pallas_kernels/triton",)),

@@ -36,6 +36,7 @@ from tests.pallas_kernels.attention_cases import (
     implementation,
     prepared,
 )
+from tests.test_structure import imported
 
 SOURCES = Path(pallas_kernels.__file__).parent
 TPU_PROGRAMS = "paged_decode", "paged_write", "paged_chunk"
@@ -89,22 +90,12 @@ class Mutant:
 def _readers(module: str, entry: str) -> set[str]:
     """The module, and those of the entry's folder that import from it."""
     folder = entry.removesuffix("attention")
-    imported = {
-        name: _imported(sys.modules[name]) for name in sys.modules if name.startswith(folder)
-    }
+    sources = {n: inspect.getsource(m) for n, m in sys.modules.items() if n.startswith(folder)}
+    names = {name: imported(ast.parse(source)) for name, source in sources.items()}
     readers = {module}
-    while more := {name for name in imported.keys() - readers if imported[name] & readers}:
+    while more := {name for name in names.keys() - readers if names[name] & readers}:
         readers |= more
     return readers
-
-
-def _imported(module: types.ModuleType) -> set[str]:
-    """Where `from a import b` looks: a, and a.b."""
-    names = set()
-    for node in ast.walk(ast.parse(inspect.getsource(module))):
-        if isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
 
 
 @contextmanager
