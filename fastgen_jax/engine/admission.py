@@ -13,10 +13,10 @@ QUEUED_CONTEXTS = 64  # ... or in longest prompts, whichever is more
 
 
 class Admission:
-    """Counts the requests that are open and the prompt tokens that wait; thread-safe.
+    """Counts the samples that are open and the prompt tokens that wait; thread-safe.
 
     Args:
-        max_requests: open at once, running or waiting.
+        max_requests: samples open at once, running or waiting: a request counts as its n.
         max_model_len, n_blocks, block_size: what bounds a sequence; see `servable_tokens`.
     """
 
@@ -54,20 +54,28 @@ class Admission:
         wanted = 1 if p.max_tokens is None else p.max_tokens
         if len(prompt) + wanted > self.max_total_tokens:
             raise ContextLengthExceeded(self._too_long(len(prompt), wanted), param="prompt")
+        self._check_samples(p.n)
         check_ids("prompt", prompt, self._vocab_size)
         check_ids("stop_token_ids", p.stop_token_ids, self._vocab_size)
         check_ids("logit_bias", p.logit_bias or (), self._vocab_size)
         return self.max_total_tokens if p.max_tokens is None else len(prompt) + p.max_tokens
 
     def enter(self, requests: list[Request]) -> None:
-        """Counts all of them in or, raising QueueFull or EngineStopped, none."""
+        """Counts all of them in or, raising, none.
+
+        Raises:
+            QueueFull, EngineStopped: not now.
+            InvalidRequest: together they have more samples than may ever be open.
+        """
+        n_samples = sum(r.params.n for r in requests)
+        self._check_samples(n_samples)
         n_tokens = sum(len(r.prompt_token_ids) * r.params.n for r in requests)
         with self._lock:
             if self._closed:
                 raise EngineStopped(self._closed)
-            if self.n_open + len(requests) > self._max_requests:
+            if self.n_open + n_samples > self._max_requests:
                 raise QueueFull(
-                    f"{self.n_open} requests run or wait, the limit is {self._max_requests}; "
+                    f"{self.n_open} samples run or wait, the limit is {self._max_requests}; "
                     "try again later"
                 )
             if self.n_queued_tokens and self.n_queued_tokens + n_tokens > self._max_queued_tokens:
@@ -75,8 +83,16 @@ class Admission:
                     f"{self.n_queued_tokens} prompt tokens wait, the limit is "
                     f"{self._max_queued_tokens}; try again later"
                 )
-            self.n_open += len(requests)
+            self.n_open += n_samples
             self.n_queued_tokens += n_tokens
+
+    def _check_samples(self, n_samples: int) -> None:
+        if n_samples > self._max_requests:
+            raise InvalidRequest(
+                f"{n_samples} samples (n for each prompt) are asked for at once, the limit is "
+                f"{self._max_requests}; ask for fewer or raise --max-queued-requests",
+                param="n",
+            )
 
     def dequeue(self, n_tokens: int) -> None:
         """A prompt of that many tokens waits no more."""
@@ -84,7 +100,7 @@ class Admission:
             self.n_queued_tokens -= n_tokens
 
     def leave(self) -> None:
-        """A request has ended."""
+        """A sample has ended."""
         with self._lock:
             self.n_open -= 1
 

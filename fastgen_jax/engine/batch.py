@@ -47,13 +47,26 @@ class Shape(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step's upload, and which sequences its samples belong to (in the order of the result's
-    rows).
-    """
+    """One step's upload, and whose chunks and samples it holds."""
 
     shape: Shape
     packed: np.ndarray  # i32, laid out by fields(shape)
-    sampled: list[Sequence]
+    sequences: list[Sequence]  # one per chunk
+    sampled: list[Sequence]  # in the order of the result's rows
+
+    def reached(self) -> list[tuple[Sequence, int]]:
+        """Each sequence, with the tokens that it has in the cache after the step."""
+        lengths = unpack(self.packed, self.shape)["seq_lens"].tolist()
+        return list(zip(self.sequences, lengths, strict=False))
+
+    def summary(self) -> str:
+        """For the log."""
+        n_tokens = unpack(self.packed, self.shape)["cu_q_lens"][-1]
+        requests = sorted({sequence.request_id for sequence in self.sequences})
+        return (
+            f"{n_tokens} tokens of {len(self.sequences)} sequences padded to "
+            f"{self.shape.n_tokens}, requests {requests!s:.200}"
+        )
 
 
 def fields(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -208,4 +221,5 @@ def pack(chunks: list[Chunk], tables: HostTables, shape: Shape, block_size: int)
     part["sample_params"][:m] = tables.params[rows[sampled]]
     part["sample_params"][m:] = NO_PARAMS
     part["counts"][:] = n, int((lengths == 1).sum()), m
-    return Batch(shape, packed, [chunks[i].sequence for i in sampled])
+    sequences = [chunk.sequence for chunk in chunks]
+    return Batch(shape, packed, sequences, [sequences[i] for i in sampled])

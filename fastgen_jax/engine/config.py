@@ -61,7 +61,9 @@ class EngineConfig:
         None, "sequences that may run at once (default: 64 on CPU, else 256)", "scheduler"
     )
     max_queued_requests: int = option(
-        256, "requests running and waiting at once; more are refused (HTTP 429)", "scheduler"
+        256,
+        "requests, each counted n times, running and waiting at once; more are refused (HTTP 429)",
+        "scheduler",
     )
     tensor_parallel_size: int = option(1, "devices over which the model is sharded", "parallelism")
     attention_backend: str = option(

@@ -11,13 +11,14 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.admission import Admission
 from fastgen_jax.engine.batch import Batch, HostTables, pack
 from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.faults import Faults, Trials
 from fastgen_jax.engine.prefix import SequenceBlocks
 from fastgen_jax.engine.requests import default_params, eos_token_ids, make_sequences
 from fastgen_jax.engine.runner import StepResult, shape_for
@@ -34,8 +35,6 @@ from fastgen_jax.engine.types import (
 from fastgen_jax.errors import EngineStopped
 from fastgen_jax.sampling_params import SamplingParams
 
-MAX_FAILED_STEPS = 3  # in a row; then the engine gives up
-MAX_PREFIX_LOOKUPS = 4  # waiting sequences per step
 CLOSED = "the engine is closed; make a new one"
 
 
@@ -44,6 +43,13 @@ class InFlight(NamedTuple):
 
     batch: Batch
     result: Any
+
+
+class Failed(NamedTuple):
+    """A step that failed; no batch: while it was planned."""
+
+    error: Exception
+    batch: Batch | None
 
 
 Command = Callable[[list[Output]], None]  # run by the engine's thread before its next step
@@ -75,7 +81,7 @@ class Engine:
         self.timings = dict.fromkeys(("plan", "pack", "dispatch", "wait", "commit"), 0.0)  # seconds
         self._runner = started.runner
         self._limits = Limits(c.max_num_batched_tokens, c.max_num_seqs, c.block_size)
-        self._tables = HostTables(c.max_num_seqs, c.max_model_len, c.table_width)
+        self._tables = self._empty_tables()
         self._blocks = self._empty_cache()
         self._admission = Admission(
             max_requests=c.max_queued_requests,
@@ -86,8 +92,10 @@ class Engine:
         )
         self._live: dict[int, Sequence] = {}  # by id, which is arrival order
         self._requests: dict[int, list[Sequence]] = {}  # unfinished samples of each
+        self._followers: dict[int, list[Sequence]] = {}  # not live until the first sample's token
+        self._retired: dict[int, Sequence] = {}  # their last step runs; then their blocks are free
         self._in_flight: InFlight | None = None
-        self._n_failed_steps = 0
+        self._faults, self._trials = Faults(), Trials()
         self._counters = dict.fromkeys(
             ("steps", "prompt", "generated", "preemptions", "prefix_queries", "prefix_hits"), 0
         )
@@ -100,6 +108,10 @@ class Engine:
         self._request_ids, self._sequence_ids = itertools.count(), itertools.count()
         self._runner.compile(self._tables, lambda done, total: on_phase("compiling", done, total))
         on_phase("ready", 1, 1)
+
+    def _empty_tables(self) -> HostTables:
+        c = self.config
+        return HostTables(c.max_num_seqs, c.max_model_len, c.table_width)
 
     def _empty_cache(self) -> SequenceBlocks:
         c = self.config
@@ -191,7 +203,7 @@ class Engine:
         pool, counters = self._blocks.pool, self._counters
         return Stats(
             n_running=n_running,
-            n_waiting=max(len(self._live) - n_running, 0),
+            n_waiting=max(self._admission.n_open - n_running, 0),
             n_blocks_used=pool.n_usable - pool.n_free,
             n_blocks=pool.n_usable,
             n_steps=counters["steps"],
@@ -200,6 +212,9 @@ class Engine:
             n_preemptions=counters["preemptions"],
             n_prefix_queries=counters["prefix_queries"],
             n_prefix_hits=counters["prefix_hits"],
+            n_failed_steps=self._faults.n_failed_steps,
+            n_nonfinite=self._faults.n_nonfinite,
+            nonfinite_share=self._faults.nonfinite_share,
             last_step_time=self._last_step_time,
         )
 
@@ -240,7 +255,7 @@ class Engine:
 
         Raises:
             EngineStopped: the engine is closed.
-            RuntimeError, ValueError: what made several steps in a row fail.
+            Exception: what made the last of too many steps fail; see `faults`.
         """
         with self._stepping:
             if self._is_closed:
@@ -252,19 +267,22 @@ class Engine:
         while self._inbox:
             self._inbox.popleft()(outputs)
         previous, self._in_flight = self._in_flight, None
-        batch = self._prepare(self._plan())
-        failed: list[tuple[Exception, Batch]] = []
-        if batch:
-            try:
-                self._in_flight = self._launch(batch)
-            except (RuntimeError, ValueError) as error:  # XLA's errors are RuntimeErrors
-                failed.append((error, batch))
+        failed: Failed | None = None
+        batch = None
+        try:
+            batch = self._prepare(self._plan())
+            self._in_flight = self._launch(batch) if batch else None
+        except (
+            Exception
+        ) as error:  # of XLA, or of ours: in either case its requests are tried again
+            failed = Failed(error, batch)
         if previous:
             try:
                 self._commit(previous, outputs)
-                self._n_failed_steps = 0
-            except (RuntimeError, ValueError) as error:
-                failed.append((error, previous.batch))
+            except Exception as error:
+                failed = Failed(
+                    error, previous.batch
+                )  # what was launched after it has no part in it
         if failed:
             self._recover(failed, outputs)
         self._last_step_time = time.monotonic()
@@ -272,21 +290,25 @@ class Engine:
 
     def _plan(self) -> Plan:
         started = time.perf_counter()
+        sequences = self._trials.defendants(self._live)
+        if len(sequences) < len(self._live):  # on trial, alone
+            self._preempt(s for s in self._live.values() if s.row >= 0 and s is not sequences[0])
         self._drop_unseen()
-        attached = self._attach_prefixes()
-        plan = self._schedule()
+        attached = self._attach_prefixes(sequences)
+        plan = self._schedule(sequences)
         is_starved = attached and (plan.preempted or not plan.chunks)
         admitted = () if is_starved else {chunk.sequence.id for chunk in plan.chunks}
         for sequence in attached:
             if sequence.id not in admitted:
                 self._blocks.forget(sequence)
         if is_starved:  # what waits must not hold blocks that what runs needs
-            plan = self._schedule()
+            plan = self._schedule(sequences)
         self.timings["plan"] += time.perf_counter() - started
         return plan
 
-    def _schedule(self) -> Plan:
-        sequences, n_free = list(self._live.values()), self._blocks.pool.n_free
+    def _schedule(self, sequences: list[Sequence]) -> Plan:
+        retiring = sum(map(self._blocks.n_exclusive, self._retired.values()))
+        n_free = self._blocks.pool.n_free + retiring
         return schedule(sequences, n_free, self._limits, self._blocks.n_exclusive)
 
     def _drop_unseen(self) -> None:
@@ -296,29 +318,43 @@ class Engine:
                 if sequence.row >= 0 and self._blocks.drop(sequence):
                     self._tables.drop(sequence)
 
-    def _attach_prefixes(self) -> list[Sequence]:
-        """Lets the first waiting sequences hold their cached prefix, for `schedule` to see."""
+    def _attach_prefixes(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Lets the first waiting sequences, as many as the budget can take, hold their cached
+        prefix, for `schedule` to see.
+        """
         n_rows = len(self._tables.free_rows)
         n_running = self._limits.max_seqs - n_rows
-        if not n_rows or self._blocks.pool.n_free < 2 * n_running:
-            return []
-        waiting = (s for s in self._live.values() if s.row < 0 and self._blocks.may_share(s))
-        attached = list(itertools.islice(waiting, min(n_rows, MAX_PREFIX_LOOKUPS)))
-        for sequence in attached:
-            self._blocks.attach(sequence)
+        budget = self._limits.max_batched_tokens - n_running
+        attached: list[Sequence] = []
+        if self._blocks.pool.n_free < 2 * n_running:
+            return attached
+        for sequence in sequences:
+            if budget <= 0 or len(attached) == n_rows:
+                break
+            if sequence.row < 0:
+                if self._blocks.may_share(sequence):
+                    self._blocks.attach(sequence)
+                    attached.append(sequence)
+                budget -= sequence.n_tokens - sequence.n_cached
         return attached
 
-    def _prepare(self, plan: Plan) -> Batch | None:
-        """Applies a plan: blocks, rows and counts change here."""
-        for sequence in plan.preempted:
+    def _preempt(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
             self._blocks.forget(sequence)
             self._tables.leave(sequence)
             self._counters["preemptions"] += 1
+
+    def _prepare(self, plan: Plan) -> Batch | None:
+        """Applies a plan: blocks, rows and counts change here."""
+        self._preempt(plan.preempted)
         for sequence in plan.bypassed:
             sequence.n_bypassed += 1
         if not plan.chunks:
             return None
         started = time.perf_counter()
+        if sum(chunk.n_blocks for chunk in plan.chunks) > self._blocks.pool.n_free:
+            for sequence in self._retired.values():
+                self._blocks.forget(sequence)
         for sequence, _, n_blocks in plan.chunks:
             if sequence.row < 0:
                 self._admit(sequence)
@@ -348,38 +384,53 @@ class Engine:
         result = self._runner.fetch(step.result)
         fetched = time.perf_counter()
         tokens, is_finite = result.token_ids.tolist(), result.is_finite.tolist()
+        n_rows = n_bad = 0
         for i, sequence in enumerate(step.batch.sampled):
             if sequence.finish_reason is not None:
                 continue  # it ended while this step ran
+            n_rows += 1
             if not is_finite[i]:
+                n_bad += 1
                 problem = "the model produced non-finite logits"
                 self._end_with(sequence, "error", problem, outputs)
                 continue
             self._extend(sequence, tokens[i], read_logprobs(result, i, sequence.params), outputs)
+        self._trials.acquit(step.batch)
+        self._faults.step_succeeded(n_rows, n_bad)
         self.timings["wait"] += fetched - started
         self.timings["commit"] += time.perf_counter() - fetched
 
-    def _recover(self, failed: list[tuple[Exception, Batch]], outputs: list[Output]) -> None:
-        """After failed steps: their requests end with an error, the others recompute."""
-        self._n_failed_steps += 1
-        if self._n_failed_steps >= MAX_FAILED_STEPS:
-            raise failed[0][0]
-        for error, batch in failed:
-            for sequence in batch.sampled:
-                if not sequence.is_finished:
-                    problem = f"the step failed: {type(error).__name__}"
-                    self._end_with(sequence, "error", problem, outputs)
-        for samples in self._requests.values():
-            for sequence in samples:
-                if sequence.row >= 0:
-                    self._blocks.forget(sequence)
-                    self._tables.leave(sequence)
-                # Tokens of a lost step were counted; a sequence that had retired lives again.
-                sequence.n_tokens = sequence.n_prompt + len(sequence.output_ids)
+    def _recover(self, failed: Failed, outputs: list[Output]) -> None:
+        """After a failed step: everybody recomputes, those who were in it first and alone; who was
+        alone in it because of another one ends with an error.
+
+        Raises the step's error if that was one too many.
+        """
+        error, batch = failed
+        self._faults.step_failed(error, batch, self.stats())
+        planned_for = self._trials.defendants(self._live)
+        in_it = batch.reached() if batch else [(s, s.n_tokens) for s in planned_for]
+        self._lose_everything()
+        for sequence in self._trials.accuse(in_it):
+            problem = f"the step failed twice: {type(error).__name__}"
+            self._end_with(sequence, "error", problem, outputs)
+        if self._faults.is_final:
+            raise error
+
+    def _lose_everything(self) -> None:
+        """As at the start, but for what is known of the sequences."""
+        self._in_flight = None
+        self._retired = {}
+        self._tables, self._blocks = self._empty_tables(), self._empty_cache()
+        held_back = {s.id for followers in self._followers.values() for s in followers}
+        for sequence in itertools.chain.from_iterable(self._requests.values()):
+            sequence.row = -1
+            self._blocks.lose(sequence)
+            # Tokens of a lost step were counted; a sequence that had retired lives again.
+            sequence.n_tokens = sequence.n_prompt + len(sequence.output_ids)
+            if sequence.id not in held_back:
                 self._live[sequence.id] = sequence
         self._live = dict(sorted(self._live.items()))
-        self._in_flight = None
-        self._blocks = self._empty_cache()
         self._runner.reset()
 
     # Life of a sequence.
@@ -397,9 +448,20 @@ class Engine:
 
         def apply(outputs: list[Output]) -> None:
             self._requests[request_id] = samples
-            self._live |= {sequence.id: sequence for sequence in samples}
+            n_first = 1 if self._blocks.has_prefix(samples[0]) else len(samples)
+            self._live |= {sequence.id: sequence for sequence in samples[:n_first]}
+            if n_first < len(samples):
+                self._followers[request_id] = samples[n_first:]
 
         return apply
+
+    def _follow(self, request_id: int) -> None:
+        """Lets the other samples of a request in: the prompt that they share is in the cache, or
+        never will be.
+        """
+        followers = self._followers.pop(request_id, ())
+        if followers:
+            self._live = dict(sorted((self._live | {s.id: s for s in followers}).items()))
 
     def _admit(self, sequence: Sequence) -> None:
         self._tables.enter(sequence)
@@ -425,8 +487,6 @@ class Engine:
         sequence.output_ids.append(token)
         n_output = len(sequence.output_ids)
         self._counters["generated"] += 1
-        if n_output == 1:
-            self._counters["prompt"] += sequence.n_prompt
         reason: FinishReason | None = None
         stop_reason = None
         if token in sequence.ending_ids:
@@ -438,25 +498,39 @@ class Engine:
         output = Output(*key, token, logprobs, reason, stop_reason, n_reused=n_reused)
         outputs.append(output)
         self._blocks.publish(sequence)
+        if n_output == 1:
+            self._counters["prompt"] += sequence.n_prompt
+            self._follow(sequence.request_id)
         if reason:
             self._end(sequence, reason)
 
     def _retire(self, sequence: Sequence) -> None:
-        """Gives back row and blocks: no further step needs them."""
-        if sequence.row >= 0:
-            self._blocks.forget(sequence)
-            self._tables.leave(sequence)
-        self._live.pop(sequence.id, None)
+        """Gives back the row, which no further step needs, and the blocks once they are published
+        or needed.
+        """
+        self._tables.leave(sequence)
+        del self._live[sequence.id]
+        self._retired[sequence.id] = sequence
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
-        self._retire(sequence)
+        if sequence.row >= 0:
+            self._tables.leave(sequence)
+        self._blocks.forget(sequence)
+        self._live.pop(sequence.id, None)
+        self._retired.pop(sequence.id, None)
+        self._trials.drop(sequence)
         self._dequeue(sequence)
+        self._admission.leave()
         samples = self._requests[sequence.request_id]
         samples.remove(sequence)
+        followers = self._followers.get(sequence.request_id, [])
+        if sequence in followers:
+            followers.remove(sequence)
+        else:
+            self._follow(sequence.request_id)
         if not samples:
             del self._requests[sequence.request_id]
-            self._admission.leave()
 
     def _end_with(
         self, sequence: Sequence, reason: FinishReason, error: str | None, outputs: list[Output]

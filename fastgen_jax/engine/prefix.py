@@ -30,6 +30,10 @@ class SequenceBlocks:
         has_penalty = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
         return self.is_sharing and not has_penalty
 
+    def has_prefix(self, sequence: Sequence) -> bool:
+        """Whether others can share what it caches of its prompt."""
+        return self.may_share(sequence) and sequence.n_prompt > self.block_size
+
     def attach(self, sequence: Sequence) -> None:
         """Lets a sequence without blocks hold the cached prefix of its known tokens."""
         assert not sequence.block_ids
@@ -69,6 +73,10 @@ class SequenceBlocks:
     def forget(self, sequence: Sequence) -> None:
         """Gives back all blocks; the sequence owes everything again."""
         self.pool.release(sequence.block_ids[sequence.n_dropped :])
+        self.lose(sequence)
+
+    def lose(self, sequence: Sequence) -> None:
+        """Its blocks are gone already, with the pool that they were of."""
         sequence.block_ids = []
         sequence.n_cached = sequence.n_published = sequence.n_dropped = 0
         sequence.prefix = EMPTY_PREFIX
@@ -85,7 +93,10 @@ class SequenceBlocks:
         ]
         prompt = sequence.prompt_ids[start * size : end * size]
         tokens = np.concatenate([prompt, np.array(outputs, np.int32)])
-        return [tokens[i : i + size].tobytes() for i in range(0, len(tokens), size)]
+        contents = [tokens[i : i + size].tobytes() for i in range(0, len(tokens), size)]
+        if start == 0 and contents:
+            contents[0] = sequence.cache_salt + contents[0]  # no other salt finds what follows it
+        return contents
 
 
 def _n_known(sequence: Sequence) -> int:

@@ -36,6 +36,7 @@ def make_sequences(
             seed=seed,
             max_tokens=max_tokens,
             ending_ids=ending_ids(params, eos_token_ids),
+            cache_salt=request.cache_salt,
             n_tokens=len(prompt),
         )
         for index, seed in enumerate(sample_seeds(engine_seed, request_id, params))

@@ -231,6 +231,7 @@ class Runner:
 
     def reset(self) -> None:
         """Forgets the cache and all known tokens, as after a step that failed."""
+        del self.state  # there is no room for two
         self.state = self._fresh_state()
 
     def _fresh_state(self) -> DeviceState:

@@ -21,10 +21,14 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller asks for: token ids in, `params.n` samples out. The engine never sees text."""
+    """What a caller asks for: token ids in, `params.n` samples out. The engine never sees text.
+
+    Cached prefixes are shared among requests of the same salt only.
+    """
 
     prompt_token_ids: list[int]
     params: SamplingParams
+    cache_salt: bytes = b""
 
 
 @dataclass(eq=False, slots=True)
@@ -45,6 +49,7 @@ class Sequence:
     max_tokens: int  # prompt and output together, never exceeded by n_tokens
     ending_ids: frozenset[int]  # tokens that end it
     n_tokens: int
+    cache_salt: bytes = b""
     n_cached: int = 0
     row: int = -1  # line of the host tables; -1: waiting
     block_ids: list[int] = field(default_factory=list)
@@ -120,6 +125,9 @@ class Stats:
     n_preemptions: int
     n_prefix_queries: int
     n_prefix_hits: int  # tokens
+    n_failed_steps: int
+    n_nonfinite: int  # samples that ended because their logits were not finite
+    nonfinite_share: float  # of the rows sampled lately, from 0 to 1
     last_step_time: float  # time.monotonic() of the newest finished step
 
     @property

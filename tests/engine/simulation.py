@@ -15,7 +15,7 @@ import numpy as np
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.batch import FLOAT_PARAMS, UNKNOWN, Batch, unpack
-from fastgen_jax.engine.blocks import BlockPool
+from fastgen_jax.engine.blocks import EMPTY_PREFIX, BlockPool
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.requests import sample_seeds
 from fastgen_jax.engine.runner import StepResult, make_shapes
@@ -28,6 +28,7 @@ N_WORDS = 2  # tokens 0 and 1, so that prefixes collide
 EOS = 2
 VOCAB_SIZE = 4
 ENGINE_SEED = 11
+SALT = b"salt"
 MASK = 2**64 - 1
 POISON = -1  # in place of a cell: what follows is not finite
 
@@ -287,7 +288,9 @@ class Simulation:
         self.samples: dict[tuple[int, int], Sample] = {}
         self.bound = 8  # steps that all requests so far may take
         self.n_steps = 0
-        self.n_resets = self.n_poisoned = 0  # faults that happened
+        self.n_resets = self.n_poisoned = self.n_guilty = 0  # faults that happened
+        self.suspects: set[int] = set()  # before the newest step
+        self.in_flight: Batch | None = None  # then
         self.n_tokens = 0  # delivered
         self.may_fail = True  # two failures in a row are not simulated
         self.counters: dict[str, float] = {}
@@ -298,10 +301,10 @@ class Simulation:
 
     # Acts.
 
-    def submit(self, prompt: list[int], params: SamplingParams) -> None:
+    def submit(self, prompt: list[int], params: SamplingParams, salt: bytes = b"") -> None:
         n_open = self.engine._admission.n_open
         try:
-            request_id = self.engine.submit(Request(prompt, params))
+            request_id = self.engine.submit(Request(prompt, params, salt))
         except QueueFull:
             assert self.engine._admission.n_open == n_open > 0
             return
@@ -331,12 +334,15 @@ class Simulation:
 
     def fail_next(self, phase: str) -> None:
         if self.may_fail:
+            self.engine._faults._failures.clear()  # the last one was long ago
             self.runner.fail_next = phase
             self.may_fail = False
 
     def step(self) -> None:
         """One step. Unless it fails, something is dispatched while work waits."""
         live, running = list(self.engine._live.values()), self._running()
+        self.suspects = set(self.engine._trials._until)
+        self.in_flight = self.engine._in_flight and self.engine._in_flight.batch
         n_dispatched, n_fetched = self.runner.n_dispatched, self.runner.n_fetched
         for output in self.engine.step():
             self._receive(output)
@@ -349,13 +355,16 @@ class Simulation:
             is_idle = self.runner.n_dispatched == n_dispatched
             still = [s for s in live if s.id in self.engine._live]
             assert not (still and is_idle), "work waits and nothing was dispatched"
-            if running and running[0] in still:
+            if running and running[0] in still and not self.suspects:
                 assert running[0].row >= 0, "the oldest running sequence was preempted"
         self.check()
 
     def drain(self) -> None:
         """Steps until all is done, in a bounded number of steps; then nothing may be held."""
+        n_idle = 0
         while self.engine.has_work:
+            n_idle = 0 if self.engine._live else n_idle + 1
+            assert n_idle < 10, "samples are left and none is live"
             self.step()
             assert self.n_steps <= self.bound, "more steps than the work is worth"
             self.bound += self.runner.fail_next is not None
@@ -365,6 +374,8 @@ class Simulation:
         assert pool.n_free == pool.n_usable, "blocks are held though all is done"
         assert len(tables.free_rows) == tables.n_rows
         assert admission.n_open == admission.n_queued_tokens == 0
+        assert not self.engine._followers and not self.engine._retired
+        assert not self.engine._trials._until
         assert self.engine.stats().n_generated_tokens == self.n_tokens
 
     # What must hold.
@@ -396,15 +407,25 @@ class Simulation:
 
     def _is_struck(self, output: Output) -> bool:
         """Whether a fault that this simulation caused has hit this sample."""
-        struck = list(self.runner.failed.sampled) if self.runner.failed else []
-        struck += [self.runner.poisoned] if self.runner.poisoned else []
+        struck = self._guilty() + [s for s in [self.runner.poisoned] if s]
         return any((s.request_id, s.index) == (output.request_id, output.index) for s in struck)
+
+    def _guilty(self) -> list[Sequence]:
+        """Whom a step that failed held alone, because a step with it had failed before."""
+        failed = self.runner.failed
+        return [s for s in failed.sequences if s.id in self.suspects] if failed else []
 
     def _check_faults(self) -> bool:
         """Whether this step failed; those that a fault struck must have ended."""
-        failed, poisoned = self.runner.failed, self.runner.poisoned
+        failed, poisoned, guilty = self.runner.failed, self.runner.poisoned, self._guilty()
         self.runner.failed = self.runner.poisoned = None
-        for s in [*(failed.sampled if failed else ()), *([poisoned] if poisoned else ())]:
+        self.n_guilty += len(guilty)
+        assert not guilty or len(failed.sequences) == 1, "a suspect was not alone"
+        if (
+            self.in_flight and self.in_flight is not failed
+        ):  # it went well, and may have cleared them
+            guilty = [s for s in guilty if s not in self.in_flight.sequences]
+        for s in [*guilty, *([poisoned] if poisoned else ())]:
             assert self.samples[s.request_id, s.index].end, "a sample that was struck goes on"
         if failed:
             self.n_resets += 1
@@ -429,15 +450,17 @@ class Simulation:
             assert engine._inbox or not sample.end, "it ended, but lives on"
         stats = engine.stats()
         assert stats.n_running == len(running)
-        assert stats.n_blocks_used == len({b for s in running for b in s.block_ids} - {0})
-        gauges = ("n_running", "n_waiting", "n_blocks_used")
+        holders = [*running, *engine._retired.values()]
+        assert stats.n_blocks_used == len({b for s in holders for b in s.block_ids} - {0})
+        gauges = ("n_running", "n_waiting", "n_blocks_used", "nonfinite_share")
         counters = {k: v for k, v in stats.as_dict().items() if k not in gauges}
         assert all(v >= self.counters.get(k, 0) for k, v in counters.items()), "a counter fell"
         self.counters = counters
 
     def _check_blocks(self, running) -> None:
         pool, size, window = self.pool, self.engine._limits.block_size, self.runner.window
-        held = [b for s in running for b in s.block_ids[s.n_dropped :]]
+        holders = [*running, *self.engine._retired.values()]
+        held = [b for s in holders for b in s.block_ids[s.n_dropped :]]
         for block in range(1, pool.n_blocks):
             assert pool._ref[block] == held.count(block), f"reference count of block {block}"
         for s in running:
@@ -453,7 +476,9 @@ class Simulation:
                 assert pool._ref[tail] == 1, "a block that will be written is shared"
                 assert tail not in pool._published, "a block that will be written is published"
         for published in pool._published.values():
-            assert len(published.tokens) == 4 * size, "a partial block is published"
+            is_first = published.parent == EMPTY_PREFIX
+            n_salt = len(published.tokens) - 4 * size
+            assert n_salt in ((0, len(SALT)) if is_first else (0,)), "a partial block is published"
 
     def _check_rows(self, running) -> None:
         tables = self.engine._tables

@@ -260,11 +260,28 @@ def test_bad_request_is_refused_and_changes_nothing(engine, prompt, params, mess
 def test_too_many_requests_are_refused_together(folder):
     engine = make_engine(folder, one_program, max_queued_requests=3)
     requests = random_requests(0, 4)
-    with pytest.raises(QueueFull, match="0 requests run or wait, the limit is 3"):
+    with pytest.raises(InvalidRequest, match=r"4 samples .* are asked for at once, the limit is 3"):
         engine.submit_all(requests)
-    engine.submit_all(requests[:3])
-    with pytest.raises(QueueFull, match="3 requests run or wait"):
+    engine.submit_all(requests[:2])
+    with pytest.raises(QueueFull, match="2 samples run or wait, the limit is 3"):
+        engine.submit_all(requests[2:])
+    engine.submit(requests[2])
+    with pytest.raises(QueueFull, match="3 samples run or wait"):
         engine.submit(requests[3])
+
+
+def test_each_sample_counts_in_the_queue(folder):
+    engine = make_engine(folder, one_program, max_queued_requests=5)
+    three, two = (random_requests(0, 1, n=n, temperature=1.0)[0] for n in (3, 2))
+    with pytest.raises(InvalidRequest, match="6 samples"):
+        engine.check(random_requests(0, 1, n=6)[0])
+    engine.submit(three)
+    with pytest.raises(QueueFull, match="3 samples run or wait, the limit is 5"):
+        engine.submit(three)
+    engine.submit(two)
+    while engine.has_work:
+        engine.step()
+    assert_idle(engine)
 
 
 def test_non_finite_logits_fail_their_request_alone(engine, monkeypatch):
@@ -296,7 +313,7 @@ def test_non_finite_logits_fail_their_request_alone(engine, monkeypatch):
     assert_idle(engine)
 
 
-def test_failed_step_ends_its_requests_and_the_others_recompute(folder, monkeypatch):
+def test_failed_step_changes_no_token(folder, monkeypatch, caplog):
     engine = make_engine(folder, one_program, max_num_seqs=4)
     requests = random_requests(13, 9)
     expected = [tokens(o) for o in run(engine, requests)]
@@ -311,10 +328,9 @@ def test_failed_step_ends_its_requests_and_the_others_recompute(folder, monkeypa
     monkeypatch.setattr(engine._runner, "fetch", fail_once)
     got = run(engine, requests)
     assert failures[0] < 0
-    failed = [o[-1].finish_reason == "error" for o in got]
-    assert 0 < sum(failed) < 9
-    for is_failed, outputs, want in zip(failed, got, expected, strict=True):
-        assert is_failed or tokens(outputs) == want
+    assert [tokens(outputs) for outputs in got] == expected
+    assert engine.stats().n_failed_steps == 1
+    assert "RESOURCE_EXHAUSTED" in caplog.text
     assert_idle(engine)
 
 

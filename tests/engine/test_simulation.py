@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from fastgen_jax.engine import engine as engine_module
-from fastgen_jax.engine import requests
+from fastgen_jax.engine import faults, requests
 from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS, HostTables, unpack
 from fastgen_jax.engine.blocks import BlockPool
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.prefix import SequenceBlocks
 from fastgen_jax.engine.types import Request
 from fastgen_jax.sampling_params import SamplingParams
-from tests.engine.simulation import FakeRunner, Simulation, fake_engine
+from tests.engine.simulation import SALT, FakeRunner, Simulation, fake_engine
 
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
 PARAMS = st.builds(
@@ -57,9 +57,9 @@ class EngineMachine(RuleBasedStateMachine):
             )
         )
 
-    @rule(prompt=PROMPTS, params=PARAMS)
-    def submit(self, prompt, params):
-        self.simulation.submit(prompt, params)
+    @rule(prompt=PROMPTS, params=PARAMS, salt=st.sampled_from([b"", SALT]))
+    def submit(self, prompt, params, salt):
+        self.simulation.submit(prompt, params, salt)
 
     @rule(data=st.data())
     def cancel(self, data):
@@ -124,12 +124,13 @@ def simulate(seed: int, n_acts: int = 150, n_faults: float = 0.02, **sizes) -> S
         act = rng.random()
         if act < 0.3:
             prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 12))]
-            simulation.submit(prompt, random_params(rng))
+            simulation.submit(prompt, random_params(rng), rng.choice([b"", b"", SALT]))
         elif act < 0.4 and simulation.samples:
             key = rng.choice(list(simulation.samples))
             simulation.cancel(key[0]) if act < 0.36 else simulation.finish(*key)
         else:
-            if rng.random() < n_faults:
+            is_trial = bool(simulation.engine._trials._until)
+            if rng.random() < (0.2 if is_trial else n_faults):
                 simulation.fail_next(rng.choice(["dispatch", "fetch"]))
             simulation.runner.poison_next |= rng.random() < n_faults
             simulation.step()
@@ -144,6 +145,7 @@ def test_simulation_meets_every_event():
     assert sum(s.n_prefix_hits for s in stats) > 50
     assert sum(run.n_resets for run in runs) > 2
     assert sum(run.n_poisoned for run in runs) > 2
+    assert sum(run.n_guilty for run in runs) > 0
     ends = {sample.end for run in runs for sample in run.samples.values()}
     assert ends == {"stop", "length", "abort", "error", "quiet"}
 
@@ -264,7 +266,7 @@ def test_cells_of_a_non_finite_step_are_not_cached():
 @pytest.mark.parametrize("phase", ["dispatch", "fetch"])
 @pytest.mark.parametrize("max_tokens", [1, 2, 8])
 @pytest.mark.parametrize("n_steps", range(5))
-def test_failed_step_ends_only_its_samples(phase, max_tokens, n_steps):
+def test_failed_step_ends_nobody(phase, max_tokens, n_steps):
     simulation = start([[0, 1, 0], [1] * 9, [0] * 9], max_tokens=max_tokens, num_kv_blocks=20)
     for _ in range(n_steps):
         simulation.step()
@@ -272,6 +274,159 @@ def test_failed_step_ends_only_its_samples(phase, max_tokens, n_steps):
     submit(simulation, [1, 0], max_tokens=3)
     simulation.drain()
     assert simulation.n_resets == 1
+    expected = {sample.expected.reason for sample in simulation.samples.values()}
+    assert {sample.end for sample in simulation.samples.values()} == expected
+
+
+def test_those_who_are_cleared_run_together_again():
+    simulation = start([[0, 1, 0], [1, 1, 0]], max_tokens=12, num_kv_blocks=20)
+    for _ in range(3):
+        simulation.step()
+    simulation.fail_next("fetch")
+    sizes = []
+    for _ in range(8):
+        simulation.step()
+        in_flight = simulation.engine._in_flight
+        sizes.append(len(in_flight.batch.sequences) if in_flight else 0)
+    assert sizes == [
+        0,
+        1,
+        1,
+        1,
+        1,
+        2,
+        2,
+        2,
+    ]  # two steps each: one is launched before the other ends
+
+
+def fails_with(request_id, monkeypatch, error=RuntimeError):
+    """Makes every step raise that holds this request; returns the numbers of sequences in them."""
+    sizes, fetch = [], FakeRunner.fetch
+
+    def poisoned(runner, launched):
+        result = fetch(runner, launched)
+        if request_id in [s.request_id for s in launched.batch.sequences]:
+            sizes.append(len(launched.batch.sequences))
+            raise error("a bad request")
+        return result
+
+    monkeypatch.setattr(FakeRunner, "fetch", poisoned)
+    return sizes
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, KeyError, MemoryError])
+def test_request_that_crashes_each_step_fails_alone(monkeypatch, error, caplog):
+    prompts = [[0, 1, 0], [1] * 9, [0] * 9, [1, 0, 1, 0, 1, 1]]
+    sizes = fails_with(1, monkeypatch, error)
+    engine, outputs = fake_engine(num_kv_blocks=30), []
+    params = SamplingParams(max_tokens=6, ignore_eos=True, seed=0)
+    expected = [tokens(run(fake_engine(), [Request(p, params)])) for p in prompts]
+    engine.submit_all([Request(prompt, params) for prompt in prompts])
+    while engine.has_work:
+        outputs += engine.step()
+    assert sizes[0] > 1 == sizes[-1]
+    for i in range(4):
+        own = [o for o in outputs if o.request_id == i]
+        assert own[-1].finish_reason == ("error" if i == 1 else "length")
+        assert i == 1 or tokens(own) == expected[i]
+    assert f"the step failed twice: {error.__name__}" in [o.error for o in outputs]
+    assert engine.stats().n_failed_steps == len(sizes) == len(caplog.records)
+    assert all("requests [" in record.message and record.exc_info for record in caplog.records)
+
+
+def test_fault_of_planning_is_tried_again_like_any(monkeypatch, caplog):
+    engine, faults = fake_engine(), [KeyError("a fault of ours")]
+    schedule = engine_module.schedule
+
+    def fail_once(*args):
+        if faults:
+            raise faults.pop()
+        return schedule(*args)
+
+    monkeypatch.setattr(engine_module, "schedule", fail_once)
+    outputs = run(engine, [Request([0, 1, 0], SamplingParams(max_tokens=3, ignore_eos=True))])
+    assert outputs[-1].finish_reason == "length"
+    assert "planning a step failed" in caplog.text
+
+
+def test_lone_failures_do_not_add_up(monkeypatch):
+    engine = fake_engine()
+    runner: FakeRunner = engine._runner  # type: ignore
+    monkeypatch.setattr(faults, "FAILURE_WINDOW", 0.0)
+    for _ in range(2 * faults.MAX_FAILED_STEPS):
+        runner.fail_next = "fetch"
+        outputs = run(engine, [Request([0, 1, 0], SamplingParams(max_tokens=2, ignore_eos=True))])
+        assert outputs[-1].finish_reason == "length"
+    assert engine.stats().n_failed_steps == 2 * faults.MAX_FAILED_STEPS
+
+
+def test_engine_whose_logits_are_not_finite_says_so(monkeypatch, caplog):
+    engine, fetch = fake_engine(), FakeRunner.fetch
+
+    def poisoned(runner, launched):
+        result = fetch(runner, launched)
+        return result._replace(is_finite=np.zeros(len(result.is_finite), bool))
+
+    monkeypatch.setattr(FakeRunner, "fetch", poisoned)
+    assert engine.stats().nonfinite_share == 0
+    run(engine, [Request([0, 1, 0], SamplingParams(max_tokens=2))] * 4)
+    assert engine.stats().nonfinite_share == 1
+    assert engine.stats().n_nonfinite == 4
+    assert "non-finite logits in 1 of the 1 rows" in caplog.text
+
+
+def run(engine, requests):
+    engine.submit_all(requests)
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return outputs
+
+
+def tokens(outputs):
+    return [output.token_id for output in outputs]
+
+
+def submit_and_drain(simulation, prompt, **params):
+    """How many of the prompt's tokens were found in the prefix cache."""
+    n_hits = simulation.engine.stats().n_prefix_hits
+    salt = params.pop("salt", b"")
+    simulation.submit(prompt, SamplingParams(ignore_eos=True, seed=0, **params), salt)
+    simulation.drain()
+    return simulation.engine.stats().n_prefix_hits - n_hits
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3])
+def test_prompts_of_short_answers_are_cached(max_tokens):
+    simulation = start([])
+    prompt = [0, 1] * 4
+    assert submit_and_drain(simulation, prompt, max_tokens=max_tokens) == 0
+    assert submit_and_drain(simulation, prompt, max_tokens=max_tokens) == 6
+
+
+def test_prompts_are_shared_within_a_salt_only():
+    simulation = start([])
+    prompt = [0, 1] * 4
+    assert submit_and_drain(simulation, prompt, max_tokens=1, salt=SALT) == 0
+    assert submit_and_drain(simulation, prompt, max_tokens=1) == 0
+    assert submit_and_drain(simulation, prompt, max_tokens=1, salt=SALT) == 6
+    assert submit_and_drain(simulation, prompt, max_tokens=1) == 6
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 6])
+def test_samples_of_one_request_compute_its_prompt_once(max_tokens, monkeypatch):
+    n_new, dispatch = [], FakeRunner.dispatch
+
+    def count(runner, batch, tables):
+        n_new.append(unpack(batch.packed, batch.shape)["cu_q_lens"][-1])
+        return dispatch(runner, batch, tables)
+
+    monkeypatch.setattr(FakeRunner, "dispatch", count)
+    simulation = start([], num_kv_blocks=60, max_num_seqs=8, max_num_batched_tokens=8)
+    assert submit_and_drain(simulation, [0, 1] * 4, max_tokens=max_tokens, n=7) == 6 * 6
+    # A sample computes the prompt's last block itself, and what it generates.
+    assert sum(n_new) <= 8 + 6 * 2 + 7 * (max_tokens - 1)
 
 
 @pytest.mark.parametrize("phase", ["dispatch", "fetch"])
@@ -287,6 +442,7 @@ def test_engine_gives_up_when_every_step_fails(phase):
 
     with pytest.raises(RuntimeError, match="failed"):
         step_until_it_raises()
+    assert engine.stats().n_failed_steps == faults.MAX_FAILED_STEPS
 
 
 def test_stats_count_waiting_samples():
@@ -437,6 +593,28 @@ def table_line_is_stale(original, tables, sequence, blocks):
 @bug(HostTables, "leave")
 def row_is_never_returned(original, tables, sequence):
     sequence.row = -1
+
+
+@bug(Engine, "_follow")
+def other_samples_are_forgotten(original, engine, request_id):
+    engine._followers.pop(request_id, None)
+
+
+@bug(Engine, "_retire")
+def retired_sequence_keeps_its_row(original, engine, sequence):
+    original(engine, sequence)
+    engine._tables.free_rows.pop()
+
+
+@bug(faults.Trials, "defendants")
+def suspects_run_together(original, trials, live):
+    return list(live.values())
+
+
+@bug(faults.Trials, "accuse")
+def guilty_are_tried_for_ever(original, trials, sequences):
+    original(trials, sequences)
+    return []
 
 
 @bug(FakeRunner, "fetch")

@@ -34,6 +34,7 @@ class FakeEngine:
     max_queued_requests: int = 64
     may_step: threading.Event = field(default_factory=threading.Event)
     fault: BaseException | None = None
+    nonfinite_share: float = 0.0
     poisoned: set[int] = field(default_factory=set)  # request ids that end with an error
     cancelled: list[int] = field(default_factory=list)
     finished: list[tuple[int, int]] = field(default_factory=list)
@@ -109,7 +110,8 @@ class FakeEngine:
             n_running=len(self.live), n_waiting=0, n_blocks_used=len(self.live), n_blocks=256,
             n_steps=self.n_steps, n_prompt_tokens=self.n_prompt,
             n_generated_tokens=self.n_generated, n_preemptions=0, n_prefix_queries=0,
-            n_prefix_hits=0, last_step_time=self.last_step_time,
+            n_prefix_hits=0, n_failed_steps=0, n_nonfinite=0,
+            nonfinite_share=self.nonfinite_share, last_step_time=self.last_step_time,
         )  # fmt: skip
 
     def run(self, deliver) -> None:
