@@ -84,6 +84,8 @@ def run(argv: Sequence[str]) -> int:
     has_stopped = service.stop()
     if service.load_error is not None:
         raise service.load_error
+    if service.failure is not None:
+        raise FastGenError(f"{service.failure}; the log has the tracebacks, start the server again")
     if not has_stopped:  # the engine's thread is deep in a compilation, which nothing can interrupt
         logging.shutdown()
         os._exit(0)

@@ -36,7 +36,10 @@ def load(engine_config, server_config, on_phase):
     if engine_config.seed == 2:
         time.sleep(60)
     tokenizer = Tokenizer(engine_config.model)
-    return Backend(FakeEngine(tokenizer.eos_token_id, step_time=0.02), tokenizer)
+    engine = FakeEngine(tokenizer.eos_token_id, step_time=0.02)
+    if engine_config.seed == 3:
+        engine.fault = TypeError("a fault of ours")
+    return Backend(engine, tokenizer)
 serve.load = load
 sys.exit(serve.main(sys.argv[1:]))
 """
@@ -249,6 +252,19 @@ class TestProcess:
             "  fix: download it again",
         ]
         assert "Traceback" not in errors
+
+    @pytest.mark.parametrize("policy", ["exit", "stay"])
+    def test_an_engine_that_gave_up_ends_the_process_with_exit_1(self, model, launch, policy):
+        process = launch(model, "--port", "0", "--seed", "3", "--on-engine-failure", policy)
+        if policy == "stay":
+            url = url_when_open(process)
+            assert "gave up" in wait_for(url + "/livez", 503).json()["reason"]
+            process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 1
+        assert "Traceback" in errors
+        assert errors.count("TypeError: a fault of ours") == 1
+        assert errors.splitlines()[-2].startswith("error: the engine gave up after 0 failed steps")
 
     def test_debug_shows_the_traceback(self, model, launch):
         process = launch(model, "--port", "0", "--seed", "1", FASTGEN_DEBUG="1")

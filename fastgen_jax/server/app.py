@@ -61,7 +61,9 @@ class Routes:
         self.config = config
 
     async def livez(self, request: Request) -> Response:
-        """The event loop answers."""
+        """The event loop answers; 503 if it can never serve again."""
+        if self.service.failure is not None:
+            return _json({"status": "failed", "reason": self.service.failure}, status=503)
         return _json({"status": "ok"})
 
     async def health(self, request: Request) -> Response:
@@ -224,7 +226,10 @@ class Routes:
         )
         param = "messages" if is_chat else "prompt"
         is_streaming = bool(spec.stream)
-        generation = self.service.submit(prompts, params, is_streaming=is_streaming, param=param)
+        salt = protocol.cache_salt(spec.cache_salt, request.scope["state"]["tenant"])
+        generation = self.service.submit(
+            prompts, params, is_streaming=is_streaming, param=param, cache_salt=salt
+        )
         if is_streaming:
             return EventStream(generation, format, self.service)
         with cancelled_by_disconnect(request.receive, self.service, generation):

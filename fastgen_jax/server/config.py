@@ -47,6 +47,18 @@ class ServerConfig:
     drain_timeout: float = option(
         30.0, "seconds that running requests may take to finish after SIGTERM", "limits"
     )
+    on_engine_failure: str = option(
+        "exit",
+        "what to do when the engine has given up: exit with status 1, for a supervisor to start "
+        "the server again, or stay and answer 503",
+        "limits",
+    )
+    share_prefix_cache: bool = option(
+        False,
+        "let requests of different API keys share cached prompts: faster, but usage and timing "
+        "then tell one client what another has asked",
+        "server",
+    )
 
     def __post_init__(self):
         if not 0 <= self.port < 65536:
@@ -54,6 +66,10 @@ class ServerConfig:
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(
                 f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
+            )
+        if self.on_engine_failure not in ("exit", "stay"):
+            raise ConfigError(
+                f"on_engine_failure must be exit or stay, got {self.on_engine_failure!r}"
             )
         for name in ("max_body_bytes", "max_prompts"):
             if getattr(self, name) < 1:

@@ -29,6 +29,7 @@ class Gate:
         self.app = app
         self.service = service
         self.key_digests = [_digest(key) for key in config.api_key]
+        self.shares_prefixes = config.share_prefix_cache
         self.checks_host = is_loopback(config.host)
         self.allowed_hosts = frozenset(host.lower() for host in config.allowed_host)
 
@@ -45,7 +46,7 @@ class Gate:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope["state"] = {"request_id": request_id, "tenant": b""}
         try:
             self._check(scope, headers)
         except ApiError as error:
@@ -58,7 +59,8 @@ class Gate:
             message = "this Host header is not accepted; add it with --allowed-host"
             raise ApiError(403, message, type="permission_error", code="host_not_allowed")
         if self.key_digests and scope["path"] not in OPEN_PATHS:
-            self._check_key(headers.get("authorization", ""))
+            tenant = self._check_key(headers.get("authorization", ""))
+            scope["state"]["tenant"] = b"" if self.shares_prefixes else tenant
         refusal = self.service.refusal()
         if scope["method"] == "POST" and refusal is not None:
             raise refusal
@@ -72,7 +74,8 @@ class Gate:
         finally:
             self.service.n_inflight -= 1
 
-    def _check_key(self, authorization: str):
+    def _check_key(self, authorization: str) -> bytes:
+        """The digest of the request's key. Raises ApiError if it is none of ours."""
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip() if scheme.lower() == "bearer" else "")
         matches = [hmac.compare_digest(given, digest) for digest in self.key_digests]
@@ -84,6 +87,7 @@ class Gate:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
+        return given
 
     def _is_known_host(self, host: str) -> bool:
         """Addresses are; names are not: a foreign page that resolves to loopback sends its own."""

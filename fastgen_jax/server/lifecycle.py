@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         self.throughput.tick()
-        return await super().on_tick(counter) or self.service.load_error is not None
+        return await super().on_tick(counter) or self.service.must_exit
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._n_signals += 1

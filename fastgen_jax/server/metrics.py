@@ -108,6 +108,8 @@ COUNTERS = (
     ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", "n_prefix_queries"),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache", "n_prefix_hits"),
     ("engine_steps", "Steps run", "n_steps"),
+    ("engine_step_failures", "Steps that failed", "n_failed_steps"),
+    ("nonfinite_samples", "Samples ended because of logits not finite", "n_nonfinite"),
 )
 HISTOGRAMS = (
     ("time_to_first_token_seconds", "Arrival to first token", "first_token"),

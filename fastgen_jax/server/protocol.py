@@ -4,6 +4,7 @@ Every check ends in an ApiError with status 400 that names the field. Nothing he
 unchecked size, and no field is dropped silently: it acts, is refused, or is warned of once.
 """
 
+import hashlib
 import logging
 from typing import Annotated, Any, TypeVar
 
@@ -25,6 +26,7 @@ ROLES = {
 }
 MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 TEMPLATE_KWARGS = ("enable_thinking", "thinking", "reasoning_effort")
+MAX_SALT = 256  # characters
 MAX_WARNED = 100  # distinct unknown keys that are worth a log line
 
 # Accepted because they change nothing here: bookkeeping of the caller, or hints.
@@ -42,7 +44,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bad_words": (None, []),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1, 1.0),
-    "cache_salt": (None, ""),
     "structured_outputs": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
@@ -107,6 +108,7 @@ class GenerationRequest(BaseModel):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
+    cache_salt: str | None = None
     response_format: dict[str, Any] | None = None
 
     @property
@@ -132,6 +134,8 @@ class GenerationRequest(BaseModel):
             raise unsupported("response_format", "only {'type': 'text'} is")
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens < 1:
             raise invalid("truncate_prompt_tokens must be at least 1", "truncate_prompt_tokens")
+        if len(self.cache_salt or "") > MAX_SALT:
+            raise invalid(f"cache_salt has more than {MAX_SALT} characters", "cache_salt")
         check_extras(self.model_extra or {})
 
     def sampling_params(
@@ -296,6 +300,13 @@ def parse_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise invalid("messages must be a list with at least one message", "messages")
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def cache_salt(given: str | None, tenant: bytes) -> bytes:
+    """What separates cached prompts: the caller's own salt within those of its tenant."""
+    if not given and not tenant:
+        return b""
+    return hashlib.sha256(tenant + b":" + (given or "").encode("utf-8", "surrogatepass")).digest()
 
 
 def check_extras(extras: dict[str, Any]):

@@ -32,6 +32,7 @@ log = logging.getLogger("fastgen_jax.server")
 INLINE_CHARACTERS = 2000  # text up to this size is tokenised on the event loop: 0.5 ms at most
 LOAD_RETRY_AFTER = 5
 ENGINE_EXIT_TIMEOUT = 2.0
+NONFINITE_SHARE = 0.5  # of the rows sampled lately; more of them and the server is not ready
 
 Result = TypeVar("Result")
 OnPhase = Callable[[str, int, int], None]
@@ -80,6 +81,7 @@ class Service:
         self.backend: Backend | None = None
         self.phase = Phase("starting")
         self.load_error: BaseException | None = None
+        self.failure: str | None = None  # why the engine has given up
         self.n_inflight = 0  # HTTP requests that may use the engine
         self.created = int(time.time())
         self._load = load
@@ -134,7 +136,7 @@ class Service:
             backend.engine.run(self._deliver)
         except BaseException as caught:
             error = caught
-            log.error("the engine failed: %s: %s", type(error).__name__, error, exc_info=error)
+            log.critical("the engine has given up: %s", type(error).__name__, exc_info=error)
         self._call(self._engine_ended, error)
 
     def _deliver(self, outputs: list[Output]):
@@ -162,9 +164,20 @@ class Service:
 
     def _engine_ended(self, error: BaseException | None):
         """The engine's loop is over: after stop() that is the end, else a failure."""
+        if error is not None:
+            stats = self.stats()
+            n_failed = stats.n_failed_steps if stats else 0
+            name = type(error).__name__
+            self.failure = f"the engine gave up after {n_failed} failed steps, the last with {name}"
         if error is not None or self.phase.name != "draining":
             self._set_phase("failed", 0, 0)
         self.abort_all(internal("the engine stopped while it worked on this request"))
+
+    @property
+    def must_exit(self) -> bool:
+        """Whether only another process can serve: one that a supervisor starts."""
+        has_failed = self.failure is not None and self.config.on_engine_failure == "exit"
+        return has_failed or self.load_error is not None
 
     @property
     def is_stalled(self) -> bool:
@@ -182,9 +195,23 @@ class Service:
         """Whether the next request can be served, and the reason if not."""
         name, done, total = self.phase
         if name == "ready":
-            return not self.is_stalled, {"phase": "stalled" if self.is_stalled else "ready"}
+            return self._health_when_ready()
+        if self.failure is not None:
+            return False, {"phase": "failed", "reason": self.failure}
         elapsed = round(time.monotonic() - self._started, 1)
         return False, {"phase": name, "done": done, "of": total, "elapsed_s": elapsed}
+
+    def _health_when_ready(self) -> tuple[bool, dict[str, Any]]:
+        stats = self.stats()
+        if self.is_stalled:
+            reason = f"no step has ended for {self.config.step_timeout:g} s"
+            return False, {"phase": "stalled", "reason": reason}
+        if stats and stats.nonfinite_share > NONFINITE_SHARE:
+            share = (
+                f"{stats.nonfinite_share:.0%} of the newest tokens had logits that are not finite"
+            )
+            return False, {"phase": "failing", "reason": f"{share}: are the weights damaged?"}
+        return True, {"phase": "ready"}
 
     def refusal(self) -> ApiError | None:
         """Why new work is refused now; None if it is welcome."""
@@ -232,8 +259,10 @@ class Service:
         *,
         is_streaming: bool,
         param: str = "prompt",
+        cache_salt: bytes = b"",
     ) -> Generation:
-        """Hands the prompts, which the field `param` held, to the engine: all or none.
+        """Hands the prompts, which the field `param` held, to the engine: all or none. They share
+        cached prefixes with requests of the same salt only.
 
         Raises:
             ApiError: the engine refused.
@@ -248,7 +277,8 @@ class Service:
         choices = [Choice(i, stream, wants_logprobs) for i, stream in enumerate(streams)]
         generation = Generation(choices, prompts, is_streaming=is_streaming)
         try:
-            ids = backend.engine.submit_all([Request(prompt, params) for prompt in prompts])
+            requests = [Request(prompt, params, cache_salt) for prompt in prompts]
+            ids = backend.engine.submit_all(requests)
         except RequestError as error:
             refused = from_engine(error)
             refused.param = param if error.param == "prompt" else error.param

@@ -32,6 +32,27 @@ class TestDoor:
             with up.client("bad") as client, pytest.raises(openai.AuthenticationError):
                 client.completions.create(model="fake", prompt="x")
 
+    def test_cached_prompts_are_shared_within_a_key_only(self, tokenizer):
+        def salts(up, *requests):
+            for key, salt in requests:
+                headers = {"authorization": f"Bearer {key}"}
+                body = {"prompt": "a", "max_tokens": 1} | ({"cache_salt": salt} if salt else {})
+                assert up.post("/v1/completions", body, headers=headers).status_code == 200
+            return [request.cache_salt for request in up.engine.submitted]
+
+        keys = {"api_key": ("first", "second")}
+        with serving(tokenizer, **keys) as up:
+            got = salts(up, ("first", None), ("second", None), ("first", None), ("first", "x"),
+                        ("second", "x"), ("first", "x"))  # fmt: skip
+        assert len(set(got)) == 4
+        assert got[0] == got[2]
+        assert got[3] == got[5]
+        with serving(tokenizer, **keys, share_prefix_cache=True) as up:
+            got = salts(up, ("first", None), ("second", None), ("first", "x"), ("second", "x"))
+        assert got[0] == got[1] == b"" != got[2] == got[3]
+        with serving(tokenizer) as up:
+            assert salts(up, ("any", None), ("other", None)) == [b"", b""]
+
     def test_request_ids_are_echoed_if_well_formed(self, up):
         assert (
             up.get("/livez", headers={"x-request-id": "a.B-9_"}).headers["x-request-id"] == "a.B-9_"

@@ -73,7 +73,7 @@ class TestFaults:
             slow.close()
 
     def test_the_death_of_the_engine_reaches_every_waiter(self, tokenizer):
-        with serving(tokenizer) as up:
+        with serving(tokenizer, on_engine_failure="stay") as up:
             up.engine.step_time = 0.005
             body = {"prompt": TEXT, "max_tokens": 4000, "ignore_eos": True}
             streaming = up.connect(body | {"stream": True})
@@ -90,9 +90,12 @@ class TestFaults:
             assert not streamed.endswith(b"0\r\n\r\n")
             assert answered.startswith(b"HTTP/1.1 500")
             assert b"secret" not in streamed + answered
+            for path in ("/health", "/livez"):
+                answer = up.get(path)
+                assert answer.status_code == 503
+                reason = "the engine gave up after 0 failed steps, the last with RuntimeError"
+                assert answer.json()["reason"] == reason
             assert up.get("/health").json()["phase"] == "failed"
-            assert up.get("/health").status_code == 503
-            assert up.get("/livez").status_code == 200
             assert up.post("/v1/completions", body).status_code == 503
             streaming.close()
             waiting.close()
@@ -107,6 +110,26 @@ class TestFaults:
             up.engine.fault = RuntimeError("boom")
             with pytest.raises(openai.APIError, match="engine stopped"):
                 list(stream)
+
+    def test_a_dead_engine_ends_the_server_after_the_last_answer(self, tokenizer):
+        with serving(tokenizer) as up:
+            up.engine.step_time = 0.005
+            body = {"prompt": TEXT, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+            with up.connect(body) as streaming:
+                assert streaming.recv(65536).startswith(b"HTTP/1.1 200")
+                up.engine.fault = TypeError("boom")
+                assert b'data: {"error":' in read_all(streaming)
+            up.thread.join(5)
+            assert not up.thread.is_alive()
+            assert "TypeError" in up.service.failure
+
+    def test_health_reports_logits_that_are_not_finite(self, up):
+        up.engine.nonfinite_share = 0.8
+        answer = up.get("/health")
+        up.engine.nonfinite_share = 0.0
+        assert (answer.status_code, answer.json()["phase"]) == (503, "failing")
+        assert answer.json()["reason"].startswith("80% of the newest tokens had logits that are")
+        assert up.get("/health").status_code == 200
 
     def test_a_poisoned_request_fails_alone(self, up):
         up.engine.may_step.clear()
