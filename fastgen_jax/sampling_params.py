@@ -18,8 +18,8 @@ class SamplingParams:
     """How the tokens of one request are chosen; names and defaults are vLLM's.
 
     temperature 0 is greedy. top_k 0 or -1 keeps all tokens. `logprobs=k` returns the k most likely
-    tokens of each step and the sampled one. Seeded output depends on (prompt, params, seed) alone,
-    never on the batch.
+    tokens of each step and the sampled one. The noise depends on (seed, position) alone, never on
+    the batch; logits differ between batch sizes by rounding.
 
     Raises:
         InvalidRequest: a value out of range, naming the field and the range.
