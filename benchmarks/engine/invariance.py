@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-import fastgen_jax.demo
 from fastgen_jax.llm import LLM
 from fastgen_jax.results import CompletionOutput
 from fastgen_jax.sampling_params import SamplingParams
+from fastgen_jax.serve import DEMO
 
-DEMO = f"{fastgen_jax.demo.__path__[0]}/checkpoint"
 N_REQUESTS, N_NEW = 120, 48
 NAMES = ("Anna", "Tom", "Mia", "Ben", "Lily", "Max")
 THINGS = ("a red ball", "three apples", "a small dog", "an old key", "a blue hat", "two cats")
@@ -64,11 +63,11 @@ def samples(llm: LLM, prompts, params) -> list[CompletionOutput]:
 def measure(dtype: str) -> dict[str, Agreement]:
     prompts, params = make_requests()
     options = {"dtype": dtype, "max_model_len": 256, "block_size": 16}
-    with LLM(DEMO, num_kv_blocks=1000, enable_prefix_caching=False, **options) as llm:
+    with LLM(str(DEMO), num_kv_blocks=1000, enable_prefix_caching=False, **options) as llm:
         alone = [samples(llm, [p], [q])[0] for p, q in zip(prompts, params, strict=True)]
         together = samples(llm, prompts, params)
     tight = {"num_kv_blocks": TIGHT_POOL, "max_num_seqs": 16} | options
-    with LLM(DEMO, enable_prefix_caching=False, **tight) as llm:
+    with LLM(str(DEMO), enable_prefix_caching=False, **tight) as llm:
         preempted = samples(llm, prompts, params)
         n_preemptions = llm.engine.stats().n_preemptions
     assert n_preemptions > 0, "the pool was large enough for all"
