@@ -12,6 +12,7 @@ import inspect
 import json
 import logging
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from fastgen_jax.engine.types import FinishReason, Output
 from fastgen_jax.errors import CheckpointError, InvalidRequest
 from fastgen_jax.sampling_params import SamplingParams
+from fastgen_jax.vocabulary import BYTE_LEVEL_CODES, longest_token
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 MAX_CHARACTER_BYTES = 4  # of UTF-8
@@ -57,6 +59,7 @@ class Tokenizer:
         self.eos_token_id: int | None = self._fast.eos_token_id
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.longest_token = longest_token(self._backend)  # bytes of text; None: there is no bound
         self._decoders = _decoder_types(self._backend.decoder)
         self._any_text = self._backend.encode("a", add_special_tokens=False).ids[-1:] or [0]
         self._bytes: dict[int, bytes] = {}
@@ -66,18 +69,21 @@ class Tokenizer:
         return self._fast.chat_template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Control tokens written in it count as such, unlike in messages."""
+        """Token ids of `text`. Control tokens written in it count as such, unlike in messages.
+
+        Of tokenizers' ways to encode the batch is the one that lets other threads run meanwhile.
+        """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequest(
                 f"the prompt is not valid Unicode: {error}", param="prompt"
             ) from None
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; ids that the vocabulary lacks have none."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        """Text of `ids`; ids that the vocabulary lacks have none. Other threads run meanwhile."""
+        return self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
 
     def token_text(self, id: int) -> str:
         """token_bytes as text; a part of a character becomes U+FFFD."""
@@ -216,32 +222,22 @@ def _decoder_types(decoder: Any) -> set[str]:
     return {spec["type"], *(part["type"] for part in spec.get("decoders", ()))}
 
 
-def _byte_level_codes() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 is itself, the other 68 follow from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [code for code in range(256) if code not in printable]
-    return {chr(code): code for code in printable} | {
-        chr(256 + i): code for i, code in enumerate(others)
-    }
-
-
-BYTE_LEVEL_CODES = _byte_level_codes()
-
-
 def _plain_message(message: Any, where: str) -> dict[str, Any]:
     """The message without null keys, and with its content as one string: not every template knows
     lists of parts.
     """
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str) or not ROLE.fullmatch(role):
-        raise InvalidRequest(f"{where} needs a role such as 'user', got {role!r:.80}", param=where)
+        raise InvalidRequest(
+            f"{where} needs a role such as 'user', got {_shown(role)}", param=where
+        )
     message = {key: value for key, value in message.items() if value is not None}
     # Beside tool calls an assistant's content is null; templates that add it to strings need one.
     content = message.get("content", "" if role == "assistant" else None)
     if isinstance(content, list):
         content = "\n".join(_part_text(part, where) for part in content)
     if not isinstance(content, str):
-        raise InvalidRequest(f"{where}.content must be text, got {content!r:.80}", param=where)
+        raise InvalidRequest(f"{where}.content must be text, got {_shown(content)}", param=where)
     return {**message, "content": content}
 
 
@@ -249,10 +245,15 @@ def _part_text(part: Any, where: str) -> str:
     text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
     if not isinstance(text, str):
         raise InvalidRequest(
-            f'{where}.content may hold only {{"type": "text", "text": ...}}, got {part!r:.80}',
+            f'{where}.content may hold only {{"type": "text", "text": ...}}, got {_shown(part)}',
             param=where,
         )
     return text
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message, at a cost that does not grow with it."""
+    return f"{reprlib.repr(value):.80}"
 
 
 class TextDelta(NamedTuple):

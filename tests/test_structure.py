@@ -35,7 +35,9 @@ WINGS = {
     "mii": Wing("MII's names", ("fastgen_jax/mii.py",)),
     "llm": Wing("offline generation", ("fastgen_jax/llm.py", "fastgen_jax/results.py")),
     "server": Wing("OpenAI's protocol over one engine", ("fastgen_jax/server",)),
-    "tokenizer": Wing("text to ids and back", ("fastgen_jax/tokenizer.py",)),
+    "tokenizer": Wing(
+        "text to ids and back", ("fastgen_jax/tokenizer.py", "fastgen_jax/vocabulary.py")
+    ),
     "engine": Wing("token ids in, token ids out", ("fastgen_jax/engine",)),
     "checkpoints": Wing("formats on disk", ("fastgen_jax/checkpoints",)),
     "models": Wing("the decoder of all families", ("fastgen_jax/models",)),

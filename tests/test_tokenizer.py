@@ -418,3 +418,41 @@ def test_directory_without_tokenizer_files_is_recognised(tmp_path):
     assert not has_tokenizer(str(tmp_path))
     assert has_tokenizer(tiny_tokenizers.byte_level(tmp_path))
     assert has_tokenizer("some-org/some-model")
+
+
+# --- bounds
+
+
+def test_encoding_and_decoding_let_other_threads_run(byte_level, monkeypatch):
+    """Of the backend's functions those for one text hold the interpreter's lock throughout."""
+    calls = []
+    backend = byte_level._backend
+
+    class Recorder:
+        def __getattr__(self, name):
+            calls.append(name)
+            return getattr(backend, name)
+
+    monkeypatch.setattr(byte_level, "_backend", Recorder())
+    assert byte_level.decode(byte_level.encode(PROMPT)) == PROMPT
+    assert calls == ["encode_batch_fast", "decode_batch"]
+
+
+@given(text=st.text(st.sampled_from(" Anthe of7é你😀\n<|user|></s><tool>"), max_size=60))
+@pytest.mark.parametrize("name", ["byte_level", "sentencepiece"])
+def test_no_token_stands_for_more_text_than_the_longest(name, text, request):
+    tokenizer = request.getfixturevalue(name)
+    n_tokens = len(tokenizer.encode(text, add_special_tokens=False))
+    assert len(text.encode()) <= n_tokens * tokenizer.longest_token
+
+
+def test_encoding_in_a_batch_gives_the_same_ids(tokenizer):
+    for text in tiny_tokenizers.TEXTS:
+        assert tokenizer.encode(text) == tokenizer._backend.encode(text).ids
+
+
+def test_refusals_show_a_huge_value_in_little_time_and_space(byte_level):
+    content = [[[[0] * 1000] * 1000] * 1000] * 1000
+    with pytest.raises(InvalidRequest, match="must be text, got") as caught:
+        chat(byte_level, {"a": content})
+    assert len(str(caught.value)) < 200
