@@ -194,11 +194,13 @@ class LLM:
 class Sample:
     """One sample as it grows."""
 
-    def __init__(self, index: int, request: Request, tokenizer: Tokenizer | None):
+    def __init__(
+        self, index: int, request: Request, tokenizer: Tokenizer | None, stream: TextStream | None
+    ):
         self.index = index
         self.finish_reason: FinishReason | None = None
         self._tokenizer = tokenizer
-        self._stream = tokenizer and TextStream(tokenizer, request.prompt_token_ids, request.params)
+        self._stream = stream
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._wants_logprobs = request.params.logprobs is not None
@@ -242,6 +244,14 @@ class Sample:
         }
 
 
+def _samples(request: Request, tokenizer: Tokenizer | None) -> list[Sample]:
+    p = request.params
+    streams = [None] * p.n
+    if tokenizer is not None:
+        streams = TextStream.of_samples(tokenizer, [request.prompt_token_ids], p)
+    return [Sample(i, request, tokenizer, stream) for i, stream in enumerate(streams)]
+
+
 @dataclass
 class Job:
     """A prompt on its way through the engine; request_id is None until it is submitted."""
@@ -259,10 +269,7 @@ class Generation:
     """One call of generate: submits requests as the engine has room, and collects their outputs."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, requests: list[Request]):
-        self.jobs = [
-            Job(request, [Sample(i, request, tokenizer) for i in range(request.params.n)])
-            for request in requests
-        ]
+        self.jobs = [Job(request, _samples(request, tokenizer)) for request in requests]
         self.n_tokens = 0
         self._engine = engine
         self._waiting = deque(self.jobs)

@@ -8,6 +8,7 @@ those before it.
 from __future__ import annotations
 
 import codecs
+import copy
 import inspect
 import json
 import logging
@@ -275,21 +276,61 @@ class TextStream:
 
     Args:
         prompt_ids: what goes before: a character may begin there, and after text a space is kept.
+        stops: of params.stop; made here unless another stream has them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams):
-        self.token_ids: list[int] = []
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        stops: Sequence[StopString] | None = None,
+    ):
         self._tokenizer = tokenizer
         self._params = params
         self._hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset[int]()
-        self._stops = [StopMatcher(stop) for stop in params.stop]
+        self._stops = [StopString(stop) for stop in params.stop] if stops is None else stops
+        self._utf8_state, self._is_first = self._after(prompt_ids)
+        self._begin()
+
+    @classmethod
+    def of_samples(
+        cls, tokenizer: Tokenizer, prompts: Iterable[Sequence[int]], params: SamplingParams
+    ) -> list[TextStream]:
+        """A stream for each of the `n` samples of each prompt. What they share is made once: per
+        sample the cost depends neither on the prompt nor on the lengths of the stop strings.
+        """
+        stops = [StopString(stop) for stop in params.stop]
+        firsts = [cls(tokenizer, prompt, params, stops) for prompt in prompts]
+        return [first if i == 0 else first._sibling() for first in firsts for i in range(params.n)]
+
+    def _sibling(self) -> TextStream:
+        """Another stream after the same prompt, of which nothing was pushed yet."""
+        assert not self.token_ids, len(self.token_ids)
+        sibling = copy.copy(self)
+        sibling._begin()
+        return sibling
+
+    def _begin(self) -> None:
+        """Makes what each sample has of its own."""
+        self.token_ids: list[int] = []
+        self._matchers = [StopMatcher(stop) for stop in self._stops]
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._is_first = not any(self._spell(id) for id in prompt_ids)
-        for id in prompt_ids[-MAX_CHARACTER_BYTES:]:
-            self._utf8.decode(self._spell(id))
+        self._utf8.setstate(self._utf8_state)
         self._held = ""
         self._emitted: list[str] = []
         self._is_finished = False
+
+    def _after(self, prompt_ids: Sequence[int]) -> tuple[tuple[bytes, int], bool]:
+        """The UTF-8 decoder's state after the prompt, and whether no text came before."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        for id in prompt_ids[-MAX_CHARACTER_BYTES:]:
+            utf8.decode(self._spell(id))
+        # Most prompts show text at once; one of a million hidden tokens is looked at once per kind.
+        shows_text = any(map(self._spell, prompt_ids[:MAX_CHARACTER_BYTES])) or any(
+            map(self._spell, set(prompt_ids))
+        )
+        return utf8.getstate(), not shows_text
 
     @property
     def text(self) -> str:
@@ -315,7 +356,7 @@ class TextStream:
         elif output.finish_reason is not None:
             delta = TextDelta(self._held, output.finish_reason, output.stop_reason)
         else:
-            n_doubtful = max((matcher.n_matched for matcher in self._stops), default=0)
+            n_doubtful = max((matcher.n_matched for matcher in self._matchers), default=0)
             n_certain = len(self._held) - n_doubtful
             delta = TextDelta(self._held[:n_certain])
             self._held = self._held[n_certain:]
@@ -343,8 +384,8 @@ class TextStream:
         """The stop string that `text`, the end of the held text, completes first."""
         may_stop = self.n_tokens >= self._params.min_tokens
         matches = [
-            (n_read, -len(matcher.stop), matcher.stop)
-            for matcher in self._stops
+            (n_read, -len(matcher.stop.text), matcher.stop.text)
+            for matcher in self._matchers
             if (n_read := matcher.feed(text, may_stop=may_stop)) is not None
         ]
         if not matches:
@@ -361,38 +402,49 @@ class StopMatch(NamedTuple):
     n_kept: int
 
 
-class StopMatcher:
-    """Finds a string in text that arrives in pieces, at constant cost per character.
+class StopString:
+    """A stop string, prepared for its matchers; never changes.
 
     Knuth, Morris and Pratt, "Fast pattern matching in strings", 1977.
+    INVARIANT: borders[i] is the length of the longest proper prefix of `text` that ends
+    text[: i + 1].
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self.borders = [0] * len(text)
+        for i in range(1, len(text)):
+            self.borders[i] = self.extend(self.borders[i - 1], text[i])
+
+    def extend(self, n_matched: int, character: str) -> int:
+        """Length of the longest prefix that ends the text, after one more character."""
+        while n_matched and self.text[n_matched] != character:
+            n_matched = self.borders[n_matched - 1]
+        return n_matched + (self.text[n_matched] == character)
+
+
+class StopMatcher:
+    """Finds a stop string in text that arrives in pieces, at constant cost per character.
+
     INVARIANT: n_matched is the length of the longest proper prefix of `stop` that ends the text.
     """
 
-    def __init__(self, stop: str):
+    __slots__ = ("n_matched", "stop")
+
+    def __init__(self, stop: StopString):
         self.stop = stop
         self.n_matched = 0
-        self._borders = [0] * len(
-            stop
-        )  # [i]: longest proper prefix of stop that ends stop[: i + 1]
-        for i in range(1, len(stop)):
-            self._borders[i] = self._extend(self._borders[i - 1], stop[i])
-
-    def _extend(self, n_matched: int, character: str) -> int:
-        """Length of the longest prefix that ends the text, after one more character."""
-        while n_matched and self.stop[n_matched] != character:
-            n_matched = self._borders[n_matched - 1]
-        return n_matched + (self.stop[n_matched] == character)
 
     def feed(self, text: str, *, may_stop: bool) -> int | None:
         """How many characters of `text` complete the first match; None: no match that counts."""
-        if not self.n_matched and self.stop[0] not in text:
+        stop, n_matched = self.stop, self.n_matched
+        if not n_matched and stop.text[0] not in text:
             return None
-        n_matched = self.n_matched
         for n_read, character in enumerate(text, 1):
-            n_matched = self._extend(n_matched, character)
-            if n_matched == len(self.stop):
+            n_matched = stop.extend(n_matched, character)
+            if n_matched == len(stop.text):
                 if may_stop:
                     return n_read
-                n_matched = self._borders[-1]
+                n_matched = stop.borders[-1]
         self.n_matched = n_matched
         return None

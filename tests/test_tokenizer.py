@@ -456,3 +456,33 @@ def test_refusals_show_a_huge_value_in_little_time_and_space(byte_level):
     with pytest.raises(InvalidRequest, match="must be text, got") as caught:
         chat(byte_level, {"a": content})
     assert len(str(caught.value)) < 200
+
+
+# --- samples of one request
+
+
+def test_samples_share_what_does_not_change(byte_level):
+    ids, params = byte_level.encode(PROMPT), SamplingParams(n=3, stop=("ab", "b"))
+    streams = TextStream.of_samples(byte_level, [ids, ids], params)
+    assert len(streams) == 6
+    assert len({id(stop) for stream in streams for stop in stream._stops}) == 2
+
+
+def test_samples_of_a_request_go_their_own_ways(byte_level):
+    *head, tail = spell(byte_level, RARE)
+    params = SamplingParams(n=2, stop="ab")
+    one, two = TextStream.of_samples(byte_level, [head], params)
+    for stream, ids in ((one, [tail, *spell(byte_level, "ab")]), (two, spell(byte_level, "ba"))):
+        for output in outputs(ids):
+            stream.push(output)
+    assert (one.text, two.text) == (RARE, "�ba")
+    assert (one.n_tokens, two.n_tokens) == (3, 2)
+
+
+@pytest.mark.parametrize("n_hidden", [1, 5, 50])
+def test_a_prompt_without_text_is_known_as_such(sentencepiece, n_hidden):
+    the, bos = plain_ids(sentencepiece, "the"), [sentencepiece.bos_token_id]
+    for prompt, text in ((bos * n_hidden, "the"), (bos * n_hidden + the + bos * 4, " the")):
+        params = SamplingParams(max_tokens=1)
+        (stream,) = TextStream.of_samples(sentencepiece, [prompt], params)
+        assert stream.push(Output(0, 0, the[0], finish_reason="length")).text == text

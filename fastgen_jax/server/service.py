@@ -267,22 +267,12 @@ class Service:
         Raises:
             ApiError: the engine refused.
         """
-        backend = self.require_backend()
-        streams = [
-            TextStream(backend.tokenizer, prompt, params)
-            for prompt in prompts
-            for _ in range(params.n)
-        ]
-        wants_logprobs = params.logprobs is not None
-        choices = [Choice(i, stream, wants_logprobs) for i, stream in enumerate(streams)]
-        generation = Generation(choices, prompts, is_streaming=is_streaming)
-        try:
-            requests = [Request(prompt, params, cache_salt) for prompt in prompts]
-            ids = backend.engine.submit_all(requests)
-        except RequestError as error:
-            refused = from_engine(error)
-            refused.param = param if error.param == "prompt" else error.param
-            raise refused from None
+        # Admitted first: what a refusal costs must not depend on what the request asks for.
+        ids = self._admit([Request(prompt, params, cache_salt) for prompt in prompts], param)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._cancel, ids)
+            generation = self._generation(prompts, params, is_streaming)
+            undo.pop_all()
         # Outputs reach _dispatch by the event loop, which runs here: none can come before this.
         if not self._live:
             self._busy_since = generation.arrival
@@ -291,6 +281,27 @@ class Service:
             self._live[request_id] = (generation, i * params.n)
         self._set_deadlines(generation)
         return generation
+
+    def _admit(self, requests: list[Request], param: str) -> list[int]:
+        try:
+            return self.require_backend().engine.submit_all(requests)
+        except RequestError as error:
+            refused = from_engine(error)
+            refused.param = param if error.param == "prompt" else error.param
+            raise refused from None
+
+    def _generation(
+        self, prompts: list[list[int]], params: SamplingParams, is_streaming: bool
+    ) -> Generation:
+        streams = TextStream.of_samples(self.require_backend().tokenizer, prompts, params)
+        wants_logprobs = params.logprobs is not None
+        choices = [Choice(i, stream, wants_logprobs) for i, stream in enumerate(streams)]
+        return Generation(choices, prompts, is_streaming=is_streaming)
+
+    def _cancel(self, request_ids: list[int]):
+        for request_id in request_ids:
+            if self.backend is not None:
+                self.backend.engine.cancel(request_id)
 
     def fail(self, generation: Generation, error: ApiError):
         """Ends the request with `error`, unless it has ended; the engine stops working on it."""
@@ -303,9 +314,7 @@ class Service:
 
     def release(self, generation: Generation):
         """Forgets the request and cancels what the engine still does for it. Idempotent."""
-        for request_id in self._forget(generation):
-            if self.backend is not None:
-                self.backend.engine.cancel(request_id)
+        self._cancel(self._forget(generation))
 
     def _forget(self, generation: Generation) -> list[int]:
         """Ends the request's bookkeeping; returns its ids that were live."""

@@ -9,6 +9,10 @@ import openai
 import orjson
 import pytest
 
+from fastgen_jax.engine.types import Request
+from fastgen_jax.sampling_params import SamplingParams
+from fastgen_jax.server import service
+from tests.server.fake_engine import FakeEngine
 from tests.server.running import (
     PATHS,
     TEXT,
@@ -205,4 +209,21 @@ class TestFaults:
                 client.post("/v1/completions", content=body).status_code for _ in range(1000)
             } == {400}
         assert up.post("/v1/completions", PATHS["completions"]).status_code == 200
+        assert not up.service._live
+
+    def test_a_full_queue_costs_no_text_work(self, tokenizer, monkeypatch):
+        """16 long stop strings for each of 1024 samples took 3 s, for requests refused after."""
+        monkeypatch.setattr(service.TextStream, "of_samples", lambda *a: pytest.fail("prepared"))
+        with serving(tokenizer, FakeEngine(0, max_queued_requests=2)) as up:
+            up.engine.may_step.clear()
+            up.engine.submit_all([Request([5], SamplingParams())])
+            answer = up.post("/v1/completions", {"prompt": ["a", "b"], "stop": ["x" * 1024] * 16})
+            assert answer.status_code == 429
+
+    def test_what_was_admitted_is_cancelled_when_its_text_side_fails(self, up, monkeypatch):
+        monkeypatch.setattr(service, "Choice", lambda *a: 1 / 0)
+        up.engine.may_step.clear()
+        answer = up.post("/v1/completions", PATHS["completions"] | {"prompt": ["a", "b"]})
+        assert answer.status_code == 500
+        assert not up.engine.live
         assert not up.service._live
