@@ -8,11 +8,17 @@ import hashlib
 import logging
 from typing import Annotated, Any, TypeVar
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastgen_jax.errors import InvalidRequest
-from fastgen_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+from fastgen_jax.sampling_params import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    SamplingParams,
+)
+from fastgen_jax.server import json_body
 from fastgen_jax.server.errors import ApiError, from_engine, invalid, unsupported
 
 log = logging.getLogger("fastgen_jax.server")
@@ -64,6 +70,13 @@ SAMPLING_FIELDS = (
     "presence_penalty", "frequency_penalty", "repetition_penalty", "include_stop_str_in_output",
     "skip_special_tokens",
 )  # fmt: skip
+
+# Checked before each entry is: pydantic would list what is wrong with all of them.
+MAX_ENTRIES = {
+    "stop": MAX_STOP_STRINGS,
+    "stop_token_ids": MAX_STOP_TOKEN_IDS,
+    "logit_bias": MAX_LOGIT_BIAS,
+}
 
 _warned: set[str] = set()
 
@@ -271,18 +284,17 @@ class DetokenizeRequest(BaseModel):
     tokens: Any = None
 
 
-def parse(model: type[Model], body: bytes) -> Model:
+def parse(model: type[Model], body: bytes | bytearray) -> Model:
     """The JSON `body` as a `model`.
 
     Raises:
-        ApiError: malformed JSON (NaN, deep nesting, bad UTF-8 included) or a field of a wrong type.
+        ApiError: malformed JSON, or a field of a wrong type or with too many entries.
     """
-    try:
-        values = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise invalid(f"the body is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise invalid("the body must be a JSON object")
+    values = json_body.load(body)
+    for name, most in MAX_ENTRIES.items():
+        value = values.get(name)
+        if isinstance(value, list | dict) and len(value) > most:
+            raise invalid(f"{name} has {len(value)} entries; at most {most}", name)
     try:
         return model.model_validate(values)
     except ValidationError as error:
