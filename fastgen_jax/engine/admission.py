@@ -44,6 +44,12 @@ class Admission:
         self.n_open = 0
         self.n_queued_tokens = 0
 
+    @property
+    def is_full(self) -> bool:
+        """Whether even the smallest request would be refused now; takes no lock."""
+        has_too_many_tokens = self.n_queued_tokens >= self._max_queued_tokens
+        return self.n_open >= self._max_requests or has_too_many_tokens
+
     def check(self, request: Request) -> int:
         """The most tokens, prompt and output together, that a request may reach.
 

@@ -59,8 +59,8 @@ class Engine:
     """Generates tokens for requests; see the module's docstring for the order of things. `close`
     it, use it in a `with` statement, or drop it: each frees the device's memory and the programs.
 
-    Thread-safe: check, submit, submit_all, cancel, finish, stop, close, stats. One thread at a time
-    may call step or run.
+    Thread-safe: check, submit, submit_all, cancel, finish, stop, close, stats, is_full. One thread
+    at a time may call step or run.
 
     Args:
         config: what to load and its limits; `self.config` is the same with nothing left None.
@@ -128,6 +128,11 @@ class Engine:
     def max_total_tokens(self) -> int:
         """The longest sequence, prompt and output together, that can be served."""
         return self._admission.max_total_tokens
+
+    @property
+    def is_full(self) -> bool:
+        """Whether even the smallest request would be refused with QueueFull now."""
+        return self._admission.is_full
 
     @property
     def has_work(self) -> bool:

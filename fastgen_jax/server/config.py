@@ -31,6 +31,11 @@ class ServerConfig:
     )
     log_level: str = option("info", "debug, info, warning or error", "server")
     max_body_bytes: int = option(2_000_000, "largest request body (HTTP 413 above)", "limits")
+    max_upload_bytes: int = option(
+        64_000_000,
+        "request bodies held at once, received or being tokenized (HTTP 429 above)",
+        "limits",
+    )
     max_prompts: int = option(256, "most prompts in one request body", "limits")
     queue_timeout: float = option(
         600.0, "seconds that a request may wait for its first token (HTTP 504 after)", "limits"
@@ -71,9 +76,14 @@ class ServerConfig:
             raise ConfigError(
                 f"on_engine_failure must be exit or stay, got {self.on_engine_failure!r}"
             )
-        for name in ("max_body_bytes", "max_prompts"):
+        for name in ("max_body_bytes", "max_upload_bytes", "max_prompts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {getattr(self, name)}")
+        if self.max_upload_bytes < self.max_body_bytes:
+            raise ConfigError(
+                f"max_upload_bytes={self.max_upload_bytes} is less than one body may have; give at "
+                f"least max_body_bytes={self.max_body_bytes}"
+            )
         for name in ("queue_timeout", "request_timeout", "stream_timeout", "step_timeout",
                      "drain_timeout"):  # fmt: skip
             value = getattr(self, name)

@@ -19,6 +19,7 @@ from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
 
 OPEN_PATHS = frozenset({"/livez", "/health/live", "/health", "/ready", "/health/ready", "/ping"})
+QUEUEING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -62,8 +63,12 @@ class Gate:
             tenant = self._check_key(headers.get("authorization", ""))
             scope["state"]["tenant"] = b"" if self.shares_prefixes else tenant
         refusal = self.service.refusal()
-        if scope["method"] == "POST" and refusal is not None:
+        if scope["method"] != "POST":
+            return
+        if refusal is not None:
             raise refusal
+        if scope["path"] in QUEUEING_PATHS:  # before the body is read, or its route looked for
+            self.service.check_queue()
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send):
         if scope["method"] != "POST":

@@ -6,6 +6,7 @@ unchecked size, and no field is dropped silently: it acts, is refused, or is war
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -319,6 +320,18 @@ def cache_salt(given: str | None, tenant: bytes) -> bytes:
     if not given and not tenant:
         return b""
     return hashlib.sha256(tenant + b":" + (given or "").encode("utf-8", "surrogatepass")).digest()
+
+
+def texts_of(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """Text of which every template renders all: no spaces around it, which some trim, and nothing
+    of the assistant's, whose thoughts some leave out.
+    """
+    for message in messages:
+        content = message["content"]
+        parts = content if isinstance(content, list) else [{"text": content}]
+        texts = [part.get("text") for part in parts if isinstance(part, dict)]
+        if message["role"] != "assistant":
+            yield "".join(text for text in texts if isinstance(text, str)).strip()
 
 
 def check_extras(extras: dict[str, Any]):

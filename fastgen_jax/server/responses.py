@@ -70,9 +70,20 @@ class ResponseFormat:
         return self._head + b'],"usage":' + orjson.dumps(usage_of(generation)) + b"}\n\n"
 
     def result(self, generation: Generation) -> bytes:
-        """The body of a response that does not stream."""
-        choices = [self._final(choice, generation) for choice in generation.choices]
-        return orjson.dumps(self._fields | {"choices": choices, "usage": usage_of(generation)})
+        """The body of a response that does not stream. It may be built beside the event loop, and
+        is, choice by choice, so that other threads run in between.
+        """
+        choices = [orjson.dumps(self._final(c, generation)) for c in generation.choices]
+        head, usage = orjson.dumps(self._fields)[:-1], orjson.dumps(usage_of(generation))
+        return b"".join((head, b',"choices":[', b",".join(choices), b'],"usage":', usage, b"}"))
+
+    def n_entries(self, generation: Generation) -> int:
+        """What the cost of `result` grows with: tokens, their rivals, and what repeats prompts."""
+        n_tokens = generation.n_tokens * ((self.logprobs or 0) + 1)
+        repeated = sum(map(len, self.echo or ()))
+        if self.return_token_ids:
+            repeated += generation.n_prompt_tokens
+        return n_tokens + repeated * (len(generation.choices) // len(generation.prompts))
 
     def _owes_end(self, choice: Choice) -> bool:
         return choice.finish_reason is not None and choice.index not in self._ended

@@ -16,12 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from fastgen_jax.engine.types import Output, Request, Stats
-from fastgen_jax.errors import RequestError
+from fastgen_jax.errors import QueueFull, RequestError
 from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
 from fastgen_jax.server.generation import Choice, Generation
 from fastgen_jax.server.metrics import Metrics
+from fastgen_jax.server.uploads import Uploads
 from fastgen_jax.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastgen_jax.server")
 
-INLINE_CHARACTERS = 2000  # text up to this size is tokenised on the event loop: 0.5 ms at most
+INLINE_BYTES = 2000  # a body up to this size is read on the event loop: 0.5 ms, 10 at worst
 LOAD_RETRY_AFTER = 5
 ENGINE_EXIT_TIMEOUT = 2.0
 NONFINITE_SHARE = 0.5  # of the rows sampled lately; more of them and the server is not ready
@@ -82,6 +83,7 @@ class Service:
         self.phase = Phase("starting")
         self.load_error: BaseException | None = None
         self.failure: str | None = None  # why the engine has given up
+        self.uploads = Uploads(config.max_upload_bytes)
         self.n_inflight = 0  # HTTP requests that may use the engine
         self.created = int(time.time())
         self._load = load
@@ -238,14 +240,23 @@ class Service:
         assert self.backend is not None, self.phase
         return self.backend
 
-    async def run_text(self, n_characters: int, function: Callable[[], Result]) -> Result:
-        """Runs tokenizer work, off the event loop if there is much of it.
+    def check_queue(self):
+        """Refuses a request that the engine could not take now, whatever it asks for; any thread.
+
+        Raises:
+            ApiError: the queue is full.
+        """
+        if self.backend is not None and self.backend.engine.is_full:
+            raise from_engine(QueueFull("the queue is full; try again later"))
+
+    async def run_text(self, n_bytes: int, function: Callable[[], Result]) -> Result:
+        """Runs what reads that much text, beside the event loop if it is long.
 
         Raises:
             ApiError: the tokenizer or the chat template refused the text.
         """
         try:
-            if n_characters <= INLINE_CHARACTERS:
+            if n_bytes <= INLINE_BYTES:
                 return function()
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._tokenizing, function)

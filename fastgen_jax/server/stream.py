@@ -13,6 +13,7 @@ from fastgen_jax.server.errors import CLIENT_GONE, ApiError
 from fastgen_jax.server.generation import Generation
 from fastgen_jax.server.responses import DONE, ResponseFormat, event, send_error
 from fastgen_jax.server.service import Service
+from fastgen_jax.server.uploads import Upload
 
 log = logging.getLogger("fastgen_jax.server")
 
@@ -25,12 +26,13 @@ ABORT_EXTENSION = "fastgen.abort"  # a function that resets the connection
 BODY_TIMEOUT = 30.0
 
 
-async def read_json(request: Request, max_bytes: int) -> bytes:
-    """The request's body, which must say that it is JSON.
+async def read_json(request: Request, max_bytes: int, upload: Upload) -> bytearray:
+    """The request's body, which must say that it is JSON, counted in `upload` as it comes.
 
     Raises:
         ApiError: 415 for another type or encoding, 413 as soon as it is known to be over
-            `max_bytes`, 408 if it is slow.
+            `max_bytes`, 429 as soon as it is known to be more than `upload` takes, 408 if it is
+            slow.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -41,27 +43,28 @@ async def read_json(request: Request, max_bytes: int) -> bytes:
     declared = request.headers.get("content-length", "0")
     if not declared.isdigit() or int(declared) > max_bytes:
         raise _too_large(max_bytes)
+    upload.check(int(declared))
     try:
         async with asyncio.timeout(BODY_TIMEOUT):
-            return await _read(request, max_bytes)
+            return await _read(request, max_bytes, upload)
     except TimeoutError:
         message = f"the body did not arrive within {BODY_TIMEOUT:g} s"
         headers = {"connection": "close"}
         raise ApiError(408, message, code="request_timeout", headers=headers) from None
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
-    body = bytearray()
-    more = True
+async def _read(request: Request, max_bytes: int, upload: Upload) -> bytearray:
+    body, more = bytearray(), True
     while more:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ApiError(CLIENT_GONE, "the client disconnected")
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > max_bytes:
+        part, more = message.get("body", b""), message.get("more_body", False)
+        if len(body) + len(part) > max_bytes:
             raise _too_large(max_bytes)
-    return bytes(body)
+        upload.take(len(part))
+        body += part
+    return body
 
 
 def _too_large(max_bytes: int) -> ApiError:

@@ -60,6 +60,11 @@ class FakeEngine:
         self._outbox: list[Output] = []
         self.may_step.set()
 
+    @property
+    def is_full(self) -> bool:
+        with self._lock:
+            return len({key[0] for key in self.live}) >= self.max_queued_requests
+
     def submit_all(self, requests: list[Request]) -> list[int]:
         for request in requests:
             self._check(request)
