@@ -6,7 +6,6 @@ Imports of weight wait until they are needed, so that --help and a wrong flag an
 
 import argparse
 import gc
-import logging
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError, FastGenError
+from fastgen_jax.server import logs
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.flags import FlagParser, add_flags, build, markdown
 from fastgen_jax.server.listen import bind, url_of
@@ -36,8 +36,6 @@ examples:
   python -m fastgen_jax.serve --help=markdown           all flags as a table
 """
 
-log = logging.getLogger("fastgen_jax.server")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until a signal; returns the exit code."""
@@ -46,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        logs.flush()
         if os.environ.get("FASTGEN_DEBUG") == "1":
             raise
         print_error(error)
@@ -61,9 +60,8 @@ def run(argv: Sequence[str]) -> int:
     started = time.monotonic()
     engine_config, server_config = parse(argv)
     check_model(engine_config.model)
-    set_up_logging(server_config.log_level)
-    # Until the server's own handlers stand.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    logs.set_up_logging(server_config.log_level)
+    signal.signal(signal.SIGTERM, exit_at_once)  # until the server's own handlers stand
     listener = bind(server_config.host, server_config.port)
     names = model_names(engine_config.model, server_config)
     report = StartupReport(url_of(listener, server_config.host), names[0], started)
@@ -87,8 +85,7 @@ def run(argv: Sequence[str]) -> int:
     if service.failure is not None:
         raise FastGenError(f"{service.failure}; the log has the tracebacks, start the server again")
     if not has_stopped:  # the engine's thread is deep in a compilation, which nothing can interrupt
-        logging.shutdown()
-        os._exit(0)
+        exit_at_once()
     return 0
 
 
@@ -197,22 +194,10 @@ def model_names(model: str, config: ServerConfig) -> list[str]:
     return [path.resolve().name if path.is_dir() else model]
 
 
-def set_up_logging(level: str):
-    """Our log and uvicorn's warnings on stderr; the root logger is the user's."""
-    logging.raiseExceptions = False  # a closed stderr must not stop the service
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    for name, least in (("fastgen_jax", level.upper()), ("uvicorn", "WARNING")):
-        logger = logging.getLogger(name)
-        logger.setLevel(least)
-        logger.addHandler(handler)
-        logger.propagate = False
-    logging.getLogger("uvicorn.error").addFilter(is_not_about_cut_streams)
-
-
-def is_not_about_cut_streams(record: logging.LogRecord) -> bool:
-    """A stream that ends in an error event is cut on purpose."""
-    return "without completing response" not in record.getMessage()
+def exit_at_once(*_: Any):
+    """Ends the process without waiting for its threads."""
+    logs.flush()
+    os._exit(0)
 
 
 def print_error(error: BaseException):

@@ -1,5 +1,6 @@
 """The command line: flags, errors, and the life of the process, with an engine that echoes."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -55,12 +56,12 @@ def launch() -> Iterator:
     """Starts the command with the echoing engine; what still runs at the end is killed."""
     started: list[subprocess.Popen] = []
 
-    def start(*args: str, **environment: str) -> subprocess.Popen:
+    def start(*args: str, stderr: int = subprocess.PIPE, **environment: str) -> subprocess.Popen:
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, *args],
             cwd=ROOT,
             env=os.environ | environment,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -85,9 +86,10 @@ def url_when_open(process: subprocess.Popen) -> str:
 def wait_for(url: str, status: int) -> httpx.Response:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        answer = httpx.get(url)
-        if answer.status_code == status:
-            return answer
+        with contextlib.suppress(httpx.ConnectError):
+            answer = httpx.get(url)
+            if answer.status_code == status:
+                return answer
         time.sleep(0.02)
     raise AssertionError(f"{url} never answered {status}")
 
@@ -272,3 +274,22 @@ class TestProcess:
         assert process.returncode == 1
         assert "Traceback" in errors
         assert errors.splitlines()[-1].endswith("download it again")
+
+    def test_an_unread_stderr_stops_neither_the_service_nor_its_end(self, model, launch):
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(write_end, b"." * 512)
+        os.set_blocking(write_end, True)
+        with bind("127.0.0.1", 0) as probe:
+            port = probe.getsockname()[1]
+        process = launch(model, "--port", str(port), stderr=write_end)
+        url = f"http://127.0.0.1:{port}"
+        wait_for(url + "/health", 200)
+        bodies = [{"prompt": "a", "max_tokens": 1, f"unknown-{i}": 1} for i in range(20)]
+        assert {httpx.post(url + "/v1/completions", json=b).status_code for b in bodies} == {200}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 0
+        os.close(read_end)
+        os.close(write_end)

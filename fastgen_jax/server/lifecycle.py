@@ -13,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 
+from fastgen_jax.server import logs
 from fastgen_jax.server.app import create_app
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.connection import Connection
@@ -64,6 +65,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._n_signals += 1
         if self._n_signals > 1 or self._loop is None:
+            logs.flush()
             os._exit(128 + sig if self._n_signals > 1 else 0)
         self._loop.call_soon_threadsafe(self.begin_drain)
 
