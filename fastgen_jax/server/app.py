@@ -108,8 +108,15 @@ class Routes:
 
     async def on_http_exception(self, request: Request, error: Any) -> Response:
         """404 and 405, from the router."""
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return Refusal(ApiError(error.status_code, message[:200], code="not_found"))
+        message = f"{request.method} {request.url.path}: {error.detail}"[:200]
+        if error.status_code != 405:
+            return Refusal(ApiError(error.status_code, message, code="not_found"))
+        methods = set(error.headers["Allow"].split(", "))
+        methods |= {"HEAD"} if "GET" in methods else set()  # which has a route of its own
+        allowed = ", ".join(sorted(methods))
+        message += f"; allowed: {allowed}"
+        headers = {"allow": allowed}
+        return Refusal(ApiError(405, message, code="method_not_allowed", headers=headers))
 
     async def on_fault(self, request: Request, error: Exception) -> Response:
         """A fault of ours: the log gets the traceback, the client an id to quote."""

@@ -230,7 +230,15 @@ class TestBadInput:
     def test_unknown_paths_and_methods_get_the_error_object(self, up):
         assert up.get("/v1/nothing").status_code == 404
         assert "message" in up.get("/v1/nothing").json()["error"]
-        assert up.get("/v1/completions").status_code == 405
+        for answer, allowed in (
+            (up.get("/v1/completions"), "POST"), (up.post("/health", {}), "GET, HEAD"),
+            (up.http.delete(up.url + "/v1/models/fake"), "GET, HEAD"),
+            (up.post("/docs", {}), "GET, HEAD"),
+        ):  # fmt: skip
+            assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+            error = answer.json()["error"]
+            assert error["code"] == "method_not_allowed"
+            assert error["message"].endswith(f"; allowed: {allowed}")
         assert up.post("/v1/completions/", {}).status_code == 404
 
     def test_unknown_fields_are_warned_of_once(self, up, caplog):
