@@ -85,6 +85,14 @@ class EngineConfig:
             is_open = value is None and type(self).__dataclass_fields__[name].default is None
             if not is_open and not (is_integer(value) and value > 0):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if self.max_model_len == 1:
+            raise ConfigError(
+                "max_model_len must be at least 2, got 1: a token of prompt and one of output"
+            )
+        if self.num_kv_blocks == 1:
+            raise ConfigError(
+                "num_kv_blocks must be at least 2, got 1: the first holds no tokens of requests"
+            )
         share = self.memory_fraction
         if share is not None and not (is_real(share) and 0 < share <= 1):
             raise ConfigError(f"memory_fraction must be in (0, 1], got {share!r}")

@@ -19,6 +19,13 @@ def test_engine_counts_are_positive_integers(name, value):
         EngineConfig(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["max_model_len", "num_kv_blocks"])
+def test_one_is_too_few_where_nothing_could_be_served(name):
+    with pytest.raises(ConfigError, match=f"{name} must be at least 2, got 1: "):
+        EngineConfig(**{name: 1})
+    assert getattr(EngineConfig(**{name: 2}), name) == 2
+
+
 @pytest.mark.parametrize("name", ["max_queued_requests", "tensor_parallel_size"])
 def test_engine_counts_without_automatic_choice_are_needed(name):
     with pytest.raises(ConfigError, match=f"{name} must be a positive integer, got None"):
