@@ -5,6 +5,7 @@ Imports of weight wait until they are needed, so that --help and a wrong flag an
 """
 
 import argparse
+import errno
 import gc
 import os
 import signal
@@ -26,6 +27,11 @@ from fastgen_jax.server.report import StartupReport
 if TYPE_CHECKING:
     from fastgen_jax.server.service import Backend, OnPhase
 
+DEBUG = "run again with FASTGEN_DEBUG=1 to see where it came from"
+LESS_MEMORY = (
+    "choose a smaller model, --dtype bfloat16, or less of --max-num-batched-tokens, "
+    "--max-num-seqs or --memory-fraction"
+)
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 DEMO_NAME = "fastgen-demo"
 CONFIGS = (EngineConfig, ServerConfig)
@@ -202,13 +208,35 @@ def exit_at_once(*_: Any):
 
 def print_error(error: BaseException):
     """One sentence of cause, one of remedy, after everything else."""
-    message = str(error) if isinstance(error, FastGenError) else f"{type(error).__name__}: {error}"
-    cause, _, remedy = message.partition("; ")
-    if not remedy and isinstance(error, ConfigError):
-        remedy = "--help lists every flag and its values"
-    remedy = remedy or "run again with FASTGEN_DEBUG=1 to see where it came from"
+    cause, remedy = explain(error)
     sys.stdout.flush()
     print(f"error: {cause}\n  fix: {remedy}", file=sys.stderr)
+
+
+def explain(error: BaseException) -> tuple[str, str]:
+    """The cause of an error that ends the start, and its remedy."""
+    if isinstance(error, FastGenError):
+        cause, _, remedy = str(error).partition("; ")
+        is_ours = isinstance(error, ConfigError)
+        return cause, remedy or ("--help lists every flag and its values" if is_ours else DEBUG)
+    if is_out_of_memory(error):
+        return "there is not enough memory to load and compile the model", LESS_MEMORY
+    cause = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return cause, "make room on that disk"
+    if isinstance(error, OSError) and error.filename is not None:
+        return cause, f"check that {error.filename} exists and that this user may use it"
+    return cause, DEBUG
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """XLA raises a RuntimeError for every device, and names the reason in its text."""
+    text = str(error)
+    is_of_xla = isinstance(error, RuntimeError) and (
+        "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    )
+    is_of_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or is_of_xla or is_of_system
 
 
 if __name__ == "__main__":

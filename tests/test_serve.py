@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ import pytest
 
 from fastgen_jax import serve
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.errors import ConfigError
+from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.listen import bind, url_of
 from tests import tiny_tokenizers
@@ -135,6 +136,12 @@ class TestFlags:
         (["--log-level", "loud"], "log_level must be one of"),
         (["--drain-timeout", "nan"], "drain_timeout must be"),
         (["--api-key", ""], "api_key must not be empty"),
+        (["--api-key", "two words"], "api_key may hold only visible ASCII"),
+        (["--api-key", "key\n"], "api_key may hold only visible ASCII"),
+        (["--api-key", "schlüssel"], "api_key may hold only visible ASCII"),
+        (["--max-body-bytes", "2K", "--max-upload-bytes", "1K"], "at least max_body_bytes=2048"),
+        (["--max-model-len", "1"], "max_model_len must be at least 2"),
+        (["--num-kv-blocks", "1"], "num_kv_blocks must be at least 2"),
         (["--port"], "expected one argument"),
     ])  # fmt: skip
     def test_a_bad_flag_is_an_error_that_says_why(self, argv, message):
@@ -154,6 +161,35 @@ class TestFlags:
         assert serve.main(["--prot", "1"]) == 2
         captured = capsys.readouterr()
         assert captured.err == "error: unknown flag --prot\n  fix: did you mean --port?\n"
+
+    @pytest.mark.parametrize(("error", "cause", "fix"), [
+        (MemoryError(), "not enough memory to load and compile", "smaller model"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nAllocator report"),
+         "not enough memory to load and compile", "--max-num-batched-tokens"),
+        (RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"), "not enough memory",
+         "--memory-fraction"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "not enough memory", "--dtype bfloat16"),
+        (PermissionError(errno.EACCES, "Permission denied", "/models/x"),
+         "PermissionError: [Errno 13] Permission denied: '/models/x'", "check that /models/x"),
+        (OSError(errno.ENOSPC, "No space left", "/cache/y"), "No space left", "make room"),
+        (OSError("odd"), "OSError: odd", "FASTGEN_DEBUG=1"),
+        (RuntimeError("odd"), "RuntimeError: odd", "FASTGEN_DEBUG=1"),
+        (CheckpointError("cut short"), "cut short", "FASTGEN_DEBUG=1"),
+        (CheckpointError("cut short; download it"), "cut short", "download it"),
+        (ConfigError("bad"), "bad", "--help"),
+    ])  # fmt: skip
+    def test_each_kind_of_error_has_a_cause_and_a_remedy(
+        self, monkeypatch, capsys, error, cause, fix
+    ):
+        def run(argv):
+            raise error
+
+        monkeypatch.setattr(serve, "run", run)
+        assert serve.main([]) == (2 if isinstance(error, ConfigError) else 1)
+        shown = capsys.readouterr().err.splitlines()
+        assert len(shown) == 2
+        assert cause in shown[0]
+        assert fix in shown[1]
 
     def test_a_missing_directory_is_an_error_at_once(self, capsys):
         assert serve.main(["/no/such/model"]) == 2

@@ -1,11 +1,13 @@
 """ServerConfig: everything that shapes the HTTP server, validated on construction."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from fastgen_jax.config import option
 from fastgen_jax.errors import ConfigError
 
+SENDABLE = re.compile(r"[!-~]+")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -91,3 +93,8 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be a number of seconds, got {value}")
         if any(not key for key in self.api_key):
             raise ConfigError("api_key must not be empty; leave the flag out to need no key")
+        if any(not SENDABLE.fullmatch(key) for key in self.api_key):
+            raise ConfigError(
+                "api_key may hold only visible ASCII characters, since nothing else can be sent in "
+                "a header as it is; choose another key"
+            )
