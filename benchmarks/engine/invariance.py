@@ -78,7 +78,7 @@ def measure(dtype: str) -> dict[str, Agreement]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Do tokens depend on who else is in the batch?")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     for dtype in parser.parse_args().dtype:
         for name, found in measure(dtype).items():
