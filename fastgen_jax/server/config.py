@@ -46,7 +46,7 @@ class ServerConfig:
         None, "seconds that a request may take in all (default: no limit)", "limits"
     )
     stream_timeout: float = option(
-        60.0, "seconds that a client may leave its stream unread before it is cut", "limits"
+        60.0, "seconds that a client may leave its answer unread before it is cut", "limits"
     )
     step_timeout: float = option(
         120.0, "seconds that a step may take before /health reports the engine stalled", "limits"

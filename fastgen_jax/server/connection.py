@@ -1,60 +1,258 @@
-"""uvicorn's connection, with limits on headers and a way to reset one that does not read."""
+"""One connection: uvicorn's, made to hold under attack.
+
+uvicorn runs the requests and writes their answers. Here is what it lacks: a limit in time and bytes
+for every state, framing that cannot be argued about, and an end that tells the client why.
+"""
 
 import asyncio
+import enum
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from fastgen_jax.server.stream import ABORT_EXTENSION
+from fastgen_jax.server import framing, stream
+from fastgen_jax.server.errors import ApiError, unavailable
+from fastgen_jax.server.peer import UnreadTimer
 
-MAX_HEADER_BYTES = 64 * 1024
-MAX_HEADERS = 100
+MAX_PIPELINED = 64  # requests that wait behind the one that is being answered
+KEEP_ALIVE = 75.0  # seconds; clients drop idle connections after 5 to 60, and they must be first
 HEADER_TIMEOUT = 10.0  # seconds from a request's first byte to the end of its headers
+BODY_TIMEOUT = stream.BODY_TIMEOUT + 5  # the route's own answer (408) comes first
+LINGER = 1.0  # seconds for a refused client to read why and to close
+PROBE_FIRST = 0.02  # seconds between the first two probes; each next waits twice as long
+PROBE_EVERY = 1.0  # until this
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Receiving(enum.Enum):
+    """What the next bytes belong to."""
+
+    NEXT = "no request has begun"
+    HEAD = "a request line or headers"
+    BODY = "a body or its trailers"
+    NOTHING = "the client's side has ended, or was refused"
 
 
 class Connection(HttpToolsProtocol):
-    """INVARIANT: while headers are incomplete, a timer runs that closes the connection."""
+    """INVARIANT: a connection that is not closing is answering a request that came whole, which
+    the request's own limits end, or has a timer, which only its progress renews. While it has
+    unsent bytes, closing or not, UnreadTimer runs.
+
+    Args:
+        unread_timeout: seconds after which a client that reads nothing is reset.
+    """
+
+    def __init__(self, *args: Any, unread_timeout: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.unread_timeout = unread_timeout
+        self.receiving = Receiving.NEXT
+        self._running: RequestResponseCycle | None = None
+        self._refusal: ApiError | None = None  # said after the answers that are due
+        self._timer: asyncio.TimerHandle | None = None
+        self._n_idle_bytes = 0  # since the last byte of a body or the end of a head
+        self._n_fields = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._n_header_bytes = 0
-        self._in_headers = True
-        self._header_timer = self.loop.call_later(HEADER_TIMEOUT, transport.abort)
+        self._unread_timer = UnreadTimer(
+            transport, self.loop, self.unread_timeout, lambda: self._is_busy
+        )
+        self._enter(Receiving.NEXT)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._header_timer.cancel()
+        self._stop_timer()
+        self._unread_timer.stop()
+        for cycle in (self._running, *(cycle for cycle, _ in self.pipeline)):
+            _disconnect(cycle)
         super().connection_lost(exc)
 
+    # Receiving. A callback of the parser that raises ends the parsing, and data_received refuses.
+
     def data_received(self, data: bytes) -> None:
-        was_in_headers = self._in_headers
-        super().data_received(data)
-        if was_in_headers and self._in_headers:
-            self._n_header_bytes += len(data)
-            self._check_headers(self._n_header_bytes)
+        if self.receiving is Receiving.NOTHING:
+            return
+        self._n_idle_bytes += len(data)
+        try:
+            self._parse(data)
+        except httptools.HttpParserError as error:
+            self.logger.warning("Invalid HTTP request received.")
+            cause = error.__context__
+            self._end(cause if isinstance(cause, ApiError) else framing.malformed())
+            return
+        in_request = self.receiving in (Receiving.HEAD, Receiving.BODY)
+        if in_request and self._n_idle_bytes > framing.MAX_HEADER_BYTES:
+            self._end(framing.too_large())
+
+    def eof_received(self) -> bool:
+        """A client may end its side and still read the answers to what came whole."""
+        if not self._is_answering:
+            return False
+        if self.receiving is not Receiving.NOTHING:
+            self._end(None)
+        self._probe(PROBE_FIRST)
+        return True
+
+    def _parse(self, data: bytes):
+        """Feeds the parser, to which an Upgrade is the end of HTTP. It is not here: the head is
+        parsed again without it, and what follows is the body that the other fields announce.
+        """
+        while True:
+            try:
+                return self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = framing.without_upgrade(*self._head()) + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def _head(self) -> tuple[bytes, str, bytes, framing.Headers]:
+        return self.parser.get_method(), self.parser.get_http_version(), self.url, self.headers
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        extensions: dict[Any, Any] = {ABORT_EXTENSION: self.transport.abort}
-        self.scope["extensions"] = extensions
-        self._in_headers = True
-        self._n_header_bytes = 0
-        self._header_timer.cancel()
-        self._header_timer = self.loop.call_later(HEADER_TIMEOUT, self.transport.abort)
+        self._n_fields = 0
+        self._enter(Receiving.HEAD)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._n_fields += 1
+        if self._n_fields > framing.MAX_HEADERS:
+            raise framing.too_large()
+        if self.receiving is Receiving.HEAD:  # else a trailer, which nobody asked for
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_headers = False
-        self._header_timer.cancel()
-        n_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if not self._check_headers(n_bytes):
+        framing.check_head(*self._head())
+        if self.parser.should_upgrade():
             return
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise unavailable("too many pipelined requests", "too_many_requests", 1)
         super().on_headers_complete()
+        self.flow.resume_reading()  # though it waits its turn: who leaves meanwhile must be seen
+        if self.scope["http_version"] == "1.0":
+            self.cycle.send = framing.CloseDelimited(self.cycle).send
+        self._n_idle_bytes = 0
+        self._enter(Receiving.BODY)
 
-    def _check_headers(self, n_bytes: int) -> bool:
-        """Answers 431 and closes if the headers are too large."""
-        if n_bytes <= MAX_HEADER_BYTES and len(self.headers or ()) <= MAX_HEADERS:
-            return True
-        if not self.transport.is_closing():
-            head = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-            self.transport.write(head + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+    def on_body(self, body: bytes) -> None:
+        self._n_idle_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        super().on_message_complete()
+        self._n_idle_bytes = 0
+        self._enter(Receiving.NEXT)
+
+    # Answering.
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether an answer is under way or to come."""
+        cycle = self._running
+        return not (cycle is None or cycle.response_complete or cycle.disconnected)
+
+    @property
+    def _is_answering(self) -> bool:
+        """Whether it is one to a request that came whole."""
+        is_early = self.receiving is Receiving.BODY and self._running is self.cycle
+        return self._is_busy and not is_early
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        self._unread_timer.start()
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        elif self.receiving is Receiving.NOTHING:
+            self._close()
+        else:
+            self.flow.resume_reading()
+        self._restart_timer()
+
+    # Time.
+
+    def _enter(self, receiving: Receiving):
+        self.receiving = receiving
+        self._restart_timer()
+
+    def _restart_timer(self):
+        self._stop_timer()
+        if self._is_answering or self.transport.is_closing():
+            return
+        self._timer = self.loop.call_later(self._timeout(), self.transport.close)
+
+    def _stop_timer(self):
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _timeout(self) -> float:
+        """Seconds that the client has to get on."""
+        match self.receiving:
+            case Receiving.NEXT:
+                return HEADER_TIMEOUT if self.cycle is None else KEEP_ALIVE
+            case Receiving.HEAD:
+                return HEADER_TIMEOUT
+            case Receiving.BODY:
+                return BODY_TIMEOUT
+            case Receiving.NOTHING:
+                return LINGER
+
+    # Ending.
+
+    def _end(self, refusal: ApiError | None):
+        """Takes no more: the requests that came whole are answered, then comes the refusal."""
+        if self.receiving is Receiving.BODY:
+            if self.cycle.response_started:  # one request gets no second answer
+                refusal = None
+            self._withdraw()
+        self._refusal = refusal
+        self.receiving = Receiving.NOTHING
+        if not self._is_answering:
+            self._close()
+        self._restart_timer()
+
+    def _withdraw(self):
+        """Ends the request that will not come whole."""
+        self.cycle.waiting_for_100_continue = False
+        _disconnect(self.cycle)
+        if self.pipeline and self.pipeline[0][0] is self.cycle:
+            self.pipeline.popleft()
+
+    def _close(self):
+        """Says the refusal, if there is one, and waits a little for the client to close first:
+        a close with bytes unread would reset the connection and take the refusal with it.
+        """
+        if self._refusal is None:
             self.transport.close()
-        return False
+            return
+        self.flow.resume_reading()
+        self._unread_timer.start()
+        headers = self.server_state.default_headers
+        self.transport.write(framing.last_answer(self._refusal, headers))
+        self.transport.write_eof()
+
+    def _probe(self, delay: float):
+        """A client that has left and one that only ended its side look the same, until something
+        is sent: the former answers with a reset. An interim response, which may come at any time
+        (RFC 9110, 15.2), is such a thing; a stream's events are too.
+        """
+        cycle = self._running
+        if self.transport.is_closing() or cycle is None or not self._is_answering:
+            return
+        is_silent = not cycle.response_started and cycle.scope["http_version"] == "1.1"
+        if is_silent and not self.transport.get_write_buffer_size():
+            self.transport.write(CONTINUE)
+        self.loop.call_later(delay, self._probe, min(2 * delay, PROBE_EVERY))
+
+
+def _disconnect(cycle: RequestResponseCycle | None):
+    """Makes the request's task see that its client is gone."""
+    if cycle is not None and not cycle.response_complete:
+        cycle.disconnected = True
+        cycle.message_event.set()

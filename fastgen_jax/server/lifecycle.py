@@ -5,6 +5,7 @@ the rest end with an error. Second: the process exits at once.
 """
 
 import asyncio
+import functools
 import logging
 import os
 import socket
@@ -23,7 +24,6 @@ from fastgen_jax.server.service import Service
 log = logging.getLogger("fastgen_jax.server")
 
 POLL = 0.02  # seconds
-KEEP_ALIVE = 75  # seconds; clients drop idle connections after 5 to 60, and they must be first
 LAST_WRITES = 1.0  # seconds that the error events of a cut-off drain may take
 LOG_EVERY = 10.0  # seconds between lines of throughput
 
@@ -35,14 +35,15 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(service, config),
-                http=Connection,
+                http=functools.partial(  # type: ignore[arg-type]
+                    Connection, unread_timeout=config.stream_timeout
+                ),
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_keep_alive=KEEP_ALIVE,
                 timeout_graceful_shutdown=1,
             )
         )

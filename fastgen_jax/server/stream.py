@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Iterator
 
 from starlette.requests import Request
@@ -15,14 +14,11 @@ from fastgen_jax.server.responses import DONE, ResponseFormat, event, send_error
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.uploads import Upload
 
-log = logging.getLogger("fastgen_jax.server")
-
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-ABORT_EXTENSION = "fastgen.abort"  # a function that resets the connection
 BODY_TIMEOUT = 30.0
 
 
@@ -99,8 +95,8 @@ class EventStream(Response):
     """Streams a generation as server-sent events.
 
     Nothing is sent before the first token, so that a failure until then has its own status. A later
-    failure is an error event, and the connection is cut without [DONE]. A reader that takes nothing
-    for stream_timeout is cut off.
+    failure is an error event, and the connection is cut without [DONE]. For a reader that takes
+    nothing, see peer.UnreadTimer.
     """
 
     def __init__(self, generation: Generation, format: ResponseFormat, service: Service):
@@ -117,9 +113,6 @@ class EventStream(Response):
                 async for events in self._events():
                     await self._send(events, send)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
-            except TimeoutError:
-                log.warning("a client left its stream unread; the stream is cut")
-                scope.get("extensions", {}).get(ABORT_EXTENSION, lambda: None)()
             except ApiError as error:
                 await self._send_error(error, send)
 
@@ -134,12 +127,11 @@ class EventStream(Response):
         yield (format.usage_chunk(generation) if format.include_usage else b"") + DONE
 
     async def _send(self, events: bytes, send: Send):
-        async with asyncio.timeout(self.service.config.stream_timeout):
-            if not self.is_started:
-                self.is_started = True
-                start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-                await send(start)
-            await send({"type": "http.response.body", "body": events, "more_body": True})
+        if not self.is_started:
+            self.is_started = True
+            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+            await send(start)
+        await send({"type": "http.response.body", "body": events, "more_body": True})
 
     async def _send_error(self, error: ApiError, send: Send):
         if error.status == CLIENT_GONE:

@@ -1,0 +1,286 @@
+"""Every state of a connection ends: silence, dripping, unread answers, half-closes, crowds."""
+
+import contextlib
+import http.client
+import logging
+import shutil
+import socket
+import subprocess
+import time
+
+import orjson
+import pytest
+
+from fastgen_jax.server import connection, peer
+from tests.server.running import (
+    PATHS,
+    TEXT,
+    Running,
+    events_of,
+    raw_post,
+    read_all,
+    serving,
+    wait_until,
+)
+
+GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+SHORT = 0.15  # seconds of a timeout that is to pass
+LONG = 30.0  # of one that is not
+LARGE = {"prompt": TEXT, "max_tokens": 400, "ignore_eos": True, "logprobs": 20}  # 500 kB
+SMALL = {"prompt": TEXT, "max_tokens": 100, "ignore_eos": True, "logprobs": 20}  # 50 kB
+
+
+@pytest.fixture
+def timeouts(monkeypatch):
+    """Sets the named timeouts to SHORT and the others to LONG."""
+
+    def shorten(*names: str):
+        for name in ("KEEP_ALIVE", "HEADER_TIMEOUT", "BODY_TIMEOUT", "LINGER"):
+            monkeypatch.setattr(connection, name, SHORT if name in names else LONG)
+
+    return shorten
+
+
+@pytest.fixture
+def log(caplog):
+    logger = logging.getLogger("fastgen_jax")
+    logger.addHandler(caplog.handler)
+    propagates, logger.propagate = logger.propagate, False  # else the root has each line again
+    yield caplog
+    logger.propagate = propagates
+    logger.removeHandler(caplog.handler)
+
+
+def connect(up: Running, *, buffer: int | None = None) -> socket.socket:
+    client = socket.socket()
+    if buffer is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    client.settimeout(5)
+    client.connect(up.address)
+    return client
+
+
+def get(client: socket.socket) -> bytes:
+    """The answer to one more request, which may come in pieces."""
+    client.sendall(GET)
+    received = b""
+    while not received.endswith(b"}"):
+        received += client.recv(65536)
+    return received
+
+
+def n_open(up: Running) -> int:
+    return len(up.server.server_state.connections)
+
+
+def drip(client: socket.socket, piece: bytes) -> float:
+    """Sends pieces until the server closes; returns how long it took."""
+    started = time.monotonic()
+    client.settimeout(0.01)
+    with contextlib.suppress(ConnectionError):
+        while time.monotonic() - started < 5:
+            client.sendall(piece)
+            with contextlib.suppress(TimeoutError):
+                while client.recv(65536):
+                    pass
+                break
+    return time.monotonic() - started
+
+
+class TestTimers:
+    def test_a_silent_new_connection_is_closed(self, up, timeouts):
+        timeouts("HEADER_TIMEOUT")
+        with connect(up) as client:
+            assert read_all(client) == b""
+
+    @pytest.mark.parametrize("stray", [b"\r\n", b""])
+    def test_a_kept_connection_is_closed_however_often_a_line_ends(self, up, timeouts, stray):
+        timeouts("KEEP_ALIVE")
+        with connect(up) as client:
+            assert get(client).startswith(b"HTTP/1.1 200")
+            assert SHORT / 2 < drip(client, stray) < 10 * SHORT
+
+    def test_a_dripped_head_is_closed(self, up, timeouts):
+        timeouts("HEADER_TIMEOUT")
+        with connect(up) as client:
+            client.sendall(GET[:-2])
+            assert drip(client, b"X: y\r\n") < 10 * SHORT
+
+    @pytest.mark.parametrize("start", ["GET /livez", "POST /nowhere", "GET /nowhere"])
+    def test_a_dripped_body_that_no_route_reads_is_closed(self, up, timeouts, start):
+        timeouts("BODY_TIMEOUT")
+        head = f"{start} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
+        with connect(up) as client:
+            client.sendall(head.encode())
+            assert drip(client, b"x") < 10 * SHORT
+
+    def test_a_dripped_body_that_a_route_reads_is_closed(self, up, timeouts):
+        timeouts("BODY_TIMEOUT")
+        with connect(up) as client:
+            client.sendall(raw_post("/v1/completions", b"", length=1000))
+            assert drip(client, b" ") < 10 * SHORT
+        wait_until(lambda: not up.service.n_inflight)
+
+    @pytest.mark.parametrize("next_bytes", [b"G", b"\r\n", GET[:-2], raw_post("/x", b"", length=9)])
+    def test_a_started_next_request_does_not_cut_the_running_answer(self, up, timeouts, next_bytes):
+        timeouts("HEADER_TIMEOUT", "KEEP_ALIVE", "BODY_TIMEOUT")
+        up.engine.step_time = 0.01
+        body = {"prompt": TEXT, "stream": True, "max_tokens": 60, "ignore_eos": True}
+        with connect(up) as client:
+            client.sendall(raw_post("/v1/completions", orjson.dumps(body)))
+            received = client.recv(65536)
+            client.sendall(next_bytes)
+            started = time.monotonic()
+            received += read_all(client)
+            assert time.monotonic() - started > 2 * SHORT
+        assert b"data: [DONE]" in received
+
+    def test_a_connection_lives_on_while_requests_come(self, up, timeouts):
+        timeouts("HEADER_TIMEOUT", "KEEP_ALIVE", "BODY_TIMEOUT")
+        client = http.client.HTTPConnection(*up.address, timeout=5)
+        client.connect()
+        first, started = client.sock, time.monotonic()
+        while time.monotonic() - started < 3 * SHORT:
+            client.request("GET", "/livez")
+            assert client.getresponse().read()
+            assert client.sock is first
+        client.close()
+
+
+class TestUnread:
+    @pytest.mark.parametrize("body", [LARGE, SMALL])
+    @pytest.mark.parametrize("extra", ["", "Connection: close\r\n"])
+    def test_an_unread_answer_is_cut(self, tokenizer, log, body, extra):
+        with serving(tokenizer, stream_timeout=SHORT) as up, connect(up, buffer=4096) as client:
+            client.sendall(raw_post("/v1/completions", orjson.dumps(body), extra))
+            wait_until(lambda: "left its answer unread" in log.text)
+            wait_until(lambda: not n_open(up))
+            with pytest.raises(ConnectionResetError):
+                client.sendall(b"x")
+
+    def test_an_unread_answer_to_a_slow_body_is_cut(self, tokenizer, log):
+        request = raw_post("/v1/completions", orjson.dumps(LARGE))
+        with serving(tokenizer, stream_timeout=SHORT) as up, connect(up, buffer=4096) as client:
+            client.sendall(request[:-1])
+            wait_until(lambda: up.service.n_inflight)
+            time.sleep(SHORT)  # several looks of the timer, with nothing to send
+            client.sendall(request[-1:])
+            wait_until(lambda: "left its answer unread" in log.text)
+            wait_until(lambda: not n_open(up))
+
+    def test_one_that_reads_slowly_gets_all(self, tokenizer):
+        body = orjson.dumps(LARGE | {"max_tokens": 300})
+        with serving(tokenizer, stream_timeout=SHORT) as up, connect(up, buffer=4096) as client:
+            client.sendall(raw_post("/v1/completions", body, "Connection: close\r\n"))
+            started, received = time.monotonic(), b""
+            while data := client.recv(2048):
+                received += data
+                time.sleep(0.015)  # what makes this reader slow
+            assert time.monotonic() - started > 3 * SHORT
+        assert orjson.loads(received.partition(b"\r\n\r\n")[2])["choices"]
+
+    def test_what_the_far_kernel_takes_is_progress(self, up):
+        class Transport:  # whose buffer never shrinks, as when the kernel's is full
+            def get_write_buffer_size(self) -> int:
+                return 5
+
+            def get_extra_info(self, name: str) -> socket.socket:
+                return client
+
+        with connect(up) as client:
+            timer = peer.UnreadTimer(Transport(), None, SHORT, lambda: True)
+            timer._has_moved(5)
+            assert not timer._has_moved(5)
+            client.sendall(b"\r\n")
+            wait_until(lambda: timer._has_moved(5))
+
+    def test_a_refused_client_may_send_on_for_a_while(self, up):
+        with connect(up) as client:
+            client.sendall(b"\0\r\n\r\n")
+            assert client.recv(65536).startswith(b"HTTP/1.1 400")
+            for _ in range(10):
+                client.sendall(b"x" * 1000)
+                time.sleep(0.001)  # else a reset has no time to come
+            while client.recv(65536):
+                pass
+
+    def test_a_refused_client_that_reads_nothing_leaves_nothing(self, up, timeouts):
+        timeouts("LINGER")
+        with connect(up) as client:
+            client.sendall(b"\0\r\n\r\n")
+            wait_until(lambda: not n_open(up))
+
+
+class TestHalfClose:
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_client_that_ended_its_side_gets_its_answer(self, up, stream):
+        up.engine.step_time = 0.005
+        body = PATHS["completions"] | {"stream": stream, "max_tokens": 30, "ignore_eos": True}
+        with connect(up) as client:
+            client.sendall(raw_post("/v1/completions", orjson.dumps(body)))
+            client.shutdown(socket.SHUT_WR)
+            interim, _, answer = read_all(client).partition(b"HTTP/1.1 200 OK")
+        assert interim in {b"", *(connection.CONTINUE * n for n in range(1, 9))}
+        assert (b"[DONE]" if stream else b'"finish_reason":"length"') in answer
+
+    def test_all_pipelined_requests_are_answered_still(self, up):
+        with connect(up) as client:
+            client.sendall(raw_post("/v1/completions", orjson.dumps(PATHS["completions"])) + GET)
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client).count(b"HTTP/1.1 200 OK") == 2
+
+    def test_an_incomplete_request_ends_with_its_client(self, up, timeouts):
+        timeouts()
+        for part in (b"", GET[:9], raw_post("/v1/completions", b"{", length=9)):
+            with connect(up) as client:
+                client.sendall(part)
+                client.shutdown(socket.SHUT_WR)
+                assert read_all(client) == b""
+
+    def test_a_client_of_http_10_gets_no_interim_response(self, up):
+        up.engine.step_time = 0.01
+        request = raw_post("/v1/completions", orjson.dumps(PATHS["completions"]))
+        with connect(up) as client:
+            client.sendall(request.replace(b"HTTP/1.1", b"HTTP/1.0"))
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client).startswith(b"HTTP/1.1 200 OK")
+
+    def test_http_client_skips_the_probes(self, up):
+        up.engine.may_step.clear()
+        client = http.client.HTTPConnection(*up.address, timeout=5)
+        headers = {"content-type": "application/json"}
+        client.request("POST", "/v1/completions", orjson.dumps(PATHS["completions"]), headers)
+        client.sock.shutdown(socket.SHUT_WR)
+        wait_until(lambda: client.sock.recv(1000, socket.MSG_PEEK).count(b"100 Continue") > 2)
+        up.engine.may_step.set()
+        assert client.getresponse().status == 200
+        client.close()
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_client_that_leaves_with_a_request_in_wait_cancels(self, up, stream):
+        up.engine.step_time = 0.002
+        body = {"prompt": TEXT, "stream": stream, "max_tokens": 4000, "ignore_eos": True}
+        with connect(up) as client:
+            client.sendall(raw_post("/v1/completions", orjson.dumps(body)))
+            wait_until(lambda: up.engine.live)
+            client.sendall(GET)
+            wait_until(lambda: any(c.pipeline for c in up.server.server_state.connections))
+        wait_until(lambda: not up.engine.live)
+
+
+class TestClients:
+    """That each copes with what is above."""
+
+    @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+    @pytest.mark.parametrize("flag", ["--http2", "--http1.1", "--http1.0"])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_curl(self, up, flag, stream):
+        body = orjson.dumps(PATHS["completions"] | {"stream": stream, "max_tokens": 5})
+        answer = subprocess.run(
+            ["curl", "-sS", flag, "--noproxy", "*", "-H", "Content-Type: application/json",
+             "-H", "Expect: 100-continue", "--data-binary", "@-",
+             f"{up.url}/v1/completions"],
+            input=body, capture_output=True, timeout=10, check=True,
+        ).stdout.decode()  # fmt: skip
+        reply = events_of(answer)[-2] if stream else orjson.loads(answer)
+        assert reply["choices"][0]["finish_reason"] == "length"
