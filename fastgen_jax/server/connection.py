@@ -12,8 +12,9 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from fastgen_jax.server import framing, stream
+from fastgen_jax.server.capacity import SPARE, Capacity
 from fastgen_jax.server.errors import ApiError, unavailable
-from fastgen_jax.server.peer import UnreadTimer
+from fastgen_jax.server.peer import UnreadTimer, reset
 
 MAX_PIPELINED = 64  # requests that wait behind the one that is being answered
 KEEP_ALIVE = 75.0  # seconds; clients drop idle connections after 5 to 60, and they must be first
@@ -41,11 +42,13 @@ class Connection(HttpToolsProtocol):
 
     Args:
         unread_timeout: seconds after which a client that reads nothing is reset.
+        capacity: shared by all connections.
     """
 
-    def __init__(self, *args: Any, unread_timeout: float, **kwargs: Any):
+    def __init__(self, *args: Any, unread_timeout: float, capacity: Capacity, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.unread_timeout = unread_timeout
+        self.capacity = capacity
         self.receiving = Receiving.NEXT
         self._running: RequestResponseCycle | None = None
         self._refusal: ApiError | None = None  # said after the answers that are due
@@ -58,9 +61,17 @@ class Connection(HttpToolsProtocol):
         self._unread_timer = UnreadTimer(
             transport, self.loop, self.unread_timeout, lambda: self._is_busy
         )
-        self._enter(Receiving.NEXT)
+        self.capacity.n_open += 1
+        if self.capacity.make_room():
+            self._enter(Receiving.NEXT)
+        elif self.capacity.n_open > self.capacity.max_connections + SPARE:
+            reset(transport)
+        else:
+            self._end(unavailable("too many connections", "too_many_connections", 1, close=True))
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.capacity.n_open -= 1
+        self.capacity.waiting.pop(self.transport, None)
         self._stop_timer()
         self._unread_timer.stop()
         for cycle in (self._running, *(cycle for cycle, _ in self.pipeline)):
@@ -183,8 +194,11 @@ class Connection(HttpToolsProtocol):
 
     def _restart_timer(self):
         self._stop_timer()
+        self.capacity.waiting.pop(self.transport, None)
         if self._is_answering or self.transport.is_closing():
             return
+        if self.receiving is Receiving.NEXT:
+            self.capacity.waiting[self.transport] = None
         self._timer = self.loop.call_later(self._timeout(), self.transport.close)
 
     def _stop_timer(self):

@@ -14,11 +14,12 @@ from types import FrameType
 
 import uvicorn
 
-from fastgen_jax.server import logs
+from fastgen_jax.server import capacity, logs
 from fastgen_jax.server.app import create_app
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.connection import Connection
 from fastgen_jax.server.errors import unavailable
+from fastgen_jax.server.listen import BACKLOG
 from fastgen_jax.server.service import Service
 
 log = logging.getLogger("fastgen_jax.server")
@@ -32,12 +33,14 @@ class Server(uvicorn.Server):
     """uvicorn with our start and end. INVARIANT: new work is refused from the first signal on."""
 
     def __init__(self, service: Service, config: ServerConfig):
+        self.capacity = capacity.of_process()
         super().__init__(
             uvicorn.Config(
                 create_app(service, config),
                 http=functools.partial(  # type: ignore[arg-type]
-                    Connection, unread_timeout=config.stream_timeout
+                    Connection, unread_timeout=config.stream_timeout, capacity=self.capacity
                 ),
+                backlog=BACKLOG,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -50,6 +53,7 @@ class Server(uvicorn.Server):
         self.service = service
         self.drain_timeout = config.drain_timeout
         self.throughput = ThroughputLog(service)
+        self.descriptor_alarm = capacity.DescriptorAlarm()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task | None = None
         self._n_signals = 0
@@ -61,6 +65,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         self.throughput.tick()
+        self.descriptor_alarm.tick()
         return await super().on_tick(counter) or self.service.must_exit
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -4,6 +4,8 @@ import socket
 
 from fastgen_jax.errors import ConfigError
 
+BACKLOG = 65_535  # connections not yet accepted; the kernel cuts it to its own limit
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket, so that a taken port is known before the model loads.
@@ -21,7 +23,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)

@@ -3,15 +3,17 @@
 import contextlib
 import http.client
 import logging
+import resource
 import shutil
 import socket
 import subprocess
 import time
 
+import httpx
 import orjson
 import pytest
 
-from fastgen_jax.server import connection, peer
+from fastgen_jax.server import capacity, connection, peer
 from tests.server.running import (
     PATHS,
     TEXT,
@@ -284,3 +286,73 @@ class TestClients:
         ).stdout.decode()  # fmt: skip
         reply = events_of(answer)[-2] if stream else orjson.loads(answer)
         assert reply["choices"][0]["finish_reason"] == "length"
+
+
+class TestCapacity:
+    @pytest.fixture
+    def small(self, tokenizer, monkeypatch):
+        monkeypatch.setattr(capacity, "of_process", lambda: capacity.Capacity(4))
+        with serving(tokenizer) as up:
+            yield up
+
+    def test_the_longest_idle_connection_makes_room(self, small, log):
+        with contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(connect(small)) for _ in range(4)]
+            for client in idle:
+                assert get(client).startswith(b"HTTP/1.1 200")
+            assert small.get("/livez").status_code == 200
+            assert idle[0].recv(1) == b""
+            for client in idle[2:]:
+                assert get(client).startswith(b"HTTP/1.1 200")
+        assert log.text.count("are the most") == 1
+
+    def test_without_an_idle_one_the_newest_is_refused(self, small, log):
+        small.engine.may_step.clear()
+        with contextlib.ExitStack() as stack:
+            busy = [stack.enter_context(small.connect(PATHS["completions"])) for _ in range(4)]
+            wait_until(lambda: small.service.n_inflight == 4)
+            for _ in range(3):
+                refused = small.get("/livez")
+                assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+                assert refused.json()["error"]["code"] == "too_many_connections"
+            small.engine.may_step.set()
+            assert all(client.recv(65536).startswith(b"HTTP/1.1 200") for client in busy)
+        wait_until(lambda: not small.server.capacity.n_open)
+        assert small.get("/livez").status_code == 200
+        assert log.text.count("are the most") == 1
+
+    def test_a_crowd_of_silent_connections_leaves_health_reachable(self, small):
+        with contextlib.ExitStack() as stack:
+            for _ in range(200):
+                stack.enter_context(connect(small))
+            assert httpx.get(small.url + "/livez", trust_env=False).status_code == 200
+        wait_until(lambda: not small.server.capacity.n_open)
+        assert not small.server.capacity.waiting
+
+    def test_the_limit_is_raised_and_leaves_a_reserve(self, log, monkeypatch):
+        limits = [100, 300]
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: tuple(limits))
+        monkeypatch.setattr(
+            resource, "setrlimit", lambda kind, new: limits.__setitem__(slice(2), new)
+        )
+        assert capacity.of_process().max_connections < 300 - capacity.RESERVE
+        assert limits == [300, 300]
+        assert "ulimit -Hn" in log.text
+
+    def test_an_unlimited_hard_limit_that_cannot_be_had_is_let_be(self, monkeypatch):
+        def refuse(kind, new):
+            raise ValueError("not allowed to raise maximum limit")
+
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, resource.RLIM_INFINITY))
+        monkeypatch.setattr(resource, "setrlimit", refuse)
+        assert capacity.raise_limit() == 256
+
+    def test_exhausted_descriptors_are_logged_once_a_second(self, log, monkeypatch):
+        def refuse(path, flags):
+            raise OSError(24, "Too many open files")
+
+        monkeypatch.setattr(capacity.os, "open", refuse)
+        alarm = capacity.DescriptorAlarm()
+        for _ in range(5):
+            alarm.tick()
+        assert log.text.count("Too many open files") == 1

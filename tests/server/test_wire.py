@@ -253,7 +253,7 @@ class TestMutations:
             assert len(found) <= 4
             assert all(status != 500 for status in found)
         assert not lonely
-        wait_until(lambda: not up.server.server_state.connections)
+        wait_until(lambda: not up.server.capacity.n_open)
 
 
 class TestVersion10:
