@@ -46,10 +46,15 @@ class Choice:
             self.pending_text.append(delta.text)
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
-    def take(self) -> tuple[str, list[int], list[TokenLogprobs]]:
-        """The text, token ids and logprobs since the last call."""
-        taken = "".join(self.pending_text), self.pending_ids, self.pending_logprobs
-        self.pending_text, self.pending_ids, self.pending_logprobs = [], [], []
+    @property
+    def has_pending(self) -> bool:
+        return bool(self.pending_ids or self.pending_text)
+
+    def take(self, limit: int | None = None) -> tuple[str, list[int], list[TokenLogprobs]]:
+        """The text since the last call, and token ids and logprobs, `limit` at most of each."""
+        taken = "".join(self.pending_text), self.pending_ids[:limit], self.pending_logprobs[:limit]
+        self.pending_text = []
+        del self.pending_ids[:limit], self.pending_logprobs[:limit]
         return taken
 
 

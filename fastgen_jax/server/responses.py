@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
@@ -13,6 +14,8 @@ from fastgen_jax.server.generation import Choice, Generation
 from fastgen_jax.tokenizer import Tokenizer
 
 LOGPROB_FLOOR = -9999.0  # JSON has no infinity
+PIECE_ENTRIES = 2000  # logprobs whose events are built in one go
+PIECE_TOKENS = 100  # of them in one event
 DONE = b"data: [DONE]\n\n"
 
 
@@ -53,18 +56,26 @@ class ResponseFormat:
         chunk_fields = self._fields | ({"object": name + ".chunk"} if is_chat else {})
         self._head = b"data: " + orjson.dumps(chunk_fields)[:-1] + b',"choices":['
 
-    def chunks(self, generation: Generation) -> bytes:
-        """One event for each choice that has news; empty if none has."""
+    def chunks(self, generation: Generation) -> Iterator[bytes]:
+        """Events for all that is new, joined into pieces that take a few milliseconds to build: the
+        backlog of a slow reader can be long.
+        """
         usage = b""
         if self.continuous_usage:
             usage = b',"usage":' + orjson.dumps(usage_of(generation))
         elif self.include_usage:
             usage = b',"usage":null'
-        return b"".join(
-            self._chunk(choice, generation, usage)
-            for choice in generation.choices
-            if choice.pending_ids or choice.pending_text or self._owes_end(choice)
-        )
+        events: list[bytes] = []
+        n_left = PIECE_ENTRIES
+        for choice in generation.choices:
+            while choice.has_pending or self._owes_end(choice):
+                n_left -= len(choice.pending_logprobs[:PIECE_TOKENS]) * (1 + (self.logprobs or 0))
+                events.append(self._chunk(choice, generation, usage))
+                if n_left <= 0:
+                    yield b"".join(events)
+                    events, n_left = [], PIECE_ENTRIES
+        if any(events):
+            yield b"".join(events)
 
     def usage_chunk(self, generation: Generation) -> bytes:
         return self._head + b'],"usage":' + orjson.dumps(usage_of(generation)) + b"}\n\n"
@@ -90,11 +101,12 @@ class ResponseFormat:
 
     def _chunk(self, choice: Choice, generation: Generation, usage: bytes) -> bytes:
         is_first = choice.index not in self._started
-        text, ids, entries = choice.take()
+        text, ids, entries = choice.take(PIECE_TOKENS if choice.wants_logprobs else None)
         if is_first:
             self._started.add(choice.index)
             text = self._echoed(choice, generation) + text
-        if choice.finish_reason is not None:
+        finish_reason = None if choice.has_pending else choice.finish_reason
+        if finish_reason is not None:
             self._ended.add(choice.index)
         elif not (text or entries or (is_first and self.is_chat) or self.return_token_ids):
             return b""  # a piece of a character, or what may become a stop string
@@ -111,8 +123,8 @@ class ResponseFormat:
         return b"".join((
             self._head, b'{"index":%d,' % choice.index, delta,
             b',"logprobs":', b"null" if logprobs is None else orjson.dumps(logprobs),
-            b',"finish_reason":', orjson.dumps(choice.finish_reason),
-            b',"stop_reason":', orjson.dumps(choice.stop_reason),
+            b',"finish_reason":', orjson.dumps(finish_reason),
+            b',"stop_reason":', orjson.dumps(finish_reason and choice.stop_reason),
             extra, b"}]", usage, b"}\n\n",
         ))  # fmt: skip
 

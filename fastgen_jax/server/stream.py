@@ -122,8 +122,10 @@ class EventStream(Response):
         while not is_last:
             await generation.changed()
             is_last = generation.n_open == 0
-            if chunks := format.chunks(generation):
-                yield chunks
+            for i, events in enumerate(format.chunks(generation)):
+                if i:
+                    await asyncio.sleep(0)  # others come in between
+                yield events
         yield (format.usage_chunk(generation) if format.include_usage else b"") + DONE
 
     async def _send(self, events: bytes, send: Send):

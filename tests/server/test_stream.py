@@ -1,7 +1,11 @@
 """Server-sent events: chunks, usage, order, and how a stream ends."""
 
+import asyncio
+import re
 import select
+import time
 
+import orjson
 import pytest
 
 from tests.server.running import (
@@ -72,6 +76,39 @@ class TestStream:
         texts = [chunk.choices[0].text for chunk in chunks]
         assert "".join(texts) == prompt
         assert all("�" not in text for text in texts)
+
+    @pytest.mark.parametrize("path", PATHS)
+    def test_a_long_backlog_of_logprobs_is_sent_in_pieces(self, up, path):
+        wants = (
+            {"logprobs": True, "top_logprobs": 20} if path.startswith("chat") else {"logprobs": 20}
+        )
+        body = PATHS[path] | {"max_tokens": 500, "n": 2, "ignore_eos": True} | wants
+        whole = up.post(f"/v1/{path}", body).json()["choices"]
+        up.engine.may_step.clear()
+        with up.connect(body | {"stream": True}, f"/v1/{path}") as connection:
+            wait_until(lambda: up.engine.live)
+            # The loop is kept busy until all tokens are there, as by a reader that does not read.
+            asyncio.run_coroutine_threadsafe(self._wait(up), up.server._loop)
+            up.engine.may_step.set()
+            received = b""
+            while b"[DONE]" not in received:
+                received += connection.recv(65536)
+        events = re.findall(rb"data: (\{.*\})\n\n", received)
+        chunks = [orjson.loads(event)["choices"][0] for event in events]
+        for choice in whole:
+            own = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
+            assert 5 <= len(own) < 10
+            assert [chunk["finish_reason"] for chunk in own] == [None] * (len(own) - 1) + ["length"]
+            assert self._tokens(own) == self._tokens([choice])
+
+    async def _wait(self, up):
+        n_wanted = up.engine.n_generated + 1000
+        while up.engine.n_generated < n_wanted:
+            time.sleep(0.001)  # on purpose: nothing else runs on the loop
+
+    def _tokens(self, choices):
+        parts = [choice["logprobs"] for choice in choices]
+        return [t for part in parts for t in part.get("tokens") or part["content"]]
 
     def test_unread_chunks_are_merged_into_one(self, tokenizer):
         # The reader reads nothing until all 3000 tokens were made.
