@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from fastgen_jax.checkpoints import loading
 from fastgen_jax.checkpoints.directory import locate, read_config, read_generation_config
 from fastgen_jax.engine.batch import Shape
+from fastgen_jax.engine.compiled import keep_compiled
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.runner import Runner, make_shapes
 from fastgen_jax.errors import ConfigError
@@ -119,13 +120,6 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
     runner = make_runner(model, model_config, resolved, shapes, mesh)
     generation_config = read_generation_config(directory)
     return Started(resolved, model_config, generation_config, runner)
-
-
-def keep_compiled(directory: str | None) -> None:
-    """Turns on jax's persistent compilation cache, unless the program has set one up itself."""
-    if directory and getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(directory).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> ResolvedConfig:
