@@ -71,7 +71,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 def broken_promises(record: Record) -> list[str]:
     """One line each; none for a soak that went well."""
-    checks = (losses, wrong_answers, missing_faults, unrest, leaks, silences)
+    checks = (losses, wrong_answers, missing_faults, contagion, unrest, leaks, silences)
     return [problem for check in checks for problem in check(record)]
 
 
@@ -103,6 +103,17 @@ def missing_faults(record: Record) -> Iterator[str]:
         yield f"no request was {kind}: the load is not what it should be"
     if not record.n_preemptions:
         yield "no sequence was preempted"
+
+
+def contagion(record: Record) -> Iterator[str]:
+    """A row that is not finite ends its request; a failed step ends none, and is counted."""
+    n_failed, n_rows = record.kinds()[FAILED], record.happened["nan"]
+    if n_failed > n_rows:
+        yield f"{n_failed} requests failed, more than the {n_rows} whose logits were not finite"
+    n_steps = record.happened["dispatch"] + record.happened["fetch"]
+    n_counted = record.gauges.get("engine_step_failures_total", 0)
+    if n_counted != n_steps:
+        yield f"{n_steps} steps failed, /metrics counts {n_counted:.0f}"
 
 
 def unrest(record: Record) -> Iterator[str]:

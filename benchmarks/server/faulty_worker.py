@@ -9,7 +9,6 @@ INVARIANT: a fault is counted when it happens, not when it is ordered.
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import resource
@@ -26,6 +25,7 @@ import jax
 import numpy as np
 
 import fastgen_jax.serve as command_line
+from fastgen_jax.engine import faults as engine_faults
 from fastgen_jax.engine.runner import Runner, StepResult, return_freed_memory
 from fastgen_jax.server.service import Service
 
@@ -101,11 +101,7 @@ def shrink_send_buffers() -> None:
 
 def never_give_up() -> None:
     """A fault every second is more than the engine takes from a machine that works."""
-    for name in ("fastgen_jax.engine.engine", "fastgen_jax.engine.faults"):
-        with contextlib.suppress(ImportError):
-            module = importlib.import_module(name)
-            if hasattr(module, "MAX_FAILED_STEPS"):
-                vars(module)["MAX_FAILED_STEPS"] = NO_LIMIT_ON_FAILURES
+    engine_faults.MAX_FAILED_STEPS = NO_LIMIT_ON_FAILURES
 
 
 @contextlib.contextmanager

@@ -120,8 +120,8 @@ class Mix:
     def _refused(self) -> Call:
         body, status = self._random.choice(BAD_BODIES)
         if self._random.random() < 0.1:
-            return Call(COMPLETIONS, body, frozenset({415, 413}), header="text/plain")
-        return Call(COMPLETIONS, body, frozenset({status}))
+            return Call(COMPLETIONS, body, frozenset({415, 413, 429}), header="text/plain")
+        return Call(COMPLETIONS, body, frozenset({status, 429}))
 
     def _story(self, n_sentences: int) -> str:
         return "".join(self._random.choices(SENTENCES, k=n_sentences))

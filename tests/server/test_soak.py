@@ -78,6 +78,8 @@ def test_a_good_soak_breaks_no_promise():
         ({"n_wrong": 1}, "1 of 1 known answers differ"),
         ({"n_checked": 0}, "no known answer was checked"),
         ({"happened": Counter(nan=2)}, "fault 'nan' was ordered 3 times, happened 2"),
+        ({"happened": Counter()}, "1 requests failed, more than the 0 whose logits"),
+        ({"happened": Counter(nan=3, fetch=2)}, "2 steps failed, /metrics counts 0"),
         ({"n_preemptions": 0}, "no sequence was preempted"),
         ({"gauges": {}}, "at rest num_requests_running is None"),
         ({"rest_after": Footprint(400 * MIB, 15, 26)}, "descriptors at rest went from 14 to 15"),
