@@ -11,18 +11,18 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.admission import Admission
-from fastgen_jax.engine.batch import Batch, HostTables, pack
+from fastgen_jax.engine.batch import Batch
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.faults import Faults, Trials
-from fastgen_jax.engine.prefix import SequenceBlocks
+from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.requests import default_params, eos_token_ids, make_sequences
-from fastgen_jax.engine.runner import StepResult, shape_for
-from fastgen_jax.engine.scheduler import Limits, schedule
+from fastgen_jax.engine.runner import StepResult
 from fastgen_jax.engine.types import (
     FinishReason,
     Output,
@@ -80,24 +80,21 @@ class Engine:
         self.eos_token_ids = eos_token_ids(started.generation_config, started.model_config)
         self.timings = dict.fromkeys(("plan", "pack", "dispatch", "wait", "commit"), 0.0)  # seconds
         self._runner = started.runner
-        self._limits = Limits(c.max_num_batched_tokens, c.max_num_seqs, c.block_size)
-        self._tables = self._empty_tables()
-        self._blocks = self._empty_cache()
+        self._placement = Placement(c, self.model_config.longest_window)
         self._admission = Admission(
             max_requests=c.max_queued_requests,
             max_model_len=c.max_model_len,
-            n_blocks=self._blocks.pool.n_usable,
-            block_size=self._limits.block_size,
+            n_blocks=self._placement.n_usable_blocks,
+            block_size=c.block_size,
             vocab_size=self.model_config.vocab_size,
         )
         self._live: dict[int, Sequence] = {}  # by id, which is arrival order
         self._requests: dict[int, list[Sequence]] = {}  # unfinished samples of each
         self._followers: dict[int, list[Sequence]] = {}  # not live until the first sample's token
-        self._retired: dict[int, Sequence] = {}  # their last step runs; then their blocks are free
         self._in_flight: InFlight | None = None
         self._faults, self._trials = Faults(), Trials()
         self._counters = dict.fromkeys(
-            ("steps", "prompt", "generated", "preemptions", "prefix_queries", "prefix_hits"), 0
+            ("steps", "prompt", "generated", "prefix_queries", "prefix_hits"), 0
         )
         self._last_step_time = time.monotonic()
         self._inbox: deque[Command] = deque()
@@ -106,21 +103,8 @@ class Engine:
         self._is_stopping = self._is_closed = False
         self._stepping = threading.RLock()  # held by the engine's thread: `close` waits for it
         self._request_ids, self._sequence_ids = itertools.count(), itertools.count()
-        self._runner.compile(self._tables, lambda done, total: on_phase("compiling", done, total))
+        self._runner.compile(self._placement.tables, partial(on_phase, "compiling"))
         on_phase("ready", 1, 1)
-
-    def _empty_tables(self) -> HostTables:
-        c = self.config
-        return HostTables(c.max_num_seqs, c.max_model_len, c.table_width)
-
-    def _empty_cache(self) -> SequenceBlocks:
-        c = self.config
-        return SequenceBlocks(
-            c.num_kv_blocks,
-            self._limits.block_size,
-            is_sharing=c.enable_prefix_caching,
-            window=self.model_config.longest_window,
-        )
 
     # Any thread.
 
@@ -204,17 +188,16 @@ class Engine:
         self.close()
 
     def stats(self) -> Stats:
-        n_running = self._limits.max_seqs - len(self._tables.free_rows)
-        pool, counters = self._blocks.pool, self._counters
+        placement, counters = self._placement, self._counters
         return Stats(
-            n_running=n_running,
-            n_waiting=max(self._admission.n_open - n_running, 0),
-            n_blocks_used=pool.n_usable - pool.n_free,
-            n_blocks=pool.n_usable,
+            n_running=placement.n_running,
+            n_waiting=max(self._admission.n_open - placement.n_running, 0),
+            n_blocks_used=placement.n_used_blocks,
+            n_blocks=placement.n_usable_blocks,
             n_steps=counters["steps"],
             n_prompt_tokens=counters["prompt"],
             n_generated_tokens=counters["generated"],
-            n_preemptions=counters["preemptions"],
+            n_preemptions=placement.n_preemptions,
             n_prefix_queries=counters["prefix_queries"],
             n_prefix_hits=counters["prefix_hits"],
             n_failed_steps=self._faults.n_failed_steps,
@@ -277,17 +260,13 @@ class Engine:
         try:
             batch = self._prepare(self._plan())
             self._in_flight = self._launch(batch) if batch else None
-        except (
-            Exception
-        ) as error:  # of XLA, or of ours: in either case its requests are tried again
+        except Exception as error:  # XLA's or ours: its requests are tried again
             failed = Failed(error, batch)
         if previous:
             try:
                 self._commit(previous, outputs)
             except Exception as error:
-                failed = Failed(
-                    error, previous.batch
-                )  # what was launched after it has no part in it
+                failed = Failed(error, previous.batch)  # the batch launched since has no part in it
         if failed:
             self._recover(failed, outputs)
         self._last_step_time = time.monotonic()
@@ -297,88 +276,32 @@ class Engine:
         started = time.perf_counter()
         sequences = self._trials.defendants(self._live)
         if len(sequences) < len(self._live):  # on trial, alone
-            self._preempt(s for s in self._live.values() if s.row >= 0 and s is not sequences[0])
-        self._drop_unseen()
-        attached = self._attach_prefixes(sequences)
-        plan = self._schedule(sequences)
-        is_starved = attached and (plan.preempted or not plan.chunks)
-        admitted = () if is_starved else {chunk.sequence.id for chunk in plan.chunks}
-        for sequence in attached:
-            if sequence.id not in admitted:
-                self._blocks.forget(sequence)
-        if is_starved:  # what waits must not hold blocks that what runs needs
-            plan = self._schedule(sequences)
+            others = (s for s in self._live.values() if s is not sequences[0])
+            self._placement.preempt(s for s in others if s.row >= 0)
+        plan = self._placement.plan(sequences)
         self.timings["plan"] += time.perf_counter() - started
         return plan
 
-    def _schedule(self, sequences: list[Sequence]) -> Plan:
-        retiring = sum(map(self._blocks.n_exclusive, self._retired.values()))
-        n_free = self._blocks.pool.n_free + retiring
-        return schedule(sequences, n_free, self._limits, self._blocks.n_exclusive)
-
-    def _drop_unseen(self) -> None:
-        """Gives back blocks behind the windows of all layers."""
-        if self._blocks.window is not None:
-            for sequence in self._live.values():
-                if sequence.row >= 0 and self._blocks.drop(sequence):
-                    self._tables.drop(sequence)
-
-    def _attach_prefixes(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Lets the first waiting sequences, as many as the budget can take, hold their cached
-        prefix, for `schedule` to see.
-        """
-        n_rows = len(self._tables.free_rows)
-        n_running = self._limits.max_seqs - n_rows
-        budget = self._limits.max_batched_tokens - n_running
-        attached: list[Sequence] = []
-        if self._blocks.pool.n_free < 2 * n_running:
-            return attached
-        for sequence in sequences:
-            if budget <= 0 or len(attached) == n_rows:
-                break
-            if sequence.row < 0:
-                if self._blocks.may_share(sequence):
-                    self._blocks.attach(sequence)
-                    attached.append(sequence)
-                budget -= sequence.n_tokens - sequence.n_cached
-        return attached
-
-    def _preempt(self, sequences: Iterable[Sequence]) -> None:
-        for sequence in sequences:
-            self._blocks.forget(sequence)
-            self._tables.leave(sequence)
-            self._counters["preemptions"] += 1
-
     def _prepare(self, plan: Plan) -> Batch | None:
-        """Applies a plan: blocks, rows and counts change here."""
-        self._preempt(plan.preempted)
-        for sequence in plan.bypassed:
-            sequence.n_bypassed += 1
-        if not plan.chunks:
-            return None
+        """Applies a plan: rows, blocks and counts change here."""
         started = time.perf_counter()
-        if sum(chunk.n_blocks for chunk in plan.chunks) > self._blocks.pool.n_free:
-            for sequence in self._retired.values():
-                self._blocks.forget(sequence)
-        for sequence, _, n_blocks in plan.chunks:
-            if sequence.row < 0:
-                self._admit(sequence)
-            if n_blocks:
-                self._tables.extend(sequence, self._blocks.pool.allocate(n_blocks))
-        shape = shape_for(sum(chunk.n_new for chunk in plan.chunks), self._runner.shapes)
-        batch = pack(plan.chunks, self._tables, shape, self._limits.block_size)
+        admitted = [chunk.sequence for chunk in plan.chunks if chunk.sequence.row < 0]
+        batch = self._placement.prepare(plan, self._runner.shapes)
+        for sequence in admitted:
+            self._dequeue(sequence)
         for sequence, n_new, _ in plan.chunks:
             sequence.n_cached += n_new
             if sequence.n_cached == sequence.n_tokens:
                 sequence.n_tokens += 1
                 if sequence.n_tokens == sequence.max_tokens:
-                    self._retire(sequence)
+                    del self._live[sequence.id]
+                    self._placement.retire(sequence)
         self.timings["pack"] += time.perf_counter() - started
         return batch
 
     def _launch(self, batch: Batch) -> InFlight:
         started = time.perf_counter()
-        result = self._runner.dispatch(batch, self._tables)
+        result = self._runner.dispatch(batch, self._placement.tables)
         self._counters["steps"] += 1
         self.timings["dispatch"] += time.perf_counter() - started
         return InFlight(batch, result)
@@ -425,12 +348,10 @@ class Engine:
     def _lose_everything(self) -> None:
         """As at the start, but for what is known of the sequences."""
         self._in_flight = None
-        self._retired = {}
-        self._tables, self._blocks = self._empty_tables(), self._empty_cache()
         held_back = {s.id for followers in self._followers.values() for s in followers}
-        for sequence in itertools.chain.from_iterable(self._requests.values()):
-            sequence.row = -1
-            self._blocks.lose(sequence)
+        sequences = list(itertools.chain.from_iterable(self._requests.values()))
+        self._placement.lose(sequences)
+        for sequence in sequences:
             # Tokens of a lost step were counted; a sequence that had retired lives again.
             sequence.n_tokens = sequence.n_prompt + len(sequence.output_ids)
             if sequence.id not in held_back:
@@ -453,7 +374,7 @@ class Engine:
 
         def apply(outputs: list[Output]) -> None:
             self._requests[request_id] = samples
-            n_first = 1 if self._blocks.has_prefix(samples[0]) else len(samples)
+            n_first = 1 if self._placement.blocks.has_prefix(samples[0]) else len(samples)
             self._live |= {sequence.id: sequence for sequence in samples[:n_first]}
             if n_first < len(samples):
                 self._followers[request_id] = samples[n_first:]
@@ -468,18 +389,16 @@ class Engine:
         if followers:
             self._live = dict(sorted((self._live | {s.id: s for s in followers}).items()))
 
-    def _admit(self, sequence: Sequence) -> None:
-        self._tables.enter(sequence)
-        if not sequence.is_dequeued and self._blocks.may_share(sequence):
+    def _dequeue(self, sequence: Sequence) -> None:
+        """Its prompt waits no more, the first time that it gets a row, or for ever."""
+        if sequence.is_dequeued:
+            return
+        sequence.is_dequeued = True
+        self._admission.dequeue(sequence.n_prompt)
+        if sequence.row >= 0 and self._placement.blocks.may_share(sequence):
             sequence.n_reused = sequence.n_cached
             self._counters["prefix_queries"] += sequence.n_prompt
             self._counters["prefix_hits"] += sequence.n_reused
-        self._dequeue(sequence)
-
-    def _dequeue(self, sequence: Sequence) -> None:
-        if not sequence.is_dequeued:
-            sequence.is_dequeued = True
-            self._admission.dequeue(sequence.n_prompt)
 
     def _extend(
         self,
@@ -502,30 +421,19 @@ class Engine:
         key, n_reused = (sequence.request_id, sequence.index), sequence.n_reused
         output = Output(*key, token, logprobs, reason, stop_reason, n_reused=n_reused)
         outputs.append(output)
-        self._blocks.publish(sequence)
+        self._placement.blocks.publish(sequence)
         if n_output == 1:
             self._counters["prompt"] += sequence.n_prompt
             self._follow(sequence.request_id)
         if reason:
             self._end(sequence, reason)
 
-    def _retire(self, sequence: Sequence) -> None:
-        """Gives back the row, which no further step needs, and the blocks once they are published
-        or needed.
-        """
-        self._tables.leave(sequence)
-        del self._live[sequence.id]
-        self._retired[sequence.id] = sequence
-
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
-        if sequence.row >= 0:
-            self._tables.leave(sequence)
-        self._blocks.forget(sequence)
-        self._live.pop(sequence.id, None)
-        self._retired.pop(sequence.id, None)
-        self._trials.drop(sequence)
         self._dequeue(sequence)
+        self._placement.release(sequence)
+        self._live.pop(sequence.id, None)
+        self._trials.drop(sequence)
         self._admission.leave()
         samples = self._requests[sequence.request_id]
         samples.remove(sequence)

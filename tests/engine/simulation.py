@@ -297,7 +297,7 @@ class Simulation:
 
     @property
     def pool(self) -> BlockPool:
-        return self.engine._blocks.pool  # another one after a failed step
+        return self.engine._placement.blocks.pool  # another one after a failed step
 
     # Acts.
 
@@ -370,11 +370,11 @@ class Simulation:
             self.bound += self.runner.fail_next is not None
         for key, sample in self.samples.items():
             assert sample.end, f"sample {key} never ended"
-        pool, tables, admission = self.pool, self.engine._tables, self.engine._admission
+        pool, tables, admission = self.pool, self.engine._placement.tables, self.engine._admission
         assert pool.n_free == pool.n_usable, "blocks are held though all is done"
         assert len(tables.free_rows) == tables.n_rows
         assert admission.n_open == admission.n_queued_tokens == 0
-        assert not self.engine._followers and not self.engine._retired
+        assert not self.engine._followers and not self.engine._placement.retired
         assert not self.engine._trials._until
         assert self.engine.stats().n_generated_tokens == self.n_tokens
 
@@ -450,7 +450,7 @@ class Simulation:
             assert engine._inbox or not sample.end, "it ended, but lives on"
         stats = engine.stats()
         assert stats.n_running == len(running)
-        holders = [*running, *engine._retired.values()]
+        holders = [*running, *engine._placement.retired.values()]
         assert stats.n_blocks_used == len({b for s in holders for b in s.block_ids} - {0})
         gauges = ("n_running", "n_waiting", "n_blocks_used", "nonfinite_share")
         counters = {k: v for k, v in stats.as_dict().items() if k not in gauges}
@@ -458,8 +458,8 @@ class Simulation:
         self.counters = counters
 
     def _check_blocks(self, running) -> None:
-        pool, size, window = self.pool, self.engine._limits.block_size, self.runner.window
-        holders = [*running, *self.engine._retired.values()]
+        pool, size, window = self.pool, self.engine._placement.limits.block_size, self.runner.window
+        holders = [*running, *self.engine._placement.retired.values()]
         held = [b for s in holders for b in s.block_ids[s.n_dropped :]]
         for block in range(1, pool.n_blocks):
             assert pool._ref[block] == held.count(block), f"reference count of block {block}"
@@ -481,7 +481,7 @@ class Simulation:
             assert n_salt in ((0, len(SALT)) if is_first else (0,)), "a partial block is published"
 
     def _check_rows(self, running) -> None:
-        tables = self.engine._tables
+        tables = self.engine._placement.tables
         rows = [s.row for s in running]
         assert sorted(rows + tables.free_rows) == list(range(tables.n_rows)), "rows are lost"
         for s in running:

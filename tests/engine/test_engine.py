@@ -48,9 +48,9 @@ def naive(engine):
 
 
 def assert_idle(engine):
-    engine._blocks.pool.check()
-    assert engine._blocks.pool.n_free == engine._blocks.pool.n_usable
-    assert len(engine._tables.free_rows) == engine.config.max_num_seqs
+    engine._placement.blocks.pool.check()
+    assert engine._placement.blocks.pool.n_free == engine._placement.blocks.pool.n_usable
+    assert len(engine._placement.tables.free_rows) == engine.config.max_num_seqs
     assert engine._admission.n_open == 0
     assert engine._admission.n_queued_tokens == 0
     assert not engine._requests

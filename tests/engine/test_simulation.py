@@ -9,11 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from fastgen_jax.engine import engine as engine_module
-from fastgen_jax.engine import faults, requests
+from fastgen_jax.engine import faults, placement, requests
 from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS, HostTables, unpack
 from fastgen_jax.engine.blocks import BlockPool
 from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.prefix import SequenceBlocks
 from fastgen_jax.engine.types import Request
 from fastgen_jax.sampling_params import SamplingParams
@@ -337,14 +337,14 @@ def test_request_that_crashes_each_step_fails_alone(monkeypatch, error, caplog):
 
 def test_fault_of_planning_is_tried_again_like_any(monkeypatch, caplog):
     engine, faults = fake_engine(), [KeyError("a fault of ours")]
-    schedule = engine_module.schedule
+    schedule = placement.schedule
 
     def fail_once(*args):
         if faults:
             raise faults.pop()
         return schedule(*args)
 
-    monkeypatch.setattr(engine_module, "schedule", fail_once)
+    monkeypatch.setattr(placement, "schedule", fail_once)
     outputs = run(engine, [Request([0, 1, 0], SamplingParams(max_tokens=3, ignore_eos=True))])
     assert outputs[-1].finish_reason == "length"
     assert "planning a step failed" in caplog.text
@@ -538,9 +538,9 @@ def matched_blocks_are_not_held(original, pool, tokens):
 
 @bug(Engine, "_recover")
 def old_cache_survives_a_reset(original, engine, *args):
-    blocks = engine._blocks
+    blocks = engine._placement.blocks
     original(engine, *args)
-    engine._blocks = blocks
+    engine._placement.blocks = blocks
 
 
 @bug(Engine, "_commit")
@@ -560,21 +560,21 @@ def samples_share_a_seed(original, engine_seed, request_id, params):
     return original(engine_seed, request_id, params)[:1] * params.n
 
 
-@bug(engine_module, "schedule")
+@bug(placement, "schedule")
 def one_block_too_few_is_taken(original, *args):
     plan = original(*args)
     chunks = [c._replace(n_blocks=max(c.n_blocks - 1, 0)) for c in plan.chunks]
     return plan._replace(chunks=chunks)
 
 
-@bug(engine_module, "schedule")
+@bug(placement, "schedule")
 def chunk_runs_past_the_known_tokens(original, *args):
     plan = original(*args)
     chunks = [c._replace(n_new=c.n_new + 1) if c.n_new > 1 else c for c in plan.chunks]
     return plan._replace(chunks=chunks)
 
 
-@bug(engine_module, "pack")
+@bug(placement, "pack")
 def seed_is_the_row(original, *args):
     batch = original(*args)
     part = unpack(batch.packed, batch.shape)
@@ -600,10 +600,10 @@ def other_samples_are_forgotten(original, engine, request_id):
     engine._followers.pop(request_id, None)
 
 
-@bug(Engine, "_retire")
-def retired_sequence_keeps_its_row(original, engine, sequence):
-    original(engine, sequence)
-    engine._tables.free_rows.pop()
+@bug(Placement, "retire")
+def retired_sequence_keeps_its_row(original, place, sequence):
+    original(place, sequence)
+    place.tables.free_rows.pop()
 
 
 @bug(faults.Trials, "defendants")
