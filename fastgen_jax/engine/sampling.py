@@ -213,8 +213,8 @@ def keep_likely(logits: Float[Array, "S V"], params: RowParams) -> Float[Array, 
 
 
 def _sortable(x: Float[Array, "S V"]) -> Int[Array, "S V"]:
-    """int32 keys in the order of float32 values."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
+    """int32 keys in the order of float32 values, one key for both zeros."""
+    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
     return jnp.where(bits >= 0, bits, bits ^ jnp.int32(0x7FFFFFFF))
 
 

@@ -135,6 +135,14 @@ def test_allowed_tokens_equal_a_plain_loops(params, seed, step):
             assert kept[i].tolist() == expected.tolist(), p
 
 
+def test_both_zeros_are_equally_likely():
+    logits = np.full((S, V), -9.0, np.float32)
+    logits[:, 0], logits[:, 1] = 0.0, -0.0
+    for params in ({"top_k": 1}, {"top_p": 0.3}):
+        kept = keep_likely(jnp.asarray(logits), arguments(padded([SamplingParams(**params)]))[0])
+        assert np.isfinite(kept[0, :2]).all()
+
+
 def test_tokens_as_likely_as_the_last_one_kept_stay():
     logits = np.zeros((S, V), np.float32)
     logits[:, :3] = 2.0
