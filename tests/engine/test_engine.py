@@ -334,6 +334,28 @@ def test_failed_step_changes_no_token(folder, monkeypatch, caplog):
     assert_idle(engine)
 
 
+def test_failed_step_that_takes_the_cache_with_it_changes_no_token(folder, monkeypatch):
+    engine = make_engine(folder, one_program, max_num_seqs=4)
+    requests = random_requests(17, 6, temperature=1.0, seed=3)
+    expected = [tokens(o) for o in run(engine, requests)]
+    dispatch, failures = engine._runner.dispatch, [9, 5]
+
+    def fail(*args):
+        failures[-1] -= 1
+        if failures[-1] == 0:
+            failures.pop()
+            for array in jax.tree.leaves(engine._runner.state):  # as XLA does with what was donated
+                array.delete()
+            raise RuntimeError("RESOURCE_EXHAUSTED")
+        return dispatch(*args)
+
+    failures.insert(0, 10**9)
+    monkeypatch.setattr(engine._runner, "dispatch", fail)
+    assert [tokens(o) for o in run(engine, requests)] == expected
+    assert engine.stats().n_failed_steps == 2
+    assert_idle(engine)
+
+
 def test_run_delivers_until_stopped_and_aborts_the_rest(engine, folder):
     engine = make_engine(folder, one_program)
     delivered, first = [], threading.Event()
