@@ -1,5 +1,7 @@
 """Bodies beyond the bounds are refused by words, whatever their shape."""
 
+import time
+
 import orjson
 import pytest
 
@@ -30,6 +32,20 @@ def test_depth_is_bounded_to_the_level():
 def test_brackets_within_strings_are_text():
     text = '[{"\\' * MAX_CONTAINERS
     assert load(orjson.dumps({"prompt": text})) == {"prompt": text}
+
+
+@pytest.mark.parametrize("piece", [b'\\"', b'"', b"\\", b'"\\', b'"a\\\\"[', b'\x00"'])
+def test_strings_that_never_end_take_linear_time(piece):
+    """The search for strings began anew at each quote: 4 s for 32 KB, hours for 2 MB."""
+    body = b"[" * (MAX_CONTAINERS + 1) + piece * (10**6 // len(piece))
+    started = time.perf_counter()
+    refusal(body)
+    assert time.perf_counter() - started < 1
+
+
+def test_a_string_that_never_ends_hides_its_brackets_as_others_do():
+    assert "not valid JSON" in refusal(b'{"a":"' + b"[" * 2 * MAX_CONTAINERS)
+    assert "not valid JSON" in refusal(b'{"a":"' + b"[" * 2 * MAX_CONTAINERS + b"\\")
 
 
 def test_the_number_of_containers_is_bounded():
