@@ -28,7 +28,9 @@ MAX_CHARACTER_BYTES = 4  # of UTF-8
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece vocabularies name a byte
 ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # What a chat template can raise at messages that it was not written for.
-TEMPLATE_ERRORS = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+TEMPLATE_ERRORS = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def has_tokenizer(path: str) -> bool:
@@ -186,7 +188,10 @@ def _load(path: str) -> Any:
             fast = transformers.PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
             fast._tokenizer = _with_specials_found_first(fast.backend_tokenizer)
         else:
-            fast = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+            # Left out, trust_remote_code would have transformers ask a terminal, and obey.
+            fast = transformers.AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
         if not fast.is_fast:
             raise ValueError("it has no fast form; convert it to a tokenizer.json")
     except Exception as error:  # tokenizers raises plain Exception at damaged files
