@@ -19,6 +19,7 @@ from fastgen_jax.server.service import Service
 
 MAX_CHOICES = 1024  # prompts x n of one body
 MAX_REPEATED = 4_000_000  # characters and ids of its prompts that one answer may repeat
+MAX_LOGPROB_ENTRIES = 4_000_000  # logprobs of one answer, held until its client takes them
 CUT_MARGIN = 1024  # characters kept before those of which truncate_prompt_tokens keeps the end
 
 Body = bytes | bytearray
@@ -164,6 +165,20 @@ class Reader:
         vocab_size = self.service.require_backend().engine.model_config.vocab_size
         protocol.check_token_ids(ids, vocab_size, param)
 
+    def _check_logprobs(self, prompts: list[list[int]], params: SamplingParams):
+        if params.logprobs is None:
+            return
+        n_samples, n_each = len(prompts) * params.n, params.logprobs + 1
+        longest = self.service.require_backend().engine.max_total_tokens
+        n_tokens = longest if params.max_tokens is None else params.max_tokens
+        if n_samples * min(n_tokens, longest) * n_each > MAX_LOGPROB_ENTRIES:
+            raise invalid(
+                f"{n_samples} samples of up to {n_tokens} tokens with {n_each} logprobs each are "
+                f"asked for, at most {MAX_LOGPROB_ENTRIES} logprobs in all; lower max_tokens, n or "
+                "the number of logprobs",
+                "logprobs",
+            )
+
     def _echo(self, entries: Sequence[str | list[int]], n: int) -> list[str]:
         """The prompts as text, which every sample's answer begins with."""
         decode, echo, size = self.service.require_backend().tokenizer.decode, [], 0
@@ -181,6 +196,7 @@ class Reader:
         param: str,
         echo: list[str] | None = None,
     ) -> Ask:
+        self._check_logprobs(prompts, params)
         if spec.return_token_ids:
             _check_repeated(params.n * sum(map(len, prompts)), "return_token_ids")
         format = ResponseFormat(
