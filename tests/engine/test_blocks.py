@@ -125,6 +125,24 @@ def test_prefix_published_twice_stays_where_it_is():
     assert pool.match([b"a"])[0] == [first]
 
 
+class Colliding(bytes):
+    """Block contents that all have one hash."""
+
+    def __hash__(self):
+        return 7
+
+
+def test_contents_that_collide_in_their_hash_are_told_apart():
+    """The index is a dict of the contents themselves; no hash of them is ever taken for them."""
+    pool = BlockPool(9)
+    blocks = pool.allocate(4)
+    publish(pool, blocks, [Colliding([i]) for i in range(4)])
+    assert pool.match([Colliding([0]), Colliding([1]), Colliding([9])])[0] == blocks[:2]
+    for other in (4, 5, 255):
+        assert pool.match([Colliding([other])])[0] == []
+    pool.check()
+
+
 def test_block_behind_an_evicted_prefix_matches_nothing():
     pool = BlockPool(4)
     head, tail = pool.allocate(2)
