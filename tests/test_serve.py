@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,6 +23,7 @@ from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.listen import bind, url_of
+from fastgen_jax.server.report import StartupReport
 from tests import tiny_tokenizers
 
 ROOT = Path(serve.__file__).parent.parent
@@ -218,6 +221,15 @@ except SystemExit:
         command = [sys.executable, "-c", code]
         shown = subprocess.run(command, capture_output=True, text=True, check=True)
         assert shown.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", ["plain", "$(touch x)", "a';touch x;'", "`id`\n", 'q"uote'])
+def test_the_line_to_paste_runs_nothing_that_a_name_says(name):
+    line = StartupReport("http://127.0.0.1:1", name, 0.0)._curl()
+    command = shlex.split(line)
+    assert command[:2] == ["curl", "http://127.0.0.1:1/v1/completions"]
+    assert len(command) == 6
+    assert json.loads(command[-1])["model"] == name
 
 
 class TestProcess:

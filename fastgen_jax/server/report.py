@@ -1,6 +1,8 @@
 """StartupReport: the lines that tell how a start goes."""
 
+import json
 import logging
+import shlex
 import time
 from typing import TYPE_CHECKING
 
@@ -78,5 +80,6 @@ class StartupReport:
         log.info("ready    in %.1f s; try:\n%s", now - self.started, self._curl())
 
     def _curl(self) -> str:
-        body = f'{{"model": "{self.model_name}", "prompt": "Once upon a time", "max_tokens": 32}}'
-        return f"curl {self.url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+        body = {"model": self.model_name, "prompt": "Once upon a time", "max_tokens": 32}
+        data = shlex.quote(json.dumps(body))  # whatever the directory is called
+        return f"curl {self.url}/v1/completions -H 'Content-Type: application/json' -d {data}"
