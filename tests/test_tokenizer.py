@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from fastgen_jax.engine.types import Output
 from fastgen_jax.errors import CheckpointError, InvalidRequest
 from fastgen_jax.sampling_params import SamplingParams
-from fastgen_jax.tokenizer import TextDelta, TextStream, Tokenizer, has_tokenizer
+from fastgen_jax.tokenizer import (
+    StopMatcher,
+    StopString,
+    TextDelta,
+    TextStream,
+    Tokenizer,
+    has_tokenizer,
+)
 from tests import tiny_tokenizers
 
 PROMPT = "Anna has"
@@ -250,6 +257,16 @@ def test_long_stop_strings_cost_little_on_adversarial_text():
     deltas = stream(_Spelling(pieces), range(len(pieces)), [], stop=(stop,) * 4)
     assert time.perf_counter() - start < 5
     assert joined(deltas) == "".join(pieces)
+
+
+@pytest.mark.parametrize("stop", ["a" * 1023 + "b", "ab" * 512 + "c", "(a+)+$", "a" * 1024])
+def test_a_mebibyte_of_adversarial_text_takes_linear_time(stop):
+    text = "ab" * 2**19 if stop.startswith("ab") else "a" * 2**20
+    matcher = StopMatcher(StopString(stop))
+    start = time.perf_counter()
+    found = matcher.feed(text, may_stop=True)
+    assert time.perf_counter() - start < 3
+    assert found == (1024 if stop == "a" * 1024 else None)
 
 
 # --- single tokens
