@@ -43,9 +43,9 @@ def refuse(engine, i: int):
 
 
 def is_idle(engine) -> bool:
-    engine._blocks.pool.check()
-    pool, admission = engine._blocks.pool, engine._admission
-    has_rows = len(engine._tables.free_rows) == engine.config.max_num_seqs
+    engine._placement.blocks.pool.check()
+    pool, admission = engine._placement.blocks.pool, engine._admission
+    has_rows = len(engine._placement.tables.free_rows) == engine.config.max_num_seqs
     has_blocks = pool.n_free == pool.n_usable
     return has_rows and has_blocks and not (admission.n_open or admission.n_queued_tokens)
 

@@ -88,7 +88,8 @@ class TestStream:
         with up.connect(body | {"stream": True}, f"/v1/{path}") as connection:
             wait_until(lambda: up.engine.live)
             # The loop is kept busy until all tokens are there, as by a reader that does not read.
-            asyncio.run_coroutine_threadsafe(self._wait(up), up.server._loop)
+            n_wanted = up.engine.n_generated + 2 * 500
+            asyncio.run_coroutine_threadsafe(self._wait(up, n_wanted), up.server._loop)
             up.engine.may_step.set()
             received = b""
             while b"[DONE]" not in received:
@@ -101,8 +102,7 @@ class TestStream:
             assert [chunk["finish_reason"] for chunk in own] == [None] * (len(own) - 1) + ["length"]
             assert self._tokens(own) == self._tokens([choice])
 
-    async def _wait(self, up):
-        n_wanted = up.engine.n_generated + 1000
+    async def _wait(self, up, n_wanted):
         while up.engine.n_generated < n_wanted:
             time.sleep(0.001)  # on purpose: nothing else runs on the loop
 
