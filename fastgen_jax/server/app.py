@@ -10,7 +10,6 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp
 
 from fastgen_jax.server import protocol, responses
 from fastgen_jax.server.config import ServerConfig
@@ -31,7 +30,7 @@ INLINE_ENTRIES = 2000  # up to which an answer is built on the event loop
 Result = TypeVar("Result")
 
 
-def create_app(service: Service, config: ServerConfig) -> ASGIApp:
+def create_app(service: Service, config: ServerConfig) -> Gate:
     """The whole HTTP application."""
     app = FastAPI(title="fastgen_jax", version=VERSION, redoc_url=None, redirect_slashes=False)
     routes = Routes(service, config)

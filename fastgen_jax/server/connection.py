@@ -6,6 +6,8 @@ for every state, framing that cannot be argued about, and an end that tells the 
 
 import asyncio
 import enum
+import math
+from collections.abc import Callable
 from typing import Any
 
 import httptools
@@ -37,22 +39,32 @@ class Receiving(enum.Enum):
 
 class Connection(HttpToolsProtocol):
     """INVARIANT: a connection that is not closing is answering a request that came whole, which
-    the request's own limits end, or has a timer, which only its progress renews. While it has
-    unsent bytes, closing or not, UnreadTimer runs.
+    the request's own limits end, or has a deadline, which only its progress moves, and a timer not
+    after it. While it has unsent bytes, closing or not, UnreadTimer runs.
 
     Args:
+        refuse: what a request, given its scope, is answered at once; None if it may run.
         unread_timeout: seconds after which a client that reads nothing is reset.
         capacity: shared by all connections.
     """
 
-    def __init__(self, *args: Any, unread_timeout: float, capacity: Capacity, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        refuse: Callable[[Any], ApiError | None],
+        unread_timeout: float,
+        capacity: Capacity,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
+        self.refuse = refuse
         self.unread_timeout = unread_timeout
         self.capacity = capacity
         self.receiving = Receiving.NEXT
         self._running: RequestResponseCycle | None = None
         self._refusal: ApiError | None = None  # said after the answers that are due
         self._timer: asyncio.TimerHandle | None = None
+        self._deadline = math.inf  # of the client's next progress
         self._n_idle_bytes = 0  # since the last byte of a body or the end of a head
         self._n_fields = 0
 
@@ -172,7 +184,22 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         self._unread_timer.start()
-        super()._start_asgi_task(cycle, app)
+        refusal = self.refuse(cycle.scope)
+        if refusal is None:
+            super()._start_asgi_task(cycle, app)
+        else:
+            self._answer(cycle, refusal)
+
+    def _answer(self, cycle: RequestResponseCycle, refusal: ApiError):
+        """Answers in one write and without a task, which would cost more than the rest."""
+        cycle.response_complete = True
+        if not cycle.keep_alive or refusal.headers.get("connection") == "close":
+            self._end(refusal)
+            return
+        cycle.response_started = True
+        headers, has_body = self.server_state.default_headers, cycle.scope["method"] != "HEAD"
+        self.transport.write(framing.answer(refusal, headers, is_last=False, has_body=has_body))
+        self.on_response_complete()
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
@@ -193,17 +220,34 @@ class Connection(HttpToolsProtocol):
         self._restart_timer()
 
     def _restart_timer(self):
-        self._stop_timer()
+        """Moves the deadline. The timer follows when it fires too early: most are never reached,
+        and a new timer at each step of each request costs more than the steps.
+        """
         self.capacity.waiting.pop(self.transport, None)
+        self._deadline = math.inf
         if self._is_answering or self.transport.is_closing():
             return
         if self.receiving is Receiving.NEXT:
             self.capacity.waiting[self.transport] = None
-        self._timer = self.loop.call_later(self._timeout(), self.transport.close)
+        self._deadline = self.loop.time() + self._timeout()
+        if self._timer is None or self._timer.when() > self._deadline:
+            self._start_timer()
+
+    def _start_timer(self):
+        self._stop_timer()
+        self._timer = self.loop.call_at(self._deadline, self._on_timer)
 
     def _stop_timer(self):
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+
+    def _on_timer(self):
+        self._timer = None
+        if self.loop.time() >= self._deadline:
+            self.transport.close()
+        elif self._deadline < math.inf:
+            self._start_timer()
 
     def _timeout(self) -> float:
         """Seconds that the client has to get on."""
@@ -248,7 +292,7 @@ class Connection(HttpToolsProtocol):
         self.flow.resume_reading()
         self._unread_timer.start()
         headers = self.server_state.default_headers
-        self.transport.write(framing.last_answer(self._refusal, headers))
+        self.transport.write(framing.answer(self._refusal, headers, is_last=True))
         self.transport.write_eof()
 
     def _probe(self, delay: float):

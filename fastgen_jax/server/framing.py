@@ -44,17 +44,18 @@ def too_large() -> ApiError:
     return ApiError(431, message, code="headers_too_large")
 
 
-def last_answer(error: ApiError, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """The bytes of a response after which the connection closes."""
+def answer(
+    error: ApiError, headers: Iterable[tuple[bytes, bytes]], *, is_last: bool, has_body: bool = True
+) -> bytes:
+    """The bytes of a response, which is the connection's last or not, to HEAD without its body."""
     body = error.body()
-    fields = error.headers | {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "connection": "close",
-    }
-    lines = [name.encode() + b": " + value.encode() for name, value in fields.items()]
-    lines += [name + b": " + value for name, value in headers]
-    return STATUS_LINE[error.status] + b"\r\n".join(lines) + b"\r\n\r\n" + body
+    fields = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
+    if is_last:
+        fields["connection"] = "close"
+    lines = [name + b": " + value for name, value in headers]
+    lines += [f"{name}: {value}".encode() for name, value in fields.items()]
+    head = STATUS_LINE[error.status] + b"\r\n".join(lines) + b"\r\n\r\n"
+    return head + body if has_body else head
 
 
 class CloseDelimited:

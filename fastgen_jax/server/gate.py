@@ -2,15 +2,18 @@
 
 Pure ASGI, so that streams pass through untouched. Refusing is the default: a path that is not in
 OPEN_PATHS, known to the router or not, needs a key when keys are set.
+
+An overloaded server does little else than refuse, while the engine wants the same interpreter: so
+a refusal waits for nothing and makes no system call, at which the engine would take its turn.
 """
 
 import hashlib
 import hmac
 import ipaddress
+import random
 import re
-import uuid
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen_jax.server.config import ServerConfig
@@ -37,23 +40,25 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
             return
+        refusal = self.refusal(scope)
+        if refusal is not None:
+            await send_error(refusal, send)
+        else:
+            await self._pass(scope, receive, send)
+
+    def refusal(self, scope: Scope) -> ApiError | None:
+        """What the request is answered at once, before its body is read; None if it may pass."""
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
-
-        async def send_with_id(message: Message):
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
+            request_id = f"{random.getrandbits(128):032x}"
         scope["state"] = {"request_id": request_id, "tenant": b""}
         try:
             self._check(scope, headers)
         except ApiError as error:
-            await send_error(error, send_with_id)
-        else:
-            await self._pass(scope, receive, send_with_id)
+            error.headers |= {"x-request-id": request_id}
+            return error
+        return None
 
     def _check(self, scope: Scope, headers: Headers):
         if self.checks_host and not self._is_known_host(headers.get("host", "")):
@@ -71,13 +76,19 @@ class Gate:
             self.service.check_queue()
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send):
-        if scope["method"] != "POST":
-            return await self.app(scope, receive, send)
-        self.service.n_inflight += 1
+        request_id = scope["state"]["request_id"].encode()
+
+        async def send_with_id(message: Message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        is_post = scope["method"] == "POST"
+        self.service.n_inflight += is_post
         try:
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send_with_id)
         finally:
-            self.service.n_inflight -= 1
+            self.service.n_inflight -= is_post
 
     def _check_key(self, authorization: str) -> bytes:
         """The digest of the request's key. Raises ApiError if it is none of ours."""

@@ -34,11 +34,15 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, config: ServerConfig):
         self.capacity = capacity.of_process()
+        app = create_app(service, config)
         super().__init__(
             uvicorn.Config(
-                create_app(service, config),
+                app,
                 http=functools.partial(  # type: ignore[arg-type]
-                    Connection, unread_timeout=config.stream_timeout, capacity=self.capacity
+                    Connection,
+                    refuse=app.refusal,
+                    unread_timeout=config.stream_timeout,
+                    capacity=self.capacity,
                 ),
                 backlog=BACKLOG,
                 ws="none",

@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from fastgen_jax.server.errors import ApiError
+from fastgen_jax.server.gate import Gate
 from fastgen_jax.server.uploads import Uploads
 from tests.server.fake_engine import FakeEngine
 from tests.server.running import PATHS, Running, raw_post, read_all, serving, wait_until
@@ -148,6 +149,23 @@ class TestFullQueue:
             connection.sendall(b" " * 100_000)
             connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+    def test_a_refusal_takes_no_task(self, full, monkeypatch):
+        monkeypatch.setattr(Gate, "__call__", None)
+        answer = full.post("/v1/completions", {"prompt": "a"}, headers={"x-request-id": "mine"})
+        assert answer.status_code == 429
+        assert answer.headers["x-request-id"] == "mine"
+
+    @pytest.mark.parametrize("version", ["1.0", "1.1"])
+    def test_who_closes_next_reads_why_though_the_body_is_under_way(self, full, version):
+        head = raw_post("/v1/completions", b"", "Connection: close\r\n", length=1_900_000)
+        with socket.create_connection(full.address, timeout=5) as connection:
+            connection.sendall(head.replace(b"HTTP/1.1", b"HTTP/" + version.encode()))
+            connection.sendall(b" " * 1_900_000)
+            answer = read_all(connection)
+        assert answer.startswith(b"HTTP/1.1 429")
+        assert b"connection: close" in answer
+        assert b"queue_full" in answer
 
     def test_what_needs_no_queue_is_served(self, full):
         assert full.post("/tokenize", {"prompt": "a"}).status_code == 200

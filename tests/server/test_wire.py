@@ -1,6 +1,7 @@
 """One request has one meaning: framing that is odd, split or hostile, over real sockets."""
 
 import contextlib
+import math
 import random
 import re
 import socket
@@ -181,6 +182,14 @@ class TestFraming:
         request = raw_post("/v1/completions", BODY) + GET + b"\r\n" + raw_post("/nowhere", b"{}")
         assert statuses(exchange(up.address, request)) == [200, 200, 404]
 
+    def test_pipelined_refusals_keep_their_turn_and_their_form(self, tokenizer):
+        listing = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with serving(tokenizer, api_key=("k",)) as up:
+            packet = listing + listing.replace(b"GET", b"HEAD") + GET + b"\r\n" + listing
+            received = exchange(up.address, packet)
+        assert statuses(received) == [401, 401, 200, 401]
+        assert received.count(b'"invalid_api_key"') == 2  # none for HEAD
+
     def test_too_many_pipelined_requests_are_refused_after_the_others(self, up):
         found = statuses(exchange(up.address, (GET + b"\r\n") * 1000))
         assert found == [200] * (MAX_PIPELINED + 1) + [503]
@@ -241,7 +250,12 @@ class TestMutations:
                     lonely.append(connection)
 
         def has_timer(connection) -> bool:
-            return connection._is_answering or connection._timer.when() > connection.loop.time()
+            if connection._is_answering:
+                return True
+            now = connection.loop.time()
+            return now < connection._deadline < math.inf and (
+                now < connection._timer.when() < connection._deadline + 0.01  # rounded
+            )
 
         monkeypatch.setattr(Connection, "data_received", receive_in_pieces)
         good = raw_post("/v1/completions", BODY, H2C) + CHUNKED_HEAD + chunked(BODY) + GET + b"\r\n"
