@@ -275,6 +275,16 @@ class Connection(HttpToolsProtocol):
             self._close()
         self._restart_timer()
 
+    def refuse_unfinished(self, refusal: ApiError):
+        """Ends the request whose body is still under way; an answer under way goes on."""
+        if self.receiving is Receiving.BODY:
+            self._end(refusal)
+
+    def cut(self):
+        """Ends the answer under way: its client does not read it."""
+        if self._is_busy:
+            reset(self.transport)
+
     def _withdraw(self):
         """Ends the request that will not come whole."""
         self.cycle.waiting_for_100_continue = False

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
@@ -88,9 +89,18 @@ class Server(uvicorn.Server):
 
     async def _drain(self):
         if not await self._idle_within(self.drain_timeout):
-            self.service.abort_all(unavailable("the server is shutting down", "draining", 1))
-            await self._idle_within(LAST_WRITES)
+            error = unavailable("the server is shutting down", "draining", 1, close=True)
+            self.service.abort_all(error)
+            for connection in self._connections():
+                connection.refuse_unfinished(error)
+            if not await self._idle_within(LAST_WRITES):
+                for connection in self._connections():
+                    connection.cut()
+                await self._idle_within(LAST_WRITES)
         self.should_exit = True
+
+    def _connections(self) -> list[Connection]:
+        return cast(list[Connection], list(self.server_state.connections))
 
     async def _idle_within(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds

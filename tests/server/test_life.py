@@ -1,10 +1,14 @@
 """Loading, ready, draining, stopped: what is served when."""
 
+import contextlib
+import socket
 import threading
+
+import orjson
 
 from fastgen_jax.server.service import Backend
 from tests.server.fake_engine import FakeEngine
-from tests.server.running import PATHS, TEXT, read_all, serving, wait_until
+from tests.server.running import PATHS, TEXT, raw_post, read_all, serving, wait_until
 
 
 class TestLife:
@@ -80,6 +84,31 @@ class TestLife:
             waiting.close()
             up.thread.join(2.2)
             assert not up.thread.is_alive()
+
+    def test_drain_tells_uploads_why_they_end_and_cuts_who_reads_nothing(self, tokenizer, caplog):
+        with serving(tokenizer, drain_timeout=0.1) as up, contextlib.ExitStack() as stack:
+            upload, fresh = (
+                stack.enter_context(socket.create_connection(up.address, timeout=5))
+                for _ in range(2)
+            )
+            upload.sendall(raw_post("/v1/completions", b"{", length=1000))
+            fresh.sendall(raw_post("/tokenize", b"", "Expect: 100-continue\r\n", length=1000))
+            assert fresh.recv(65536).startswith(b"HTTP/1.1 100")
+            unread = stack.enter_context(socket.socket())
+            unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            unread.connect(up.address)
+            body = {"prompt": TEXT, "max_tokens": 3000, "ignore_eos": True, "logprobs": 20}
+            unread.sendall(raw_post("/v1/completions", orjson.dumps(body | {"stream": True})))
+            wait_until(lambda: any(c.flow.write_paused for c in up.server._connections()))
+            up.begin_drain()
+            for connection in (upload, fresh):
+                answer = read_all(connection)
+                assert answer.startswith(b"HTTP/1.1 503")
+                assert b"draining" in answer
+                connection.close()
+            up.thread.join(4)
+            assert not up.thread.is_alive()
+        assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
     def test_idle_drain_is_fast(self, tokenizer):
         with serving(tokenizer, drain_timeout=30) as up:
