@@ -118,9 +118,12 @@ class Routes:
         return Refusal(ApiError(405, message, code="method_not_allowed", headers=headers))
 
     async def on_fault(self, request: Request, error: Exception) -> Response:
-        """A fault of ours: the log gets the traceback, the client an id to quote."""
-        request_id = request.scope["state"]["request_id"]
-        return Refusal(internal(f"internal error; quote request id {request_id}"))
+        """A fault of ours: the log gets the traceback, the client an id to quote. The exception
+        goes on to uvicorn, which closes the connection; the client must not send on it again.
+        """
+        error = internal(f"internal error; quote request id {request.scope['state']['request_id']}")
+        error.headers |= {"connection": "close"}
+        return Refusal(error)
 
     def _model_object(self, name: str) -> dict[str, Any]:
         backend = self.service.backend

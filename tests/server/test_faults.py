@@ -174,6 +174,7 @@ class TestFaults:
         assert answer.status_code == 500
         assert "r-1" in answer.json()["error"]["message"]
         assert "division" not in answer.text
+        assert answer.headers["connection"] == "close"  # and it does close
 
     def test_deadlines_end_queued_and_running_requests(self, tokenizer):
         with serving(tokenizer, queue_timeout=0.1, request_timeout=0.4) as up:
