@@ -2,6 +2,7 @@
 ways (RFC 9112).
 """
 
+import urllib.parse
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,11 @@ def check_head(method: bytes, version: str, url: bytes, headers: Headers):
         raise ApiError(505, f"HTTP/{version} is not spoken here; use HTTP/1.1")
     if method == b"CONNECT":
         raise ApiError(405, "this server is not a proxy: no CONNECT")
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) > 1 or (not hosts and version == "1.1"):
+        raise ApiError(400, "a request needs one Host header, and only one")
+    if not url.startswith((b"/", b"*")) and urllib.parse.urlsplit(url).netloc not in hosts:
+        raise ApiError(400, "the request's target and its Host header name different hosts")
     codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
     if codings not in ([], [b"chunked"]) or (codings and version == "1.0"):
         raise ApiError(400, "the only Transfer-Encoding is chunked, in HTTP/1.1")

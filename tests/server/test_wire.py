@@ -195,6 +195,30 @@ class TestFraming:
         assert found == [200] * (MAX_PIPELINED + 1) + [503]
 
 
+class TestHost:
+    """RFC 9112, 3.2: who routes by the Host header and who answers must read the same one."""
+
+    @pytest.mark.parametrize("head", [
+        "GET /livez HTTP/1.1\r\n\r\n",
+        "GET /livez HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
+        "GET /livez HTTP/1.0\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
+        "GET http://evil.example/livez HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "GET http://localhost:1/livez HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    ])  # fmt: skip
+    def test_none_or_two_are_a_400(self, up, head):
+        received = exchange(up.address, head.encode())
+        assert statuses(received) == [400]
+        assert b"Host header" in received
+
+    @pytest.mark.parametrize("head", [
+        "GET /livez HTTP/1.0\r\n\r\n",
+        "GET /livez HTTP/1.1\r\nHost:\r\n\r\n",
+        "GET http://localhost:1/livez HTTP/1.1\r\nHost: localhost:1\r\n\r\n",
+    ])  # fmt: skip
+    def test_one_is_enough_and_old_clients_need_none(self, up, head):
+        assert statuses(exchange(up.address, head.encode())) == [200]
+
+
 class TestLimits:
     @pytest.mark.parametrize("tail", [
         b"0\r\n" + b"T: %s\r\n" % (b"y" * 1000) * 99 + b"\r\n",
