@@ -12,6 +12,7 @@ import hmac
 import ipaddress
 import random
 import re
+import socket
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -113,7 +114,13 @@ class Gate:
 
 
 def is_loopback(host: str) -> bool:
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+    """Whether who listens on `host`, by whatever name, hears this machine only."""
+    try:
+        address = socket.getaddrinfo(host, None, flags=socket.AI_PASSIVE)[0][4][0]
+    except OSError:  # nobody can listen there
+        return True
+    found = ipaddress.ip_address(str(address).partition("%")[0])
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def _is_address(name: str) -> bool:

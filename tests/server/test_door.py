@@ -1,14 +1,17 @@
 """Who may enter: keys, hosts, sizes."""
 
 import http.client
+import subprocess
+import sys
+from pathlib import Path
 
 import openai
 import orjson
 import pytest
 
-from tests.server.running import (
-    serving,
-)
+from tests.server.running import serving
+
+ROOT = Path(__file__).parents[2]
 
 
 class TestDoor:
@@ -71,6 +74,16 @@ class TestDoor:
                 "proxy.example:80": 200,
             }.items():  # fmt: skip
                 assert up.get("/livez", headers={"host": host}).status_code == status
+
+    def test_loopback_is_known_by_all_its_names(self):
+        names = ["localhost", "LOCALHOST", "127.0.0.1", "127.1", "2130706433", "::ffff:127.0.0.1"]
+        others = ["0.0.0.0", "0", "192.0.2.1"]
+        code = "import sys; from fastgen_jax.server.gate import is_loopback as f"
+        code += "; print(*[f(host) for host in sys.argv[1:]])"
+        # In a process of its own: tests may not resolve names, though these need no network.
+        command = [sys.executable, "-c", code, *names, *others]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert found.stdout.split() == ["True"] * len(names) + ["False"] * len(others)
 
     def test_many_requests_on_one_connection(self, up):
         connection = http.client.HTTPConnection(*up.address, timeout=5)
