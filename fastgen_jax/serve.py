@@ -197,7 +197,8 @@ def model_names(model: str, config: ServerConfig) -> list[str]:
     path = Path(model)
     if path == DEMO:
         return [DEMO_NAME]
-    return [path.resolve().name if path.is_dir() else model]
+    name = path.resolve().name if path.is_dir() else model
+    return [name.encode(errors="replace").decode()]
 
 
 def exit_at_once(*_: Any):

@@ -138,6 +138,12 @@ class TestFlags:
         (["--dtype", "int3"], "dtype must be one of"),
         (["--log-level", "loud"], "log_level must be one of"),
         (["--drain-timeout", "nan"], "drain_timeout must be"),
+        (["--queue-timeout", "0"], "queue_timeout must be more than 0"),
+        (["--request-timeout", "0"], "request_timeout must be more than 0"),
+        (["--stream-timeout", "0"], "stream_timeout must be more than 0"),
+        (["--step-timeout", "0"], "step_timeout must be more than 0"),
+        (["--served-model-name", "bad\udcff"], "served_model_name must be text"),
+        (["--served-model-name", ""], "served_model_name must be text"),
         (["--api-key", ""], "api_key must not be empty"),
         (["--api-key", "two words"], "api_key may hold only visible ASCII"),
         (["--api-key", "key\n"], "api_key may hold only visible ASCII"),
@@ -209,6 +215,11 @@ class TestFlags:
         assert serve.model_names(str(serve.DEMO), config) == ["fastgen-demo"]
         named = ServerConfig(served_model_name=("a", "b"))
         assert serve.model_names(str(tmp_path), named) == ["a", "b"]
+
+    def test_a_directory_whose_name_is_no_text_has_a_name_that_json_holds(self, tmp_path):
+        path = tmp_path / "model\udcff"
+        path.mkdir()
+        assert serve.model_names(str(path), ServerConfig()) == ["model?"]
 
     def test_help_imports_nothing_of_weight(self):
         code = """import sys

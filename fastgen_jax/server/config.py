@@ -11,6 +11,11 @@ SENDABLE = re.compile(r"[!-~]+")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+def is_text(value: str) -> bool:
+    """Whether an argument is Unicode: other bytes come as surrogates, which JSON cannot hold."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Options of the HTTP server; those of the engine are EngineConfig's."""
@@ -91,6 +96,10 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} must be a number of seconds, got {value}")
+            if value == 0 and name != "drain_timeout":
+                raise ConfigError(f"{name} must be more than 0 seconds: no request could be served")
+        if any(not name or not is_text(name) for name in self.served_model_name):
+            raise ConfigError("served_model_name must be text that JSON can hold; choose another")
         if any(not key for key in self.api_key):
             raise ConfigError("api_key must not be empty; leave the flag out to need no key")
         if any(not SENDABLE.fullmatch(key) for key in self.api_key):
