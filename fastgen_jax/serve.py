@@ -45,6 +45,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until a signal; returns the exit code."""
+    logs.open_standard_files()
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -210,7 +211,8 @@ def exit_at_once(*_: Any):
 def print_error(error: BaseException):
     """One sentence of cause, one of remedy, after everything else."""
     cause, remedy = explain(error)
-    sys.stdout.flush()
+    if sys.stdout is not None:  # None: it was closed by who started us
+        sys.stdout.flush()
     print(f"error: {cause}\n  fix: {remedy}", file=sys.stderr)
 
 

@@ -334,6 +334,14 @@ class TestProcess:
         assert "Traceback" in errors
         assert errors.splitlines()[-1].endswith("download it again")
 
+    def test_closed_standard_files_are_no_place_for_sockets_and_logs(self):
+        code = (
+            "import os; from fastgen_jax import serve; code = serve.main(['--xyzzy']);"
+            "os._exit(code if os.open(os.devnull, os.O_RDONLY) > 2 else 9)"
+        )
+        command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+        assert subprocess.run(command, cwd=ROOT, timeout=20, check=False).returncode == 2
+
     def test_an_unread_stderr_stops_neither_the_service_nor_its_end(self, model, launch):
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)

@@ -34,6 +34,15 @@ def set_up_logging(level: str, fd: int = STDERR) -> "LineQueue":
     return handler
 
 
+def open_standard_files():
+    """Opens those of descriptors 0 to 2 that the parent has closed: else the next file or socket
+    that is opened gets the number, and the log's lines.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+
+
 def flush():
     """Waits, FLUSH_SECONDS at most, until what was logged is written."""
     for handler in logging.getLogger("fastgen_jax").handlers:
