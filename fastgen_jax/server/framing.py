@@ -2,7 +2,7 @@
 ways (RFC 9112).
 """
 
-import urllib.parse
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +12,8 @@ from fastgen_jax.server.errors import ApiError
 
 MAX_HEADER_BYTES = 64 * 1024  # of a head, and between two pieces of a body
 MAX_HEADERS = 100  # fields of one request, trailers included
+
+AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")  # of a target in absolute form
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -27,7 +29,8 @@ def check_head(method: bytes, version: str, url: bytes, headers: Headers):
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or (not hosts and version == "1.1"):
         raise ApiError(400, "a request needs one Host header, and only one")
-    if not url.startswith((b"/", b"*")) and urllib.parse.urlsplit(url).netloc not in hosts:
+    named = AUTHORITY.match(url)
+    if not url.startswith((b"/", b"*")) and (named is None or named[1] not in hosts):
         raise ApiError(400, "the request's target and its Host header name different hosts")
     codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
     if codings not in ([], [b"chunked"]) or (codings and version == "1.0"):

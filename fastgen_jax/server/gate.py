@@ -24,6 +24,7 @@ from fastgen_jax.server.service import Service
 
 OPEN_PATHS = frozenset({"/livez", "/health/live", "/health", "/ready", "/health/ready", "/ping"})
 QUEUEING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+PASSED = "fastgen.passed"  # in the scope: the Gate that lets the request pass
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -41,7 +42,8 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
             return
-        refusal = self.refusal(scope)
+        has_passed = scope.get(PASSED) is self  # the connection has asked before it made a task
+        refusal = None if has_passed else self.refusal(scope)
         if refusal is not None:
             await send_error(refusal, send)
         else:
@@ -59,6 +61,7 @@ class Gate:
         except ApiError as error:
             error.headers |= {"x-request-id": request_id}
             return error
+        scope[PASSED] = self
         return None
 
     def _check(self, scope: Scope, headers: Headers):
