@@ -227,6 +227,8 @@ def explain(error: BaseException) -> tuple[str, str]:
     cause = f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return cause, "make room on that disk"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return cause, "allow more open files (ulimit -n)"
     if isinstance(error, OSError) and error.filename is not None:
         return cause, f"check that {error.filename} exists and that this user may use it"
     return cause, DEBUG

@@ -181,6 +181,7 @@ class TestFlags:
         (PermissionError(errno.EACCES, "Permission denied", "/models/x"),
          "PermissionError: [Errno 13] Permission denied: '/models/x'", "check that /models/x"),
         (OSError(errno.ENOSPC, "No space left", "/cache/y"), "No space left", "make room"),
+        (OSError(errno.EMFILE, "Too many open files", "/models/x"), "Too many", "ulimit -n"),
         (OSError("odd"), "OSError: odd", "FASTGEN_DEBUG=1"),
         (RuntimeError("odd"), "RuntimeError: odd", "FASTGEN_DEBUG=1"),
         (CheckpointError("cut short"), "cut short", "FASTGEN_DEBUG=1"),
