@@ -3,6 +3,7 @@
 import asyncio
 import re
 import select
+import threading
 import time
 
 import orjson
@@ -88,8 +89,9 @@ class TestStream:
         with up.connect(body | {"stream": True}, f"/v1/{path}") as connection:
             wait_until(lambda: up.engine.live)
             # The loop is kept busy until all tokens are there, as by a reader that does not read.
-            n_wanted = up.engine.n_generated + 2 * 500
-            asyncio.run_coroutine_threadsafe(self._wait(up, n_wanted), up.server._loop)
+            holds, n_wanted = threading.Event(), up.engine.n_generated + 1000
+            asyncio.run_coroutine_threadsafe(self._hold(up, holds, n_wanted), up.server._loop)
+            assert holds.wait(5)
             up.engine.may_step.set()
             received = b""
             while b"[DONE]" not in received:
@@ -102,7 +104,8 @@ class TestStream:
             assert [chunk["finish_reason"] for chunk in own] == [None] * (len(own) - 1) + ["length"]
             assert self._tokens(own) == self._tokens([choice])
 
-    async def _wait(self, up, n_wanted):
+    async def _hold(self, up, holds, n_wanted):
+        holds.set()
         while up.engine.n_generated < n_wanted:
             time.sleep(0.001)  # on purpose: nothing else runs on the loop
 
