@@ -99,6 +99,8 @@ class Connection(HttpToolsProtocol):
         try:
             self._parse(data)
         except httptools.HttpParserError as error:
+            if self.receiving is Receiving.NOTHING:
+                return
             self.logger.warning("Invalid HTTP request received.")
             cause = error.__context__
             self._end(cause if isinstance(cause, ApiError) else framing.malformed())
@@ -150,6 +152,8 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise unavailable("too many pipelined requests", "too_many_requests", 1)
         super().on_headers_complete()
+        if self._refusal is not None:  # said already; what follows the head is nobody's
+            raise self._refusal
         self.flow.resume_reading()  # though it waits its turn: who leaves meanwhile must be seen
         if self.scope["http_version"] == "1.0":
             self.cycle.send = framing.CloseDelimited(self.cycle).send

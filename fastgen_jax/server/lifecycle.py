@@ -88,16 +88,21 @@ class Server(uvicorn.Server):
             self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self):
-        if not await self._idle_within(self.drain_timeout):
-            error = unavailable("the server is shutting down", "draining", 1, close=True)
-            self.service.abort_all(error)
+        try:
+            if not await self._idle_within(self.drain_timeout):
+                await self._end_all()
+        finally:
+            self.should_exit = True
+
+    async def _end_all(self):
+        error = unavailable("the server is shutting down", "draining", 1, close=True)
+        self.service.abort_all(error)
+        for connection in self._connections():
+            connection.refuse_unfinished(error)
+        if not await self._idle_within(LAST_WRITES):
             for connection in self._connections():
-                connection.refuse_unfinished(error)
-            if not await self._idle_within(LAST_WRITES):
-                for connection in self._connections():
-                    connection.cut()
-                await self._idle_within(LAST_WRITES)
-        self.should_exit = True
+                connection.cut()
+            await self._idle_within(LAST_WRITES)
 
     def _connections(self) -> list[Connection]:
         return cast(list[Connection], list(self.server_state.connections))

@@ -163,9 +163,19 @@ class TestFullQueue:
             connection.sendall(head.replace(b"HTTP/1.1", b"HTTP/" + version.encode()))
             connection.sendall(b" " * 1_900_000)
             answer = read_all(connection)
+            assert answer.startswith(b"HTTP/1.1 429")
+            assert b"connection: close" in answer
+            assert b"queue_full" in answer
+            wait_until(lambda: full.server.capacity.n_open == 1)  # though we have not closed
+
+    @pytest.mark.parametrize("method", ["POST", "GET"])
+    def test_nothing_that_follows_the_last_request_is_read(self, full, method):
+        last = raw_post("/v1/completions", b"{}", "Connection: close\r\n")
+        with socket.create_connection(full.address, timeout=5) as connection:
+            connection.sendall(last + raw_post("/nowhere", b"{}").replace(b"POST", method.encode()))
+            answer = read_all(connection)
+        assert answer.count(b"HTTP/1.1") == 1
         assert answer.startswith(b"HTTP/1.1 429")
-        assert b"connection: close" in answer
-        assert b"queue_full" in answer
 
     def test_what_needs_no_queue_is_served(self, full):
         assert full.post("/tokenize", {"prompt": "a"}).status_code == 200
