@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastgen_jax.llm import LLM
     from fastgen_jax.mii import pipeline
     from fastgen_jax.results import CompletionOutput, Logprob, RequestOutput
-    from fastgen_jax.sampling_params import SamplingParams
+    from fastgen_jax.sampling_params import SamplingParams, StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -38,12 +38,13 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "pipeline",
 ]
 
 _ROOMS = {
     "engine.config": ("EngineConfig",),
-    "sampling_params": ("SamplingParams",),
+    "sampling_params": ("SamplingParams", "StructuredOutputsParams"),
     "llm": ("LLM",),
     "results": ("CompletionOutput", "Logprob", "RequestOutput"),
     "mii": ("pipeline",),

@@ -1,6 +1,6 @@
 """SamplingParams: how one request's tokens are chosen, and the limits of what it may ask for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fastgen_jax.errors import InvalidRequest
@@ -11,6 +11,47 @@ MAX_STOP_TOKEN_IDS = 32
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """The form that a request's output must have: exactly one of these. Names are vLLM's.
+
+    Args:
+        json: a JSON schema, as an object or as text; True allows any value.
+        json_object: any JSON object.
+        regex: a regular expression (Rust's syntax) that the whole output matches.
+        choice: the output is one of these texts.
+        grammar: a context-free grammar, as Lark of llguidance, or as GBNF.
+        whitespace_pattern: a regular expression for the whitespace between JSON's tokens.
+        disable_any_whitespace: JSON without any.
+
+    Raises:
+        InvalidRequest: none or several of them, or of the wrong type.
+    """
+
+    json: str | bool | dict[str, Any] | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool = False
+
+    def __post_init__(self):
+        kinds = ("json", "json_object", "regex", "choice", "grammar")
+        given = [name for name in kinds if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise _bad_structure(f"needs exactly one of {', '.join(kinds)}; got {given or 'none'}")
+        types = {"json": str | bool | dict, "json_object": bool, "choice": list | tuple}
+        for name in (*given, "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, types.get(name, str)):
+                raise _bad_structure(f"{name} has the wrong type: {_show(value)}")
+        if self.choice is not None:
+            object.__setattr__(self, "choice", tuple(self.choice))
+            if not self.choice or not all(isinstance(text, str) for text in self.choice):
+                raise _bad_structure("choice must be a list of at least one text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +84,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self):
         if isinstance(self.stop, str):
@@ -74,6 +116,9 @@ class SamplingParams:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         self._check_stops()
         self._check_bias()
+        if isinstance(self.structured_outputs, dict):
+            structure = _structure(self.structured_outputs)
+            object.__setattr__(self, "structured_outputs", structure)
 
     def _check_stops(self):
         if len(self.stop) > MAX_STOP_STRINGS:
@@ -109,6 +154,18 @@ class SamplingParams:
         for token, value in bias.items():
             _integer("logit_bias", token, 0, 2**31 - 1)
             _number("logit_bias", value, -100.0, 100.0)
+
+
+def _structure(given: dict[str, Any]) -> StructuredOutputsParams:
+    known = {field.name for field in fields(StructuredOutputsParams)}
+    for name in given:
+        if name not in known:
+            raise _bad_structure(f"has no field {name!r:.80}; it has {', '.join(sorted(known))}")
+    return StructuredOutputsParams(**given)
+
+
+def _bad_structure(problem: str) -> InvalidRequest:
+    return InvalidRequest(f"structured_outputs {problem}", param="structured_outputs")
 
 
 def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> None:
