@@ -18,8 +18,9 @@ from fastgen_jax.errors import (
     InvalidRequest,
     QueueFull,
 )
-from fastgen_jax.llm import LLM, Logprob
+from fastgen_jax.llm import LLM
 from fastgen_jax.mii import Pipeline
+from fastgen_jax.results import Logprob
 from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.tokenizer import Tokenizer
 from tests import tiny, tiny_tokenizers

@@ -33,7 +33,10 @@ WINGS = {
     "serve": Wing("the command line", ("fastgen_jax/serve.py",)),
     "demo": Wing("the built-in model, and what trained it", ("fastgen_jax/demo",)),
     "mii": Wing("MII's names", ("fastgen_jax/mii.py",)),
-    "llm": Wing("offline generation", ("fastgen_jax/llm.py", "fastgen_jax/results.py")),
+    "llm": Wing(
+        "offline generation",
+        tuple(f"fastgen_jax/{name}.py" for name in ("llm", "generation", "results")),
+    ),
     "server": Wing("OpenAI's protocol over one engine", ("fastgen_jax/server",)),
     "tokenizer": Wing(
         "text to ids and back", ("fastgen_jax/tokenizer.py", "fastgen_jax/vocabulary.py")
@@ -235,7 +238,8 @@ def test_no_user_text_is_a_regular_expression():
     found = problems(variable_patterns, "fastgen_jax")
     in_request = ("fastgen_jax/server/", "fastgen_jax/engine/", "fastgen_jax/tokenizer.py",
                   "fastgen_jax/vocabulary.py", "fastgen_jax/sampling_params.py",
-                  "fastgen_jax/llm.py", "fastgen_jax/prompts.py")  # fmt: skip
+                  "fastgen_jax/llm.py", "fastgen_jax/generation.py",
+                  "fastgen_jax/prompts.py")  # fmt: skip
     assert [text for text in found if text.startswith(in_request)] == []
 
 

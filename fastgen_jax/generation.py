@@ -1,0 +1,193 @@
+"""Requests of one call of LLM.generate on their way through the engine.
+
+A Generation submits them as the engine has room and sorts its outputs into samples; `run` steps it
+in the caller's thread, and an interrupt between steps cancels what runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastgen_jax.engine.types import FinishReason, Output, Request, TokenLogprobs
+from fastgen_jax.errors import QueueFull
+from fastgen_jax.results import CompletionOutput, Logprob
+from fastgen_jax.tokenizer import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from fastgen_jax.engine.engine import Engine
+
+
+class Sample:
+    """One sample as it grows."""
+
+    def __init__(
+        self, index: int, request: Request, tokenizer: Tokenizer | None, stream: TextStream | None
+    ):
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self._tokenizer = tokenizer
+        self._stream = stream
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._wants_logprobs = request.params.logprobs is not None
+        self._stop_reason: int | str | None = None
+        self._error: str | None = None
+
+    def push(self, output: Output) -> None:
+        """Takes the next output; a stop string may end the sample before the engine does."""
+        if output.token_id is not None:
+            self._token_ids.append(output.token_id)
+        if output.logprobs is not None:
+            self._logprobs.append(output.logprobs)
+        self._error = output.error
+        end = self._stream.push(output) if self._stream else output
+        self.finish_reason, self._stop_reason = end.finish_reason, end.stop_reason
+
+    def result(self) -> CompletionOutput:
+        logprobs = cumulative = None
+        if self._wants_logprobs:
+            positions = zip(self._token_ids, self._logprobs, strict=True)
+            logprobs = [self._position(*position) for position in positions]
+            cumulative = sum(position.logprob for position in self._logprobs)
+        return CompletionOutput(
+            index=self.index,
+            text=self._stream.text if self._stream else "",
+            token_ids=self._token_ids,
+            cumulative_logprob=cumulative,
+            logprobs=logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+            error=self._error,
+        )
+
+    def _position(self, token_id: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
+        """The sampled token, then the most likely ones."""
+        ranks = {id: rank for rank, (id, _) in enumerate(logprobs.top, 1)}
+        pairs = {token_id: logprobs.logprob} | dict(logprobs.top)
+        return {
+            id: Logprob(value, ranks.get(id), self._tokenizer and self._tokenizer.token_text(id))
+            for id, value in pairs.items()
+        }
+
+
+def _samples(request: Request, tokenizer: Tokenizer | None) -> list[Sample]:
+    p = request.params
+    streams = [None] * p.n
+    if tokenizer is not None:
+        streams = TextStream.of_samples(tokenizer, [request.prompt_token_ids], p)
+    return [Sample(i, request, tokenizer, stream) for i, stream in enumerate(streams)]
+
+
+@dataclass
+class Job:
+    """A prompt on its way through the engine; request_id is None until it is submitted."""
+
+    request: Request
+    samples: list[Sample]
+    request_id: int | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sample.finish_reason for sample in self.samples)
+
+
+class Generation:
+    """One call of generate: submits requests as the engine has room, and collects their outputs."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, requests: list[Request]):
+        self.jobs = [Job(request, _samples(request, tokenizer)) for request in requests]
+        self.n_tokens = 0
+        self._engine = engine
+        self._waiting = deque(self.jobs)
+        self._live: dict[int, Job] = {}
+
+    @property
+    def is_finished(self) -> bool:
+        return not self._waiting and not self._live
+
+    def step(self) -> int:
+        """Runs one step of the engine; returns how many prompts it finished."""
+        self._submit_waiting()
+        assert self._engine.has_work, f"the engine lost requests {list(self._live)}"
+        return self._collect()
+
+    def cancel(self) -> None:
+        """Ends everything and lets the engine release it."""
+        self._waiting.clear()
+        for request_id in self._live:
+            self._engine.cancel(request_id)
+        while self._live and self._engine.has_work:
+            self._collect()
+
+    def _submit_waiting(self) -> None:
+        while self._waiting:
+            job = self._waiting[0]
+            try:
+                job.request_id = self._engine.submit(job.request)
+            except QueueFull:
+                if not self._engine.has_work:
+                    raise
+                return
+            self._live[job.request_id] = self._waiting.popleft()
+
+    def _collect(self) -> int:
+        n_live = len(self._live)
+        for output in self._engine.step():
+            job = self._live.get(output.request_id)
+            if job is None or job.samples[output.index].finish_reason:
+                continue
+            sample = job.samples[output.index]
+            sample.push(output)
+            self.n_tokens += output.token_id is not None
+            if sample.finish_reason and not output.finish_reason:
+                self._engine.finish(output.request_id, output.index)
+            if sample.finish_reason and job.is_finished:
+                del self._live[output.request_id]
+        return n_live - len(self._live)
+
+
+def run(generation: Generation, use_tqdm: bool) -> None:
+    """Steps until all is done. Ctrl-C takes effect between steps, once everything is cancelled."""
+    from tqdm import tqdm
+
+    start = time.monotonic()
+    bar = tqdm(total=len(generation.jobs), unit="prompt", miniters=0, disable=not use_tqdm)
+    with bar, _deferred_interrupt() as interrupted:
+        try:
+            while not generation.is_finished:
+                n_finished = generation.step()
+                speed = generation.n_tokens / (time.monotonic() - start)
+                bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
+                bar.update(n_finished)
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
+        except BaseException:
+            generation.cancel()
+            raise
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets instead of interrupting a step halfway; a second one interrupts."""
+    asked = threading.Event()
+
+    def ask(signum: int, frame: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
