@@ -7,9 +7,12 @@ part of the field (`metadata["help"]`): flags and the README's table are generat
 import dataclasses
 import difflib
 import math
+from types import UnionType
 from typing import Any, TypeGuard
 
 from fastgen_jax.errors import ConfigError
+
+Idle = tuple[Any, ...] | type | UnionType  # values that change nothing here, or the type of all
 
 
 def option(default: Any, help: str, group: str = "engine") -> Any:
@@ -27,6 +30,15 @@ def check_known(kwargs: dict[str, Any], config_class: type) -> None:
             raise ConfigError(f"unknown option {name!r}{hint}")
 
 
+def idle_problem(name: str, value: Any, idle: Idle) -> str | None:
+    """What is wrong with an option that may only have values which change nothing here."""
+    if isinstance(idle, tuple):
+        is_idle, known = value in idle, " or ".join(map(repr, idle))
+    else:
+        is_idle, known = isinstance(value, idle), f"any {getattr(idle, '__name__', idle)}"
+    return None if is_idle else f"{name}={show(value)} is not supported; it may be {known}"
+
+
 def is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -34,3 +46,9 @@ def is_integer(value: Any) -> TypeGuard[int]:
 def is_real(value: Any) -> bool:
     """Whether `value` is a finite number."""
     return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def show(value: Any) -> str:
+    """A value in an error message; Python refuses to print integers of thousands of digits."""
+    is_huge = isinstance(value, int) and value.bit_length() > 256
+    return "a huge integer" if is_huge else f"{value!r:.80}"

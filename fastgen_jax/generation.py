@@ -79,6 +79,7 @@ class Sample:
 
 def _samples(request: Request, tokenizer: Tokenizer | None) -> list[Sample]:
     p = request.params
+    tokenizer = tokenizer if p.detokenize else None
     streams = [None] * p.n
     if tokenizer is not None:
         streams = TextStream.of_samples(tokenizer, [request.prompt_token_ids], p)

@@ -24,6 +24,9 @@ from fastgen_jax.tokenizer import Tokenizer, has_tokenizer
 if TYPE_CHECKING:
     from fastgen_jax.engine.engine import Engine
 
+# Fields of SamplingParams that the engine does not obey yet.
+UNSERVED = ("allowed_token_ids", "bad_words", "structured_outputs")
+
 EncodedPrompt = tuple[str | None, list[int]]  # its text, if it came as one, and its ids
 
 
@@ -176,9 +179,7 @@ class LLM:
         """`generate` of encoded prompts, each with its params."""
         requests = [Request(ids, p) for (_, ids), p in zip(prompts, params, strict=True)]
         for i, request in enumerate(requests):
-            at_prompt(i, self.engine.check, request)
-            if request.params.stop:
-                at_prompt(i, self._text_tokenizer, "a stop string")
+            at_prompt(i, self._check, request)
         with self._lock:
             generation = Generation(self.engine, self.tokenizer, requests)
             run(generation, use_tqdm)
@@ -186,3 +187,12 @@ class LLM:
             RequestOutput(str(job.request_id), text, ids, [s.result() for s in job.samples])
             for job, (text, ids) in zip(generation.jobs, prompts, strict=True)
         ]
+
+    def _check(self, request: Request) -> None:
+        """Raises InvalidRequest if the request can never be served."""
+        for name in UNSERVED:
+            if getattr(request.params, name):
+                raise InvalidRequest(f"{name} is not supported yet; leave it out", param=name)
+        self.engine.check(request)
+        if request.params.stop:
+            self._text_tokenizer("a stop string")

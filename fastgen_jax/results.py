@@ -16,7 +16,7 @@ class Logprob:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One sample. text: empty without a tokenizer. error: why, if finish_reason is "error"."""
+    """One sample. text: empty if none is made. error: why, if finish_reason is "error"."""
 
     index: int
     text: str

@@ -1,13 +1,19 @@
 """SamplingParams: how one request's tokens are chosen, and the limits of what it may ask for."""
 
-from dataclasses import dataclass, fields
-from typing import Any
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import Any, Self
 
+from fastgen_jax.config import Idle, idle_problem, show
 from fastgen_jax.errors import InvalidRequest
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024  # characters
 MAX_STOP_TOKEN_IDS = 32
+MAX_BAD_WORDS = 128  # each of at most MAX_STOP_LENGTH characters
+MAX_ALLOWED_TOKEN_IDS = 2**20  # more than any vocabulary has
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
@@ -47,11 +53,29 @@ class StructuredOutputsParams:
         for name in (*given, "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, types.get(name, str)):
-                raise _bad_structure(f"{name} has the wrong type: {_show(value)}")
+                raise _bad_structure(f"{name} has the wrong type: {show(value)}")
         if self.choice is not None:
             object.__setattr__(self, "choice", tuple(self.choice))
             if not self.choice or not all(isinstance(text, str) for text in self.choice):
                 raise _bad_structure("choice must be a list of at least one text")
+
+
+class RequestOutputKind(Enum):
+    """What vLLM's engine returns meanwhile; LLM, like vLLM's, returns what is finished."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+# Fields that only callers of vLLM bring, with the values that ask for nothing more than is done.
+IDLE: dict[str, Idle] = {
+    "prompt_logprobs": (None,),  # prompt tokens are not scored
+    "output_kind": RequestOutputKind,
+    "spaces_between_special_tokens": bool,  # fast tokenizers put none there
+    "extra_args": (None, {}),
+    "skip_clone": bool,  # what cannot change need not be cloned
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +83,9 @@ class SamplingParams:
     """How the tokens of one request are chosen; names and defaults are vLLM's.
 
     temperature 0 is greedy. top_k 0 or -1 keeps all tokens. `logprobs=k` returns the k most likely
-    tokens of each step and the sampled one. The noise depends on (seed, position) alone, never on
-    the batch; logits differ between batch sizes by rounding.
+    tokens of each step and the sampled one. Without `detokenize` no text is made of them. The noise
+    depends on (seed, position) alone, never on the batch; logits differ between batch sizes by
+    rounding. Fields cannot be assigned: `clone(seed=1)` makes params that differ in some.
 
     Raises:
         InvalidRequest: a value out of range, naming the field and the range.
@@ -84,16 +109,21 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    detokenize: bool = True
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
     structured_outputs: StructuredOutputsParams | None = None
+    prompt_logprobs: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    spaces_between_special_tokens: bool = True
+    extra_args: dict[str, Any] | None = None
+    skip_clone: bool = False
 
     def __post_init__(self):
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            value = getattr(self, name) or ()
-            if not isinstance(value, list | tuple | set | frozenset):
-                raise InvalidRequest(f"{name} must be a list, got {_show(value)}", param=name)
-            object.__setattr__(self, name, tuple(value))
+        for name, idle in IDLE.items():
+            if problem := idle_problem(name, getattr(self, name), idle):
+                raise InvalidRequest(problem, param=name)
+        self._check_lists()
         _integer("n", self.n, 1, MAX_SAMPLES)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
@@ -112,39 +142,55 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        if self.logprobs == -1:
+            raise InvalidRequest(
+                f"logprobs must be an integer from 0 to {MAX_LOGPROBS}, got -1: a step returns no "
+                f"more than the {MAX_LOGPROBS} likeliest tokens, never the whole vocabulary",
+                param="logprobs",
+            )
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        self._check_stops()
         self._check_bias()
         if isinstance(self.structured_outputs, dict):
             structure = _structure(self.structured_outputs)
             object.__setattr__(self, "structured_outputs", structure)
 
-    def _check_stops(self):
-        if len(self.stop) > MAX_STOP_STRINGS:
+    def clone(self, **changes: Any) -> Self:
+        """A deep copy, but for these fields."""
+        return replace(copy.deepcopy(self), **changes)
+
+    def _check_lists(self):
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
+            value = getattr(self, name)
+            if value is None and name == "allowed_token_ids":
+                continue
+            value = () if value is None else value
+            if not isinstance(value, list | tuple | set | frozenset):
+                raise InvalidRequest(f"{name} must be a list, got {show(value)}", param=name)
+            object.__setattr__(self, name, tuple(value))
+        _texts("stop", self.stop, MAX_STOP_STRINGS)
+        _texts("bad_words", self.bad_words, MAX_BAD_WORDS)
+        _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        _token_ids("allowed_token_ids", self.allowed_token_ids or (), MAX_ALLOWED_TOKEN_IDS)
+        if self.allowed_token_ids == ():
             raise InvalidRequest(
-                f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS}", param="stop"
+                "allowed_token_ids is empty, so that nothing could be said; None allows all tokens",
+                param="allowed_token_ids",
             )
-        for text in self.stop:
-            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
-                raise InvalidRequest(
-                    f"each stop must be a string of 1 to {MAX_STOP_LENGTH} characters, "
-                    f"got {text!r:.80}",
-                    param="stop",
-                )
-        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        if self.stop and not self.detokenize:
             raise InvalidRequest(
-                f"stop_token_ids has {len(self.stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS}",
-                param="stop_token_ids",
+                "stop strings are looked for in the text, which detokenize=False leaves out; use "
+                "stop_token_ids",
+                param="stop",
             )
-        for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0, 2**31 - 1)
 
     def _check_bias(self):
         bias = self.logit_bias or {}
         if not isinstance(bias, dict):
             raise InvalidRequest(
-                f"logit_bias must be a mapping of token ids to numbers, got {_show(bias)}",
+                f"logit_bias must be a mapping of token ids to numbers, got {show(bias)}",
                 param="logit_bias",
             )
         if len(bias) > MAX_LOGIT_BIAS:
@@ -176,18 +222,33 @@ def _number(name: str, value: Any, low: float, high: float, *, open_low: bool = 
     if not ok or not low <= value <= high or (open_low and value == low):  # nan is not in range
         bracket = "(" if open_low else "["
         raise InvalidRequest(
-            f"{name} must be in {bracket}{low}, {high}], got {_show(value)}", param=name
+            f"{name} must be in {bracket}{low}, {high}], got {show(value)}", param=name
         )
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise InvalidRequest(
-            f"{name} must be an integer from {low} to {high}, got {_show(value)}", param=name
+            f"{name} must be an integer from {low} to {high}, got {show(value)}", param=name
         )
 
 
-def _show(value: Any) -> str:
-    """A value in an error message; Python refuses to print integers of thousands of digits."""
-    is_huge = isinstance(value, int) and value.bit_length() > 256
-    return "a huge integer" if is_huge else f"{value!r:.80}"
+def _texts(name: str, texts: Sequence[Any], most: int) -> None:
+    if len(texts) > most:
+        raise InvalidRequest(f"{name} has {len(texts)} strings; at most {most}", param=name)
+    for text in texts:
+        if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+            raise InvalidRequest(
+                f"each {name} must be a string of 1 to {MAX_STOP_LENGTH} characters, "
+                f"got {text!r:.80}",
+                param=name,
+            )
+
+
+def _token_ids(name: str, ids: Sequence[Any], most: int) -> None:
+    if len(ids) > most:
+        raise InvalidRequest(f"{name} has {len(ids)} ids; at most {most}", param=name)
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < 2**31:
+        return  # without a step of Python per id
+    for token in ids:
+        _integer(name, token, 0, 2**31 - 1)

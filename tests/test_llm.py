@@ -239,6 +239,25 @@ def test_output_has_miis_attributes(says):
     assert out.generated_length == len(out.outputs[0].token_ids)
 
 
+def test_without_detokenize_there_are_ids_and_no_text(says, monkeypatch):
+    llm = says("two")
+    monkeypatch.setattr(Tokenizer, "token_bytes", None)
+    params = SamplingParams(detokenize=False, logprobs=1)
+    [out] = llm.generate([1], params, use_tqdm=False)
+    [sample] = out.outputs
+    assert (sample.text, sample.finish_reason, len(sample.token_ids)) == ("", "stop", 4)
+    assert sample.logprobs[0][sample.token_ids[0]] == Logprob(-2.0, None, None)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"allowed_token_ids": [1]}, {"bad_words": ["x"]}, {"structured_outputs": {"regex": "x"}}],
+)
+def test_what_the_engine_does_not_obey_is_refused(field):
+    with pytest.raises(InvalidRequest, match=f"prompt 0: {next(iter(field))} is not supported yet"):
+        make_llm().generate([1], SamplingParams(**field))
+
+
 # --- stop strings
 
 

@@ -7,13 +7,18 @@ import pytest
 
 from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.sampling_params import (
+    IDLE,
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_SAMPLES,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
+    RequestOutputKind,
     SamplingParams,
+    StructuredOutputsParams,
 )
 
 NAN, INF, HUGE = math.nan, math.inf, 10**400
@@ -91,6 +96,18 @@ BAD_LISTS = {
     "ids: bool": ({"stop_token_ids": [True]}, "stop_token_ids must be an integer from 0"),
     "ids: huge": ({"stop_token_ids": [2**31]}, "stop_token_ids must be an integer from 0"),
     "ids: number": ({"stop_token_ids": 5}, "stop_token_ids must be"),
+    "allowed: none": ({"allowed_token_ids": []}, "allowed_token_ids is empty, so that nothing"),
+    "allowed: too many": (
+        {"allowed_token_ids": [1] * (MAX_ALLOWED_TOKEN_IDS + 1)},
+        "allowed_token_ids has 1048577 ids; at most 1048576",
+    ),
+    "allowed: negative": ({"allowed_token_ids": [5, -1]}, "allowed_token_ids must be an integer"),
+    "allowed: text": ({"allowed_token_ids": ["5"]}, "allowed_token_ids must be an integer from 0"),
+    "allowed: string": ({"allowed_token_ids": "5"}, "allowed_token_ids must be a list, got '5'"),
+    "words: too many": ({"bad_words": ["x"] * (MAX_BAD_WORDS + 1)}, "129 strings; at most 128"),
+    "words: empty": ({"bad_words": ["a", ""]}, "each bad_words must be a string of 1 to 1024"),
+    "words: long": ({"bad_words": ["x" * (MAX_STOP_LENGTH + 1)]}, "string of 1 to 1024 characters"),
+    "words: string": ({"bad_words": "ab"}, "bad_words must be a list, got 'ab'"),
     "bias: too many": (
         {"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0)},
         "logit_bias has 301 entries; at most 300",
@@ -116,14 +133,83 @@ def test_stop_is_a_tuple_whatever_it_was():
     assert SamplingParams(stop=None, stop_token_ids=None).stop == ()
 
 
+def test_lists_of_tokens_and_words_become_tuples():
+    params = SamplingParams(allowed_token_ids=[3, 1], bad_words=["a", "b"])
+    assert (params.allowed_token_ids, params.bad_words) == ((3, 1), ("a", "b"))
+    assert SamplingParams(allowed_token_ids=None, bad_words=None) == SamplingParams()
+
+
 def test_limits_themselves_are_allowed():
     SamplingParams(
         stop=["x" * MAX_STOP_LENGTH] * MAX_STOP_STRINGS,
         stop_token_ids=list(range(MAX_STOP_TOKEN_IDS)),
         logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), -100),
+        allowed_token_ids=list(range(MAX_ALLOWED_TOKEN_IDS)),
+        bad_words=["x" * MAX_STOP_LENGTH] * MAX_BAD_WORDS,
     )
 
 
 def test_params_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().n = 2
+
+
+def test_a_clone_shares_nothing_and_may_differ_in_some_fields():
+    schema = StructuredOutputsParams(json={"type": "object"})
+    params = SamplingParams(temperature=0.5, logit_bias={1: 2.0}, structured_outputs=schema)
+    clone = params.clone()
+    assert clone == params
+    clone.structured_outputs.json["type"] = clone.logit_bias[1] = "changed"
+    assert (schema.json, params.logit_bias) == ({"type": "object"}, {1: 2.0})
+    assert params.clone(seed=3, n=2) == SamplingParams(
+        temperature=0.5, logit_bias={1: 2.0}, structured_outputs=schema, seed=3, n=2
+    )
+
+
+def test_a_clone_is_checked_as_what_is_new():
+    with pytest.raises(InvalidRequest, match="top_p must be in"):
+        SamplingParams().clone(top_p=2)
+
+
+def test_the_whole_vocabularys_logprobs_are_refused_with_what_there_is():
+    with pytest.raises(InvalidRequest, match="no more than the 20 likeliest tokens"):
+        SamplingParams(logprobs=-1)
+
+
+def test_stop_strings_need_the_text():
+    SamplingParams(detokenize=False, stop_token_ids=[1])
+    with pytest.raises(InvalidRequest, match=r"which detokenize=False leaves out; .* stop_token"):
+        SamplingParams(detokenize=False, stop="x")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "prompt_logprobs": [None],
+        "output_kind": list(RequestOutputKind),
+        "spaces_between_special_tokens": [True, False],
+        "extra_args": [None, {}],
+        "skip_clone": [True, False],
+    }.items(),
+)
+def test_values_of_vllm_that_change_nothing_are_taken(name, values):
+    assert [getattr(SamplingParams(**{name: value}), name) for value in values] == values
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("prompt_logprobs", 0, "prompt_logprobs=0 is not supported; it may be None"),
+        ("prompt_logprobs", LONG, "prompt_logprobs=a huge integer is not supported"),
+        ("output_kind", "delta", "'delta' is not supported; it may be any RequestOutputKind"),
+        ("spaces_between_special_tokens", None, "it may be any bool"),
+        ("extra_args", {"x": 1}, "extra_args={'x': 1} is not supported; it may be None or {}"),
+        ("skip_clone", "yes", "skip_clone='yes' is not supported; it may be any bool"),
+    ],
+    ids=label,
+)
+def test_other_values_of_what_changes_nothing_are_refused(name, value, message):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
+    assert name in IDLE
