@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from fastgen_jax.engine.types import FinishReason, Output, Request, TokenLogprobs
 from fastgen_jax.errors import QueueFull
-from fastgen_jax.results import CompletionOutput, Logprob
+from fastgen_jax.results import CompletionOutput, Logprob, RequestOutput
 from fastgen_jax.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Sample:
     ):
         self.index = index
         self.finish_reason: FinishReason | None = None
+        self.n_reused = 0  # prompt tokens that came from the prefix cache
         self._tokenizer = tokenizer
         self._stream = stream
         self._token_ids: list[int] = []
@@ -44,6 +45,7 @@ class Sample:
         """Takes the next output; a stop string may end the sample before the engine does."""
         if output.token_id is not None:
             self._token_ids.append(output.token_id)
+            self.n_reused = output.n_reused
         if output.logprobs is not None:
             self._logprobs.append(output.logprobs)
         self._error = output.error
@@ -97,6 +99,16 @@ class Job:
     @property
     def is_finished(self) -> bool:
         return all(sample.finish_reason for sample in self.samples)
+
+    def result(self, prompt: str | None) -> RequestOutput:
+        """prompt: its text, if it came as one."""
+        return RequestOutput(
+            str(self.request_id),
+            prompt,
+            self.request.prompt_token_ids,
+            [sample.result() for sample in self.samples],
+            num_cached_tokens=self.samples[0].n_reused,  # the others share what the first one made
+        )
 
 
 class Generation:

@@ -7,6 +7,7 @@ come in the order of the prompts; an interrupt cancels what runs and leaves the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,20 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """What generation_config.json recommends: the params of calls that bring none."""
         return SamplingParams(**self.engine.default_params)
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer of transformers, for `apply_chat_template`, `encode`, `eos_token_id` ...
+
+        A copy: its settings (padding, truncation, a chat template) are the caller's own.
+
+        Raises:
+            InvalidRequest: the model has none.
+        """
+        return self._users_tokenizer
+
+    @functools.cached_property
+    def _users_tokenizer(self) -> Any:
+        return self._text_tokenizer("get_tokenizer").for_transformers()
 
     def generate(
         self,
@@ -183,10 +198,8 @@ class LLM:
         with self._lock:
             generation = Generation(self.engine, self.tokenizer, requests)
             run(generation, use_tqdm)
-        return [
-            RequestOutput(str(job.request_id), text, ids, [s.result() for s in job.samples])
-            for job, (text, ids) in zip(generation.jobs, prompts, strict=True)
-        ]
+        texts = [text for text, _ in prompts]
+        return [job.result(text) for job, text in zip(generation.jobs, texts, strict=True)]
 
     def _check(self, request: Request) -> None:
         """Raises InvalidRequest if the request can never be served."""

@@ -30,13 +30,20 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """All samples of one prompt. The properties are MII's names for the first sample."""
+    """All samples of one prompt. The properties are MII's names for the first sample.
+
+    num_cached_tokens: of the prompt, which the first sample took from the prefix cache.
+    prompt_logprobs, metrics: None; vLLM's users look whether they are there.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool = True
+    num_cached_tokens: int = 0
+    prompt_logprobs: None = None
+    metrics: None = None
 
     @property
     def generated_text(self) -> str:

@@ -71,6 +71,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._fast.chat_template is not None
 
+    def for_transformers(self) -> Any:
+        """A copy, as transformers knows it: what its user sets there changes nothing here."""
+        return copy.deepcopy(self._fast)
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Control tokens written in it count as such, unlike in messages.
 

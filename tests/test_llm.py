@@ -47,6 +47,7 @@ class FakeEngine:
     default_params: dict = field(default_factory=dict)
     on_step: object = None
     poison: tuple[int, ...] = ()
+    n_reused: int = 0
     calls: list = field(default_factory=list)
     n_submitted: int = 0
 
@@ -111,7 +112,7 @@ class FakeEngine:
         logprobs = None
         if params.logprobs is not None:
             logprobs = TokenLogprobs(-2.0, [(70 + i, -1.0 - i) for i in range(params.logprobs)])
-        return Output(id, index, token, logprobs, reason)
+        return Output(id, index, token, logprobs, reason, n_reused=self.n_reused)
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +257,43 @@ def test_without_detokenize_there_are_ids_and_no_text(says, monkeypatch):
 def test_what_the_engine_does_not_obey_is_refused(field):
     with pytest.raises(InvalidRequest, match=f"prompt 0: {next(iter(field))} is not supported yet"):
         make_llm().generate([1], SamplingParams(**field))
+
+
+def test_output_has_vllms_attributes():
+    [out] = make_llm(n_reused=16).generate([1], SamplingParams(n=2), use_tqdm=False)
+    assert out.num_cached_tokens == 16
+    assert out.prompt_logprobs is out.metrics is None
+
+
+# --- the tokenizer of transformers
+
+
+def test_get_tokenizer_is_transformers_own(says, tokenizer):
+    llm = says("x")
+    theirs, conversation = llm.get_tokenizer(), [{"role": "user", "content": "hi"}]
+    text = theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    assert text == "<s><|user|>\nhi</s>\n<|assistant|>\n"
+    assert theirs.encode("Anna has") == tokenizer.encode("Anna has")
+    assert theirs.decode(theirs.encode("Anna has"), skip_special_tokens=True) == "Anna has"
+    assert theirs.eos_token_id == tokenizer.eos_token_id
+    assert llm.get_tokenizer() is theirs
+
+
+def test_settings_of_the_users_tokenizer_are_not_ours(says, tokenizer):
+    llm = says("x")
+    theirs = llm.get_tokenizer()
+    theirs.chat_template = "{{ 'changed' }}"
+    assert len(theirs("Anna has", truncation=True, max_length=2)["input_ids"]) == 2
+    [out] = llm.generate("Anna has three apples", GREEDY, use_tqdm=False)
+    assert out.prompt_token_ids == tokenizer.encode("Anna has three apples")
+    assert len(out.prompt_token_ids) > 2
+    [out] = llm.chat([{"role": "user", "content": "hi"}], use_tqdm=False)
+    assert out.prompt.startswith("<s><|user|>")
+
+
+def test_get_tokenizer_without_one_is_refused():
+    with pytest.raises(InvalidRequest, match="get_tokenizer needs a tokenizer"):
+        make_llm().get_tokenizer()
 
 
 # --- stop strings
