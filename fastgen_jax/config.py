@@ -7,6 +7,7 @@ part of the field (`metadata["help"]`): flags and the README's table are generat
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable, Sequence
 from types import UnionType
 from typing import Any, TypeGuard
 
@@ -22,8 +23,12 @@ def option(default: Any, help: str, group: str = "engine") -> Any:
 
 def check_known(kwargs: dict[str, Any], config_class: type) -> None:
     """Raises ConfigError for keys that are no field of `config_class`, naming the nearest one."""
-    known = [f.name for f in dataclasses.fields(config_class)]
-    for name in kwargs:
+    check_names(kwargs, [f.name for f in dataclasses.fields(config_class)])
+
+
+def check_names(names: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ConfigError for names that are not known, naming the nearest one."""
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

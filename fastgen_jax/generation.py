@@ -11,9 +11,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.engine.types import FinishReason, Output, Request, TokenLogprobs
 from fastgen_jax.errors import QueueFull
@@ -166,12 +166,16 @@ class Generation:
         return n_live - len(self._live)
 
 
-def run(generation: Generation, use_tqdm: bool) -> None:
-    """Steps until all is done. Ctrl-C takes effect between steps, once everything is cancelled."""
+def run(generation: Generation, use_tqdm: bool | Callable[..., Any]) -> None:
+    """Steps until all is done. Ctrl-C takes effect between steps, once everything is cancelled.
+
+    use_tqdm: whether to show a bar, or what makes it.
+    """
     from tqdm import tqdm
 
     start = time.monotonic()
-    bar = tqdm(total=len(generation.jobs), unit="prompt", miniters=0, disable=not use_tqdm)
+    make_bar = use_tqdm if callable(use_tqdm) else tqdm
+    bar = make_bar(total=len(generation.jobs), unit="prompt", miniters=0, disable=not use_tqdm)
     with bar, _deferred_interrupt() as interrupted:
         try:
             while not generation.is_finished:

@@ -7,26 +7,31 @@ come in the order of the prompts; an interrupt cancels what runs and leaves the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastgen_jax.config import check_known
+from fastgen_jax.config import show
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.types import Request
-from fastgen_jax.errors import EngineStopped, InvalidRequest
+from fastgen_jax.errors import ConfigError, EngineStopped, InvalidRequest
 from fastgen_jax.generation import Generation, run
 from fastgen_jax.prompts import Prompt, at_prompt, prompt_list, text_and_ids
 from fastgen_jax.results import RequestOutput
 from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.tokenizer import Tokenizer, has_tokenizer
+from fastgen_jax.vllm_options import CHATTING, GENERATING, LOADING, acting
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.engine import Engine
 
 # Fields of SamplingParams that the engine does not obey yet.
 UNSERVED = ("allowed_token_ids", "bad_words", "structured_outputs")
+
+TEMPLATE_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message")
 
 EncodedPrompt = tuple[str | None, list[int]]  # its text, if it came as one, and its ids
 
@@ -42,19 +47,24 @@ class LLM:
         model: directory of a Hugging Face checkpoint, or a hub id.
         options: fields of EngineConfig: dtype, max_model_len, block_size, num_kv_blocks,
             max_num_batched_tokens, max_num_seqs, tensor_parallel_size, attention_backend, seed ...
+            Others of vLLM's are taken if they change nothing here, such as enforce_eager.
 
     Raises:
-        ConfigError: an unknown option (with the nearest known one), or a value that cannot work.
+        ConfigError: an unknown option (with the nearest known one), a value that cannot work, or a
+            model that is neither a directory nor a hub id.
         CheckpointError: the model's files are missing or damaged.
     """
 
-    def __init__(self, model: str, **options: Any):
+    def __init__(self, model: str | os.PathLike[str], **options: Any):
         from fastgen_jax.checkpoints.directory import locate
         from fastgen_jax.engine.engine import Engine
         from fastgen_jax.progress import PhaseBars
 
-        check_known(options, EngineConfig)
-        config = EngineConfig(model=model, **options)
+        options = acting(options, LOADING, [f.name for f in dataclasses.fields(EngineConfig)])
+        options["model"] = _path("model", model)
+        if options.get("tokenizer") is not None:
+            options["tokenizer"] = _path("tokenizer", options["tokenizer"])
+        config = EngineConfig(**options)
         path = str(locate(config.tokenizer or config.model))
         tokenizer = Tokenizer(path) if has_tokenizer(path) else None
         with contextlib.closing(PhaseBars()) as on_phase:
@@ -114,7 +124,8 @@ class LLM:
         prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
+        **options: Any,
     ) -> list[RequestOutput]:
         """Completes prompts; the outputs are in their order.
 
@@ -122,10 +133,14 @@ class LLM:
             prompts: a text, a list of token ids, or several of either; lists may be any iterables.
                 vLLM's dicts of `prompt` or `prompt_token_ids` are prompts too.
             sampling_params: for all prompts, or one for each; default: get_default_sampling_params.
+            use_tqdm: whether to show a progress bar, or what makes it, as tqdm would.
+            options: vLLM's GENERATING of vllm_options.py, which change nothing.
 
         Raises:
             InvalidRequest: a prompt or its params cannot be served; none of the prompts was run.
+            ConfigError: an unknown option.
         """
+        acting(options, GENERATING)
         encoded = self.encode_prompts(prompts)
         return self.run(encoded, self._params_list(sampling_params, len(encoded)), use_tqdm)
 
@@ -134,25 +149,34 @@ class LLM:
         messages: Iterable[dict[str, Any]] | Iterable[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
-        **template_options: Any,
+        use_tqdm: bool | Callable[..., Any] = True,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **options: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation, or each of a list of them, through the model's chat template.
 
         Args:
             messages: dicts with role and content, or a list of such lists.
-            template_options: see Tokenizer.apply_chat_template.
+            chat_template: Jinja source, instead of the model's.
+            chat_template_kwargs: variables that the template reads, such as enable_thinking.
+            options: tools, add_generation_prompt and continue_final_message, which are those of
+                Tokenizer.apply_chat_template; vLLM's CHATTING of vllm_options.py change nothing.
 
         Raises:
             InvalidRequest: as `generate`, or the template refuses a conversation.
+            ConfigError: an unknown option.
         """
+        template = acting(options, CHATTING, TEMPLATE_OPTIONS) | (chat_template_kwargs or {})
         conversations: Any = list(messages)
         if not conversations or isinstance(conversations[0], dict):
             conversations = [conversations]
         tokenizer = self._text_tokenizer("chat")
+        if chat_template is not None:
+            tokenizer = tokenizer.with_template(chat_template)
         encoded = []
         for i, conversation in enumerate(conversations):
-            ids = at_prompt(i, tokenizer.apply_chat_template, conversation, **template_options)
+            ids = at_prompt(i, tokenizer.apply_chat_template, conversation, **template)
             encoded.append((tokenizer.decode(ids, skip_special_tokens=False), ids))
         return self.run(encoded, self._params_list(sampling_params, len(encoded)), use_tqdm)
 
@@ -189,7 +213,10 @@ class LLM:
         return params
 
     def run(
-        self, prompts: list[EncodedPrompt], params: list[SamplingParams], use_tqdm: bool
+        self,
+        prompts: list[EncodedPrompt],
+        params: list[SamplingParams],
+        use_tqdm: bool | Callable[..., Any],
     ) -> list[RequestOutput]:
         """`generate` of encoded prompts, each with its params."""
         requests = [Request(ids, p) for (_, ids), p in zip(prompts, params, strict=True)]
@@ -209,3 +236,12 @@ class LLM:
         self.engine.check(request)
         if request.params.stop:
             self._text_tokenizer("a stop string")
+
+
+def _path(name: str, value: Any) -> str:
+    """What names a directory or a repository, as text; raises ConfigError for what cannot."""
+    if isinstance(value, str | os.PathLike) and (path := os.fspath(value)):
+        return path
+    raise ConfigError(
+        f"{name} must be the directory of a Hugging Face checkpoint, or a hub id, got {show(value)}"
+    )

@@ -71,6 +71,13 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._fast.chat_template is not None
 
+    def with_template(self, chat_template: str) -> Tokenizer:
+        """The same tokenizer with another chat template, of the operator's choice."""
+        other = copy.copy(self)
+        other._fast = copy.copy(self._fast)
+        other._fast.chat_template = chat_template
+        return other
+
     def for_transformers(self) -> Any:
         """A copy, as transformers knows it: what its user sets there changes nothing here."""
         return copy.deepcopy(self._fast)

@@ -1,5 +1,6 @@
 """The offline API against an engine that plays a script."""
 
+import io
 import math
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 import fastgen_jax
 from fastgen_jax.engine.types import Output, TokenLogprobs
@@ -350,6 +352,99 @@ def test_chat_without_a_tokenizer_is_refused():
         make_llm().chat([{"role": "user", "content": "hi"}])
 
 
+def prompt_of(llm, **options):
+    [out] = llm.chat([{"role": "user", "content": "hi"}], use_tqdm=False, **options)
+    return out.prompt
+
+
+def test_options_of_chat_reach_the_template(says):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    assert prompt_of(says("x"), tools=[tool]).endswith("</s>\n<tool><|assistant|>\n")
+    closed = "<s><|user|>\nhi</s>\n"
+    assert prompt_of(says("x"), add_generation_prompt=False) == closed
+    open_end = {"continue_final_message": True, "add_generation_prompt": False}
+    assert prompt_of(says("x"), **open_end) == "<s><|user|>\nhi"
+
+
+def test_chat_takes_another_template_and_its_variables(says):
+    llm, template = says("x"), "{{ messages[0].content }} {{ mood }}"
+    assert prompt_of(llm, chat_template=template, chat_template_kwargs={"mood": "!"}) == "hi !"
+    assert prompt_of(llm) == "<s><|user|>\nhi</s>\n<|assistant|>\n"
+    with pytest.raises(InvalidRequest, match="prompt 0: the chat template refused"):
+        prompt_of(llm, chat_template="{% if %}")
+
+
+# --- options of vLLM's
+
+
+def test_options_of_vllm_that_change_nothing_are_taken(says):
+    options = {"lora_request": None, "priority": [1], "mm_processor_kwargs": None}
+    [out] = says("two").generate("x", GREEDY, use_tqdm=False, **options)
+    content = {"chat_template_content_format": "auto", "chat_template_kwargs": {}}
+    assert prompt_of(says("two"), **options, **content) == prompt_of(says("two"))
+    assert out.outputs[0].text == "two"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_request": "mine"}, "lora_request='mine' is not supported; it may be None or {} or"),
+        ({"lora_reqest": None}, "unknown option 'lora_reqest'; did you mean 'lora_request'"),
+        ({"max_tokens": 5}, "unknown option 'max_tokens'; known: "),
+    ],
+)
+def test_other_options_are_refused(says, options, message):
+    llm = says("x")
+    for call in (llm.generate, llm.chat):
+        with pytest.raises(ConfigError, match=message):
+            call([], **options)
+    assert llm.engine.n_submitted == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trust_remote_code": True}, "it may be False; code of a repository is never run"),
+        ({"gpu_memory_utilization": 0.5}, "=0.5 is not supported; it may be 0.9; memory_fraction"),
+        ({"quantization": "awq"}, "quantization='awq' is not supported; it may be None; config"),
+        ({"enforce_eager": None}, "enforce_eager=None is not supported; it may be any bool"),
+        ({"swap_space": "4"}, r"may be any int \| float; leave it out"),
+        ({"enforce_eagr": True}, "unknown option 'enforce_eagr'; did you mean 'enforce_eager'"),
+        ({"max_model_len": "many"}, "max_model_len must be a positive integer, got 'many'"),
+    ],
+)
+def test_other_values_of_vllms_options_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        LLM("some-model", **options)
+
+
+@pytest.mark.parametrize(
+    "model", [5, None, "", ["a"], b"path", 1.5], ids=lambda model: f"{model!r:.5}"
+)
+def test_what_names_no_model_is_refused(model):
+    expected = "model must be the directory of a Hugging Face checkpoint, or a hub id, got"
+    with pytest.raises(ConfigError, match=expected):
+        LLM(model)
+
+
+def test_what_names_no_tokenizer_is_refused():
+    with pytest.raises(ConfigError, match="tokenizer must be the directory of a Hugging Face"):
+        LLM("some-model", tokenizer=5)
+
+
+def test_path_that_is_no_directory_is_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    for path in (file, tmp_path / "absent", str(file), "./absent", "a/b/c"):
+        with pytest.raises(ConfigError, match=r"no directory .*; give a Hugging Face directory or"):
+            LLM(path)
+
+
+def test_name_that_is_not_in_the_cache_is_refused():
+    with pytest.raises(ConfigError, match="'some-model' is no directory here and could not be"):
+        LLM("some-model")
+
+
 # --- failures
 
 
@@ -477,6 +572,18 @@ def test_progress_bar_shows_prompts_and_speed(capsys):
     assert "tokens/s" in shown
     make_llm().generate([[1], [2]], GREEDY, use_tqdm=False)
     assert capsys.readouterr().err == ""
+
+
+def test_progress_bar_may_be_the_callers():
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            super().__init__(file=io.StringIO(), **options)
+            bars.append(self)
+
+    make_llm().generate([[1], [2]], GREEDY, use_tqdm=Bar)
+    assert [(bar.n, bar.total) for bar in bars] == [(2, 2)]
 
 
 # --- pipeline

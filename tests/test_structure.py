@@ -35,7 +35,9 @@ WINGS = {
     "mii": Wing("MII's names", ("fastgen_jax/mii.py",)),
     "llm": Wing(
         "offline generation",
-        tuple(f"fastgen_jax/{name}.py" for name in ("llm", "generation", "results")),
+        tuple(
+            f"fastgen_jax/{name}.py" for name in ("llm", "generation", "results", "vllm_options")
+        ),
     ),
     "server": Wing("OpenAI's protocol over one engine", ("fastgen_jax/server",)),
     "tokenizer": Wing(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen_jax.checkpoints.tensor_files import read_json
-from fastgen_jax.errors import CheckpointError, ConfigError
+from fastgen_jax.errors import ConfigError
 from fastgen_jax.models import families
 from fastgen_jax.models.config import ModelConfig
 
@@ -16,14 +16,14 @@ def locate(model: str) -> Path:
     use.
 
     Raises:
-        CheckpointError: neither a directory nor a repository that can be downloaded.
+        ConfigError: neither a directory nor a repository that can be downloaded.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     looks_like_id = model.count("/") <= 1 and not model.startswith((".", "/", "~"))
-    if not looks_like_id:
-        raise CheckpointError(f"no directory {model!r}; give a Hugging Face directory or a hub id")
+    if path.exists() or not looks_like_id:
+        raise ConfigError(f"no directory {model!r}; give a Hugging Face directory or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -31,7 +31,7 @@ def locate(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first_line = str(error).strip().split("\n")[0]
-        raise CheckpointError(
+        raise ConfigError(
             f"{model!r} is no directory here and could not be downloaded ({first_line}); check the "
             "name, the network, or give the path of a downloaded directory"
         ) from error
