@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.config import show
+from fastgen_jax.constrained import Constrainer, Constraints
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import ConfigError, EngineStopped, InvalidRequest
@@ -27,9 +28,6 @@ from fastgen_jax.vllm_options import CHATTING, GENERATING, LOADING, acting
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.engine import Engine
-
-# Fields of SamplingParams that the engine does not obey yet.
-UNSERVED = ("allowed_token_ids", "bad_words", "structured_outputs")
 
 TEMPLATE_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message")
 
@@ -81,6 +79,7 @@ class LLM:
     def _set(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self._open_engine: Engine | None = engine
+        self._known_constrainer: Constrainer | None = None
         self._lock = threading.Lock()  # one generate at a time: it steps the engine
 
     @property
@@ -219,23 +218,31 @@ class LLM:
         use_tqdm: bool | Callable[..., Any],
     ) -> list[RequestOutput]:
         """`generate` of encoded prompts, each with its params."""
-        requests = [Request(ids, p) for (_, ids), p in zip(prompts, params, strict=True)]
-        for i, request in enumerate(requests):
-            at_prompt(i, self._check, request)
+        pairs = zip(prompts, params, strict=True)
+        requests = [at_prompt(i, self._request, ids, p) for i, ((_, ids), p) in enumerate(pairs)]
         with self._lock:
             generation = Generation(self.engine, self.tokenizer, requests)
             run(generation, use_tqdm)
         texts = [text for text, _ in prompts]
         return [job.result(text) for job, text in zip(generation.jobs, texts, strict=True)]
 
-    def _check(self, request: Request) -> None:
-        """Raises InvalidRequest if the request can never be served."""
-        for name in UNSERVED:
-            if getattr(request.params, name):
-                raise InvalidRequest(f"{name} is not supported yet; leave it out", param=name)
+    def _request(self, ids: list[int], params: SamplingParams) -> Request:
+        """What the engine is asked. Raises InvalidRequest if it can never be served."""
+        constraints = Constraints()
+        if params.structured_outputs or params.bad_words:
+            constraints = self._constrainer().constraints(params)
+        request = Request(ids, params, **constraints._asdict())
         self.engine.check(request)
-        if request.params.stop:
+        if params.stop:
             self._text_tokenizer("a stop string")
+        return request
+
+    def _constrainer(self) -> Constrainer:
+        if self._known_constrainer is None:
+            tokenizer = self._text_tokenizer("a form of the output, or bad_words,")
+            vocab_size = self.engine.model_config.vocab_size
+            self._known_constrainer = Constrainer(tokenizer, vocab_size, self.engine.eos_token_ids)
+        return self._known_constrainer
 
 
 def _path(name: str, value: Any) -> str:

@@ -95,6 +95,16 @@ class Tokenizer:
             ) from None
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
+    def spellings(self, word: str) -> tuple[tuple[int, ...], ...]:
+        """Token ids of a word at the start of a line, and within one: after a space."""
+        texts = (word.lstrip(), f" {word.lstrip()}")
+        found = {tuple(self.encode(text, add_special_tokens=False)): None for text in texts}
+        return tuple(ids for ids in found if ids)
+
+    def as_json(self) -> str:
+        """What its tokenizer.json would say."""
+        return self._backend.to_str()
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; ids that the vocabulary lacks have none. Other threads run meanwhile."""
         return self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]

@@ -66,6 +66,9 @@ class Admission:
         check_ids("prompt", prompt, self._vocab_size)
         check_ids("stop_token_ids", p.stop_token_ids, self._vocab_size)
         check_ids("logit_bias", p.logit_bias or (), self._vocab_size)
+        check_ids("allowed_token_ids", p.allowed_token_ids or (), self._vocab_size)
+        for word in request.bad_words:
+            check_ids("bad_words", word, self._vocab_size)
         return self.max_total_tokens if p.max_tokens is None else len(prompt) + p.max_tokens
 
     def enter(self, requests: list[Request]) -> None:

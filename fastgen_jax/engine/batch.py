@@ -45,14 +45,57 @@ class Shape(NamedTuple):
     n_blocks: int
     plan: PlanSizes | None = None
 
+    @property
+    def fields(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parts of a batch's packed array, in order."""
+        t, s, p, plan = self
+        plan_fields = {} if plan is None else {f"plan_{k}": v for k, v in plan.shapes.items()}
+        return plan_fields | {
+            "token_ids": (t,),  # UNKNOWN: read the device's table
+            "positions": (t,),
+            "token_rows": (t,),
+            "slots": (t,),
+            "block_tables": (s, p),
+            "seq_lens": (s,),
+            "cu_q_lens": (s + 1,),
+            "sample_tokens": (s,),  # which token's hidden state each sample comes from
+            "sample_rows": (s,),
+            "sample_params": (s, N_PARAMS),
+            "counts": (3,),  # n_seqs, n_single, n_samples: none if masks come first
+        }
+
+
+class MaskedShape(NamedTuple):
+    """Sizes of the program that draws the tokens of a constrained batch."""
+
+    n_seqs: int
+    mask_width: int
+
+    @property
+    def fields(self) -> dict[str, tuple[int, ...]]:
+        """As of Shape."""
+        s, w = self
+        return {
+            "rows": (s,),
+            "n_tokens": (s,),
+            "params": (s, N_PARAMS),
+            "masks": (s, w),
+            "n_samples": (1,),
+        }
+
 
 class Batch(NamedTuple):
     """One step's upload, and whose chunks and samples it holds."""
 
     shape: Shape
-    packed: np.ndarray  # i32, laid out by fields(shape)
+    packed: np.ndarray  # i32, laid out by shape
     sequences: list[Sequence]  # one per chunk
     sampled: list[Sequence]  # in the order of the result's rows
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether masks must be made before its tokens can be drawn."""
+        return any(sequence.constraint is not None for sequence in self.sampled)
 
     def reached(self) -> list[tuple[Sequence, int]]:
         """Each sequence, with the tokens that it has in the cache after the step."""
@@ -69,33 +112,14 @@ class Batch(NamedTuple):
         )
 
 
-def fields(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parts of the packed array, in order."""
-    t, s, p, plan = shape
-    plan_fields = {} if plan is None else {f"plan_{k}": v for k, v in plan.shapes.items()}
-    return plan_fields | {
-        "token_ids": (t,),  # UNKNOWN: read the device's table
-        "positions": (t,),
-        "token_rows": (t,),
-        "slots": (t,),
-        "block_tables": (s, p),
-        "seq_lens": (s,),
-        "cu_q_lens": (s + 1,),
-        "sample_tokens": (s,),  # which token's hidden state each sample comes from
-        "sample_rows": (s,),
-        "sample_params": (s, N_PARAMS),
-        "counts": (3,),  # n_seqs, n_single, n_samples
-    }
+def packed_size(shape: Shape | MaskedShape) -> int:
+    return sum(math.prod(part) for part in shape.fields.values())
 
 
-def packed_size(shape: Shape) -> int:
-    return sum(math.prod(part) for part in fields(shape).values())
-
-
-def unpack(packed, shape: Shape) -> dict:
+def unpack(packed, shape: Shape | MaskedShape) -> dict:
     """Views of the packed array by name; works on numpy (writable views) and on traced arrays."""
     parts, start = {}, 0
-    for name, part in fields(shape).items():
+    for name, part in shape.fields.items():
         size = math.prod(part)
         parts[name] = packed[start : start + size].reshape(part)
         start += size
@@ -220,6 +244,22 @@ def pack(chunks: list[Chunk], tables: HostTables, shape: Shape, block_size: int)
     part["sample_rows"][m:] = tables.n_rows
     part["sample_params"][:m] = tables.params[rows[sampled]]
     part["sample_params"][m:] = NO_PARAMS
-    part["counts"][:] = n, int((lengths == 1).sum()), m
     sequences = [chunk.sequence for chunk in chunks]
-    return Batch(shape, packed, sequences, [sequences[i] for i in sampled])
+    batch = Batch(shape, packed, sequences, [sequences[i] for i in sampled])
+    n_samples = 0 if batch.is_constrained else m
+    part["counts"][:] = n, int((lengths == 1).sum()), n_samples
+    return batch
+
+
+def pack_masked(batch: Batch, masks: np.ndarray) -> np.ndarray:
+    """What draws the tokens of a constrained batch; masks i32[n_seqs, W]."""
+    part = unpack(batch.packed, batch.shape)
+    shape = MaskedShape(*masks.shape)
+    packed = np.empty(packed_size(shape), np.int32)
+    drawn = unpack(packed, shape)
+    drawn["rows"][:] = part["sample_rows"]
+    drawn["n_tokens"][:] = part["positions"][part["sample_tokens"]] + 1
+    drawn["params"][:] = part["sample_params"]
+    drawn["masks"][:] = masks
+    drawn["n_samples"][:] = len(batch.sampled)
+    return packed

@@ -20,6 +20,7 @@ from fastgen_jax.engine.admission import Admission
 from fastgen_jax.engine.batch import Batch
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.faults import Faults, Trials
+from fastgen_jax.engine.masks import MaskMaker
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.requests import default_params, eos_token_ids, make_sequences
 from fastgen_jax.engine.runner import StepResult
@@ -36,13 +37,14 @@ from fastgen_jax.errors import EngineStopped
 from fastgen_jax.sampling_params import SamplingParams
 
 CLOSED = "the engine is closed; make a new one"
+NOTHING_ALLOWED = "no token is allowed by all of what constrains the output"
 
 
 class InFlight(NamedTuple):
     """A dispatched step whose tokens have not been read."""
 
     batch: Batch
-    result: Any
+    launched: Any
 
 
 class Failed(NamedTuple):
@@ -78,7 +80,8 @@ class Engine:
         self.model_config = started.model_config
         self.default_params = default_params(started.generation_config)
         self.eos_token_ids = eos_token_ids(started.generation_config, started.model_config)
-        self.timings = dict.fromkeys(("plan", "pack", "dispatch", "wait", "commit"), 0.0)  # seconds
+        phases = ("plan", "pack", "dispatch", "wait", "commit", "mask")
+        self.timings = dict.fromkeys(phases, 0.0)  # seconds
         self._runner = started.runner
         self._placement = Placement(c, self.model_config.longest_window)
         self._admission = Admission(
@@ -93,6 +96,7 @@ class Engine:
         self._followers: dict[int, list[Sequence]] = {}  # not live until the first sample's token
         self._in_flight: InFlight | None = None
         self._faults, self._trials = Faults(), Trials()
+        self._masks = MaskMaker(self.model_config.vocab_size)
         self._counters = dict.fromkeys(
             ("steps", "prompt", "generated", "prefix_queries", "prefix_hits"), 0
         )
@@ -267,6 +271,11 @@ class Engine:
                 self._commit(previous, outputs)
             except Exception as error:
                 failed = Failed(error, previous.batch)  # the batch launched since has no part in it
+        if batch and batch.is_constrained and not failed:
+            try:
+                self._draw(outputs)
+            except Exception as error:
+                failed = Failed(error, batch)
         if failed:
             self._recover(failed, outputs)
         self._last_step_time = time.monotonic()
@@ -301,17 +310,37 @@ class Engine:
 
     def _launch(self, batch: Batch) -> InFlight:
         started = time.perf_counter()
-        result = self._runner.dispatch(batch, self._placement.tables)
+        launched = self._runner.dispatch(batch, self._placement.tables)
         self._counters["steps"] += 1
         self.timings["dispatch"] += time.perf_counter() - started
-        return InFlight(batch, result)
+        return InFlight(batch, launched)
+
+    def _draw(self, outputs: list[Output]) -> None:
+        """Makes the masks of the step in flight, for which all tokens before are known by now."""
+        assert self._in_flight is not None
+        started = time.perf_counter()
+        batch, launched = self._in_flight
+        masks = self._masks.make(batch.sampled, batch.shape.n_seqs)
+        for sequence in batch.sampled:
+            self._check_grammar(sequence, outputs)
+        made = time.perf_counter()
+        self._in_flight = InFlight(batch, self._runner.draw(batch, launched, masks))
+        self.timings["mask"] += made - started
+        self.timings["dispatch"] += time.perf_counter() - made
+
+    def _check_grammar(self, sequence: Sequence, outputs: list[Output]) -> None:
+        constraint = sequence.constraint
+        if constraint and constraint.problem and not sequence.is_finished:
+            problem = f"the grammar failed: {constraint.problem}"
+            self._end_with(sequence, "error", problem, outputs)
 
     def _commit(self, step: InFlight, outputs: list[Output]) -> None:
         """Reads a step's tokens; extends the sequences that live, ends those that are done."""
         started = time.perf_counter()
-        result = self._runner.fetch(step.result)
+        result = self._runner.fetch(step.launched)
         fetched = time.perf_counter()
         tokens, is_finite = result.token_ids.tolist(), result.is_finite.tolist()
+        is_possible = result.is_possible.tolist()
         n_rows = n_bad = 0
         for i, sequence in enumerate(step.batch.sampled):
             if sequence.finish_reason is not None:
@@ -321,6 +350,9 @@ class Engine:
                 n_bad += 1
                 problem = "the model produced non-finite logits"
                 self._end_with(sequence, "error", problem, outputs)
+                continue
+            if not is_possible[i]:
+                self._end_with(sequence, "error", NOTHING_ALLOWED, outputs)
                 continue
             self._extend(sequence, tokens[i], read_logprobs(result, i, sequence.params), outputs)
         self._trials.acquit(step.batch)
@@ -370,6 +402,7 @@ class Engine:
             max_tokens=total,
             engine_seed=self.config.seed,
             eos_token_ids=self.eos_token_ids,
+            vocab_size=self.model_config.vocab_size,
         )
 
         def apply(outputs: list[Output]) -> None:
@@ -416,6 +449,8 @@ class Engine:
         if token in sequence.ending_ids:
             reason = "stop"
             stop_reason = token if token in sequence.params.stop_token_ids else None
+        elif self._is_complete(sequence, token):
+            reason = "stop"
         elif sequence.n_prompt + n_output == sequence.max_tokens:
             reason = "length"
         key, n_reused = (sequence.request_id, sequence.index), sequence.n_reused
@@ -427,6 +462,15 @@ class Engine:
             self._follow(sequence.request_id)
         if reason:
             self._end(sequence, reason)
+        else:
+            self._check_grammar(sequence, outputs)
+
+    def _is_complete(self, sequence: Sequence, token: int) -> bool:
+        """Whether the output with this token satisfies a grammar that allows nothing after it."""
+        if sequence.constraint is None:
+            return False
+        sequence.constraint.advance(token)
+        return sequence.constraint.is_over
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason

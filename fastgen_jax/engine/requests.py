@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.engine.batch import MAX_EOS
+from fastgen_jax.engine.constraint import Constraint
 from fastgen_jax.engine.types import Request, Sequence
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.sampling_params import SamplingParams
@@ -19,6 +20,7 @@ def make_sequences(
     max_tokens: int,
     engine_seed: int,
     eos_token_ids: frozenset[int],
+    vocab_size: int,
 ) -> list[Sequence]:
     """One sequence for each of the request's samples.
 
@@ -26,6 +28,7 @@ def make_sequences(
     """
     prompt = np.array(request.prompt_token_ids, np.int32)
     params = request.params
+    ending = ending_ids(params, eos_token_ids)
     return [
         Sequence(
             id=next(sequence_ids),
@@ -35,12 +38,30 @@ def make_sequences(
             params=params,
             seed=seed,
             max_tokens=max_tokens,
-            ending_ids=ending_ids(params, eos_token_ids),
+            ending_ids=ending,
             cache_salt=request.cache_salt,
+            constraint=constraint(request, ending, eos_token_ids, vocab_size),
             n_tokens=len(prompt),
         )
         for index, seed in enumerate(sample_seeds(engine_seed, request_id, params))
     ]
+
+
+def constraint(
+    request: Request, ending: frozenset[int], eos: frozenset[int], vocab_size: int
+) -> Constraint | None:
+    """What one sample of the request may say; None: anything."""
+    allowed = request.params.allowed_token_ids
+    if request.grammar is None and not allowed and not request.bad_words:
+        return None
+    return Constraint(
+        grammar=request.grammar,
+        allowed_token_ids=allowed,
+        bad_words=request.bad_words,
+        ending_ids=ending,
+        eos_token_ids=eos,
+        vocab_size=vocab_size,
+    )
 
 
 def ending_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:

@@ -3,9 +3,10 @@ device_get.
 
 One function runs a step: embed, layers (which write the KV cache and attend), logits of the
 sampled rows, sampling. It takes the model's leaves and one packed int32 array, and returns one
-array. The cache and the table of known tokens are donated and aliased in place. Every shape is
-compiled by `compile`; afterwards only compiled executables are called, so that nothing can compile
-while serving.
+array. The cache and the table of known tokens are donated and aliased in place. Where masks come
+first the step samples nothing, and `masked_step` draws from the hidden states that it leaves. Every
+shape is compiled by `compile`; afterwards only compiled executables are called, so that nothing can
+compile while serving.
 
 jax keeps what it traced and compiled for as long as the function it was given lives. So each
 program is made from a function of its own, not from one of the module: the runner owns it all.
@@ -26,17 +27,20 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from fastgen_jax.engine.batch import (
     UNKNOWN,
     Batch,
     HostTables,
+    MaskedShape,
     Shape,
+    pack_masked,
     packed_size,
     unpack,
     work_plan,
 )
+from fastgen_jax.engine.constraint import mask_width
 from fastgen_jax.engine.sampling import RowParams, RowTables, Sampled, sample
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.sharding import cache_sharding, replicated, shard_attention
@@ -45,6 +49,7 @@ from pallas_kernels import RaggedMeta, cache_shape, select
 from pallas_kernels import cache_dtype as stored_dtype
 
 RESULT_SIZE = 3 + 2 * MAX_LOGPROBS
+IS_FINITE, IS_POSSIBLE = 1, 2  # flags of a result
 
 
 class DeviceState(NamedTuple):
@@ -54,22 +59,30 @@ class DeviceState(NamedTuple):
     token_ids: Int[Array, "R+1 M"]  # every token known so far; the last line is scratch
 
 
+class Launched(NamedTuple):
+    """What a dispatched step leaves on the device; row i belongs to `Batch.sampled[i]`."""
+
+    hidden: Float[Array, "S D"]
+    result: Int[Array, "S {RESULT_SIZE}"]
+
+
 class StepResult(NamedTuple):
     """Numpy results of one step; row i belongs to `Batch.sampled[i]`."""
 
     token_ids: np.ndarray
     logprobs: np.ndarray
     is_finite: np.ndarray
+    is_possible: np.ndarray
     top_ids: np.ndarray
     top_logprobs: np.ndarray
 
     @classmethod
     def unpack(cls, packed: np.ndarray) -> "StepResult":
         floats = packed.view(np.float32)
-        split = 3 + MAX_LOGPROBS
-        return cls(
-            packed[:, 0], floats[:, 1], packed[:, 2] != 0, packed[:, 3:split], floats[:, split:]
-        )
+        flags, split = packed[:, 2], 3 + MAX_LOGPROBS
+        is_finite, is_possible = flags & IS_FINITE != 0, flags & IS_POSSIBLE != 0
+        tops = packed[:, 3:split], floats[:, split:]
+        return cls(packed[:, 0], floats[:, 1], is_finite, is_possible, *tops)
 
 
 def pack_result(sampled: Sampled) -> Int[Array, "S {RESULT_SIZE}"]:
@@ -78,7 +91,9 @@ def pack_result(sampled: Sampled) -> Int[Array, "S {RESULT_SIZE}"]:
     def bits(x):
         return lax.bitcast_convert_type(x, jnp.int32)
 
-    columns = [sampled.token_ids, bits(sampled.logprobs), sampled.is_finite.astype(jnp.int32)]
+    flags = jnp.where(sampled.is_finite, IS_FINITE, 0)
+    flags |= jnp.where(sampled.is_possible, IS_POSSIBLE, 0)
+    columns = [sampled.token_ids, bits(sampled.logprobs), flags]
     tops = [sampled.top_ids, bits(sampled.top_logprobs)]
     return jnp.concatenate([jnp.stack(columns, axis=1), *tops], axis=1)
 
@@ -104,7 +119,7 @@ def step(
     *,
     program: Program,
     shape: Shape,
-) -> tuple[DeviceState, Int[Array, "S {RESULT_SIZE}"]]:
+) -> tuple[DeviceState, Launched]:
     """One ragged batch through the model, and one sampled token for each row that asks for it."""
     part = unpack(packed, shape)
     n_seqs, n_single, n_samples = part["counts"]
@@ -132,29 +147,73 @@ def step(
 
     model = program.model(leaves)
     hidden, caches = model(token_ids, positions, state.caches, attend)
-    sample_rows, n_tokens = part["sample_rows"], positions[part["sample_tokens"]] + 1
-    params = RowParams.unpack(part["sample_params"])
+    hidden = hidden[part["sample_tokens"]]
+    hidden = lax.with_sharding_constraint(hidden, replicated(program.mesh))
+    drawn = Drawn(
+        RowParams.unpack(part["sample_params"]),
+        part["sample_rows"],
+        positions[part["sample_tokens"]] + 1,
+    )
     tables = RowTables(known, *row_tables)
-    sampled_hidden = hidden[part["sample_tokens"]]
-    tile = min(program.sample_tile, shape.n_seqs)
+    known, result = draw_rows(model.unembed, hidden, drawn, tables, n_samples, program.sample_tile)
+    return DeviceState(caches, known), Launched(hidden, result)
 
-    def sample_rows_from(i, result):
+
+def masked_step(
+    leaves: tuple[Array, ...],
+    known: Int[Array, "R+1 M"],
+    hidden: Float[Array, "S D"],
+    packed: Int[Array, "..."],
+    row_tables: tuple[Array, Array, Array],
+    *,
+    program: Program,
+    shape: MaskedShape,
+) -> tuple[Int[Array, "R+1 M"], Int[Array, "S {RESULT_SIZE}"]]:
+    """What `step` would have sampled from these hidden states, had the masks been there."""
+    part = unpack(packed, shape)
+    params = RowParams.unpack(part["params"])
+    drawn = Drawn(params, part["rows"], part["n_tokens"], part["masks"])
+    tables, unembed = RowTables(known, *row_tables), program.model(leaves).unembed
+    return draw_rows(unembed, hidden, drawn, tables, part["n_samples"][0], program.sample_tile)
+
+
+class Drawn(NamedTuple):
+    """The rows whose tokens are drawn."""
+
+    params: RowParams
+    rows: Int[Array, "S"]
+    n_tokens: Int[Array, "S"]
+    masks: Int[Array, "S W"] | None = None
+
+
+def draw_rows(
+    unembed: Callable[[Array], Array],
+    hidden: Float[Array, "S D"],
+    drawn: Drawn,
+    tables: RowTables,
+    n_samples: Int[Array, ""],
+    tile: int,
+) -> tuple[Int[Array, "R+1 M"], Int[Array, "S {RESULT_SIZE}"]]:
+    """Samples the first rows, a tile of logits at a time, and notes their tokens as known."""
+    tile = min(tile, len(hidden))
+
+    def draw_tile(i, result):
         start = i * tile
 
         def cut(x):
             return lax.dynamic_slice_in_dim(x, start, tile)
 
-        logits = model.unembed(cut(sampled_hidden))
-        row_params = jax.tree.map(cut, params)
-        sampled = sample(logits, row_params, tables, cut(sample_rows), cut(n_tokens))
+        rows = jax.tree.map(cut, drawn)
+        sampled = sample(
+            unembed(cut(hidden)), rows.params, tables, rows.rows, rows.n_tokens, rows.masks
+        )
         return lax.dynamic_update_slice_in_dim(result, pack_result(sampled), start, 0)
 
     with jax.named_scope("sample"):
-        result = jnp.zeros((shape.n_seqs, RESULT_SIZE), jnp.int32)
-        n_tiles = (n_samples + tile - 1) // tile
-        result = lax.fori_loop(0, n_tiles, sample_rows_from, result)
-    known = known.at[sample_rows, n_tokens].set(result[:, 0], mode="drop")
-    return DeviceState(caches, known), result
+        result = jnp.zeros((len(hidden), RESULT_SIZE), jnp.int32)
+        result = lax.fori_loop(0, (n_samples + tile - 1) // tile, draw_tile, result)
+    known = tables.token_ids.at[drawn.rows, drawn.n_tokens].set(result[:, 0], mode="drop")
+    return known, result
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Callable[[], Array]:
@@ -189,6 +248,7 @@ class Runner:
         model: an NNX module whose parameters are on the mesh.
         n_rows, max_tokens: size of the table of known tokens.
         n_blocks, block_size, cache_dtype: size of the KV cache.
+        hidden_dtype: of the model's final hidden states.
         shapes: what to compile; every batch must have one of them.
     """
 
@@ -204,6 +264,7 @@ class Runner:
         n_blocks: int,
         block_size: int,
         cache_dtype: str,
+        hidden_dtype: str,
         shapes: list[Shape],
         sample_tile: int,
     ):
@@ -212,7 +273,9 @@ class Runner:
         self.program = Program(treedef, attention_backend, mesh, sample_tile)
         self.mesh = mesh
         self.shapes = shapes
-        self._steps: dict[Shape, Callable] = {}
+        self._steps: dict[Shape | MaskedShape, Callable] = {}
+        self._hidden_size, self._hidden_dtype = config.hidden_size, hidden_dtype
+        self._mask_width = mask_width(config.vocab_size)
         self._state_shape = (n_rows + 1, max_tokens)
         own = cache_shape(  # of one device
             attention_backend,
@@ -246,15 +309,18 @@ class Runner:
     def compile(self, tables: HostTables, on_done: Callable[[int, int], None]) -> None:
         """Compiles every shape, the largest first, on as many threads as help."""
         self._upload_tables(tables)
+        masked = {MaskedShape(shape.n_seqs, self._mask_width): None for shape in self.shapes}
         with ThreadPoolExecutor(2) as pool:
-            jobs = [pool.submit(self._compile, shape) for shape in reversed(self.shapes)]
+            jobs = [
+                pool.submit(self._compile, shape) for shape in [*reversed(self.shapes), *masked]
+            ]
             for n_done, job in enumerate(jobs):
                 on_done(n_done, len(jobs))
                 job.result()
             on_done(len(jobs), len(jobs))
         return_freed_memory()
 
-    def _compile(self, shape: Shape) -> None:
+    def _compile(self, shape: Shape | MaskedShape) -> None:
         self._steps[shape] = self.lower(shape).compile()
 
     def temporary_bytes(self, shape: Shape) -> int:
@@ -265,29 +331,50 @@ class Runner:
         assert analysis is not None
         return analysis.temp_size_in_bytes
 
-    def lower(self, shape: Shape):
+    def lower(self, shape: Shape | MaskedShape):
         """The traced step of this shape, ready to compile."""
-        packed = jax.ShapeDtypeStruct(
-            (packed_size(shape),), jnp.int32, sharding=replicated(self.mesh)
-        )
-        one_shape = partial(step, program=self.program, shape=shape)
-        return jax.jit(one_shape, donate_argnames="state").lower(
-            self.leaves, self.state, packed, self._row_tables
+        packed = self._absent((packed_size(shape),), jnp.int32)
+        if isinstance(shape, Shape):
+            one_shape = partial(step, program=self.program, shape=shape)
+            return jax.jit(one_shape, donate_argnames="state").lower(
+                self.leaves, self.state, packed, self._row_tables
+            )
+        one_shape = partial(masked_step, program=self.program, shape=shape)
+        hidden = self._absent((shape.n_seqs, self._hidden_size), self._hidden_dtype)
+        return jax.jit(one_shape, donate_argnames="known").lower(
+            self.leaves, self.state.token_ids, hidden, packed, self._row_tables
         )
 
-    def dispatch(self, batch: Batch, tables: HostTables) -> Array:
-        """Starts a step and returns at once; `fetch` waits for its result."""
+    def _absent(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
+
+    def dispatch(self, batch: Batch, tables: HostTables) -> Launched:
+        """Starts a step and returns at once. `fetch` waits for its result; if the batch is
+        constrained, `draw` comes before.
+        """
         if tables.is_dirty:
             self._upload_tables(tables)
         packed = jax.device_put(batch.packed, replicated(self.mesh))
         run = self._steps[batch.shape]
-        self.state, result = run(self.leaves, self.state, packed, self._row_tables)
-        result.copy_to_host_async()
-        return result
+        self.state, launched = run(self.leaves, self.state, packed, self._row_tables)
+        if not batch.is_constrained:
+            launched.result.copy_to_host_async()
+        return launched
 
-    def fetch(self, result: Array) -> StepResult:
+    def draw(self, batch: Batch, launched: Launched, masks: np.ndarray) -> Launched:
+        """Starts to draw the tokens of a constrained batch; masks i32[n_seqs, W]."""
+        packed = jax.device_put(pack_masked(batch, masks), replicated(self.mesh))
+        run = self._steps[MaskedShape(*masks.shape)]
+        known, result = run(
+            self.leaves, self.state.token_ids, launched.hidden, packed, self._row_tables
+        )
+        self.state = self.state._replace(token_ids=known)
+        result.copy_to_host_async()
+        return launched._replace(result=result)
+
+    def fetch(self, launched: Launched) -> StepResult:
         """Waits for a dispatched step."""
-        return StepResult.unpack(np.asarray(result))
+        return StepResult.unpack(np.asarray(launched.result))
 
     def _upload_tables(self, tables: HostTables) -> None:
         # Copies: on CPU device_put may alias host memory, and the host goes on writing there.

@@ -1,7 +1,8 @@
 """sample(): logits to tokens, batched, on device, inside the step; every parameter is an array, one
 value per row.
 
-Order: penalties, bias and bans; temperature; top_k; top_p and min_p of what top_k left; the draw.
+Order: penalties, bias and bans; the mask, if there is one; temperature; top_k; top_p and min_p of
+what top_k left; the draw.
 Work that no row asks for is skipped at run time (lax.cond), so mixing parameters costs no
 recompilation. Nothing here sorts the vocabulary: thresholds are found by bisection over the bits of
 float32, which is exact.
@@ -64,7 +65,8 @@ class Sampled(NamedTuple):
     logprobs: Float[Array, "S"]  # of the raw logits
     top_ids: Int[Array, "S {MAX_LOGPROBS}"]
     top_logprobs: Float[Array, "S {MAX_LOGPROBS}"]
-    is_finite: Bool[Array, "S"]
+    is_finite: Bool[Array, "S"]  # the logits
+    is_possible: Bool[Array, "S"]  # some token was allowed
 
 
 def sample(
@@ -73,8 +75,9 @@ def sample(
     tables: RowTables,
     rows: Int[Array, "S"],
     n_tokens: Int[Array, "S"],
+    masks: Int[Array, "S W"] | None = None,
 ) -> Sampled:
-    """Draws the token after the first `n_tokens` of each row.
+    """Draws the token after the first `n_tokens` of each row, of those that its mask allows.
 
     The draw depends on (logits, parameters, seed, position) of the row alone, never on the others.
     """
@@ -91,6 +94,10 @@ def sample(
         lambda: adjust(logits, params, tables, rows, n_tokens),
         lambda: logits,
     )
+    is_possible = jnp.ones(len(logits), bool)
+    if masks is not None:
+        adjusted = jnp.where(is_allowed(masks, logits.shape[1]), adjusted, -jnp.inf)
+        is_possible = jnp.max(adjusted, axis=-1) > -jnp.inf
     greedy = first_best(adjusted)
     is_random = params.temperature > 0.0
     drawn = lax.cond(jnp.any(is_random), lambda: draw(adjusted, params, n_tokens), lambda: greedy)
@@ -105,7 +112,15 @@ def sample(
         top_ids,
         top_logits - normaliser,
         jnp.isfinite(normaliser[:, 0]),
+        is_possible,
     )
+
+
+def is_allowed(masks: Int[Array, "S W"], vocab_size: int) -> Bool[Array, "S V"]:
+    """The masks' bits: token t is bit t % 32 of element t // 32."""
+    places = jnp.arange(32, dtype=jnp.int32)
+    bits = (masks[:, :, None] >> places[None, None]) & 1
+    return bits.reshape(len(masks), -1)[:, :vocab_size] != 0
 
 
 def first_best(logits: Float[Array, "S V"]) -> Int[Array, "S"]:

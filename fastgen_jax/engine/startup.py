@@ -271,6 +271,7 @@ def make_runner(
         n_blocks=config.num_kv_blocks,
         block_size=config.block_size,
         cache_dtype=config.dtype,
+        hidden_dtype=make_policy(config, mesh).activations,
         shapes=shapes,
         sample_tile=BACKENDS[jax.default_backend()].sample_tile,
     )

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from fastgen_jax.engine.constraint import Constraint
 from fastgen_jax.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -24,11 +25,17 @@ class Request:
     """What a caller asks for: token ids in, `params.n` samples out. The engine never sees text.
 
     Cached prefixes are shared among requests of the same salt only.
+
+    Args:
+        grammar: what `params.structured_outputs` says, as GrammarCompiler makes it.
+        bad_words: what `params.bad_words` says, as runs of token ids.
     """
 
     prompt_token_ids: list[int]
     params: SamplingParams
     cache_salt: bytes = b""
+    grammar: Any = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(eq=False, slots=True)
@@ -50,6 +57,7 @@ class Sequence:
     ending_ids: frozenset[int]  # tokens that end it
     n_tokens: int
     cache_salt: bytes = b""
+    constraint: Constraint | None = None
     n_cached: int = 0
     row: int = -1  # line of the host tables; -1: waiting
     block_ids: list[int] = field(default_factory=list)

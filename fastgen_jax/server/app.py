@@ -147,12 +147,14 @@ class Routes:
         """The request in the engine's queue. INVARIANT: the body is counted as long as it lives."""
         with self.service.uploads.open() as upload:
             ask = await self._read(request, read, upload)
+            constraints = await self.service.constraints(ask.params)
             generation = self.service.submit(
                 ask.prompts,
                 ask.params,
                 is_streaming=ask.is_streaming,
                 param=ask.param,
                 cache_salt=protocol.cache_salt(ask.cache_salt, request.scope["state"]["tenant"]),
+                constraints=constraints,
             )
             return generation, ask
 

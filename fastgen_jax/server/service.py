@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from fastgen_jax.constrained import Constrainer, Constraints
 from fastgen_jax.engine.types import Output, Request, Stats
 from fastgen_jax.errors import QueueFull, RequestError
 from fastgen_jax.sampling_params import SamplingParams
@@ -22,6 +23,7 @@ from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
 from fastgen_jax.server.generation import Choice, Generation
 from fastgen_jax.server.metrics import Metrics
+from fastgen_jax.server.trial import Trial
 from fastgen_jax.server.uploads import Uploads
 from fastgen_jax.tokenizer import TextStream, Tokenizer
 
@@ -33,7 +35,10 @@ log = logging.getLogger("fastgen_jax.server")
 INLINE_BYTES = 2000  # a body up to this size is read on the event loop: 0.5 ms, 10 at worst
 LOAD_RETRY_AFTER = 5
 ENGINE_EXIT_TIMEOUT = 2.0
+N_COMPILING = 4  # requests whose form is compiled at once; those that are tried take turns
 NONFINITE_SHARE = 0.5  # of the rows sampled lately; more of them and the server is not ready
+
+UNCONSTRAINED = Constraints()
 
 Result = TypeVar("Result")
 OnPhase = Callable[[str, int, int], None]
@@ -95,6 +100,9 @@ class Service:
         self._attached = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastgen-engine", daemon=True)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="fastgen-tokenize")
+        self._compiling = ThreadPoolExecutor(N_COMPILING, thread_name_prefix="fastgen-grammar")
+        self._trial = Trial()
+        self._constrainer: Constrainer | None = None
 
     def start(self):
         """Begins to load, in the engine's thread."""
@@ -117,7 +125,9 @@ class Service:
     def stop(self) -> bool:
         """Ends the engine's thread; False if it still loads, which nothing can interrupt."""
         self._attached.set()
-        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._tokenizing, self._compiling):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._trial.close()
         if self.backend is not None:
             self.backend.engine.stop()
             self._thread.join(ENGINE_EXIT_TIMEOUT)
@@ -159,7 +169,9 @@ class Service:
         self._on_phase(name, done, total)
 
     def _become_ready(self, backend: Backend):
-        self.backend = backend
+        engine, tokenizer = self.backend = backend
+        vocab_size = engine.model_config.vocab_size
+        self._constrainer = Constrainer(tokenizer, vocab_size, engine.eos_token_ids)
         if self.phase.name != "draining":
             self.phase = Phase("ready")
         self._on_phase("ready", 0, 0)
@@ -263,6 +275,23 @@ class Service:
         except RequestError as error:
             raise from_engine(error) from None
 
+    async def constraints(self, params: SamplingParams) -> Constraints:
+        """What these params constrain; a form is compiled beside the event loop, once it has passed
+        its trial.
+
+        Raises:
+            ApiError: it cannot be compiled.
+        """
+        if params.structured_outputs is None and not params.bad_words:
+            return Constraints()
+        assert self._constrainer is not None
+        loop = asyncio.get_running_loop()
+        constraints, read = self._constrainer.constraints, self._trial.grammar_text
+        try:
+            return await loop.run_in_executor(self._compiling, constraints, params, read)
+        except RequestError as error:
+            raise from_engine(error) from None
+
     def submit(
         self,
         prompts: list[list[int]],
@@ -271,6 +300,7 @@ class Service:
         is_streaming: bool,
         param: str = "prompt",
         cache_salt: bytes = b"",
+        constraints: Constraints = UNCONSTRAINED,
     ) -> Generation:
         """Hands the prompts, which the field `param` held, to the engine: all or none. They share
         cached prefixes with requests of the same salt only.
@@ -279,7 +309,8 @@ class Service:
             ApiError: the engine refused.
         """
         # Admitted first: what a refusal costs must not depend on what the request asks for.
-        ids = self._admit([Request(prompt, params, cache_salt) for prompt in prompts], param)
+        fields = {"params": params, "cache_salt": cache_salt, **constraints._asdict()}
+        ids = self._admit([Request(prompt, **fields) for prompt in prompts], param)
         with contextlib.ExitStack() as undo:
             undo.callback(self._cancel, ids)
             generation = self._generation(prompts, params, is_streaming)

@@ -16,6 +16,7 @@ import numpy as np
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.batch import FLOAT_PARAMS, UNKNOWN, Batch, unpack
 from fastgen_jax.engine.blocks import EMPTY_PREFIX, BlockPool
+from fastgen_jax.engine.constraint import mask_width
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.requests import sample_seeds
 from fastgen_jax.engine.runner import StepResult, make_shapes
@@ -52,6 +53,7 @@ class Draw(NamedTuple):
     token: int
     logprob: float
     is_finite: bool
+    is_possible: bool
 
 
 def draw(
@@ -60,10 +62,14 @@ def draw(
     """cells: those that the last token sees."""
     h = mix(*cells, *line, *(mix(token, int(value * 8)) for token, value in bias))
     token = EOS if (h >> 8) % 16 == 0 else (h >> 16) % N_WORDS
-    if token in banned:
-        token = next(t for t in range(VOCAB_SIZE) if t not in banned)
+    possible = [t for t in range(VOCAB_SIZE) if t not in banned]
+    if possible and token in banned:
+        token = possible[0]
     is_finite = (h >> 44) % 128 != 0 and POISON not in cells
-    return Draw(token, -float((h >> 32) % 4096), is_finite)
+    return Draw(token, -float((h >> 32) % 4096), is_finite, bool(possible))
+
+
+BadWords = tuple[tuple[int, ...], ...]
 
 
 class Ending(NamedTuple):
@@ -74,8 +80,20 @@ class Ending(NamedTuple):
     reason: str
 
 
+def forbidden(params: SamplingParams, bad_words: BadWords, output: list[int]) -> set[int]:
+    """Tokens that may not follow this output."""
+    allowed = params.allowed_token_ids or range(VOCAB_SIZE)
+    ends = {w[-1] for w in bad_words if w[:-1] == tuple(output[len(output) - len(w) + 1 :])}
+    return set(range(VOCAB_SIZE)) - set(allowed) | ends
+
+
 def oracle(
-    prompt: list[int], params: SamplingParams, seed: int, max_tokens: int, window: int | None
+    prompt: list[int],
+    params: SamplingParams,
+    seed: int,
+    max_tokens: int,
+    window: int | None,
+    bad_words: BadWords,
 ) -> Ending:
     """The tokens of one sample, computed alone and without any cache management."""
     line = [int(np.float32(getattr(params, name)).view(np.int32)) for name in FLOAT_PARAMS]
@@ -89,8 +107,10 @@ def oracle(
             cells.append(cell(cells[-1] if cells else 0, tokens[position], position))
         is_early = len(tokens) < len(prompt) + params.min_tokens
         seen = cells[-(window or len(cells)) :]
-        token, logprob, is_finite = draw(seen, line, bias, ending if is_early else set())
-        if not is_finite:
+        banned = forbidden(params, bad_words, tokens[len(prompt) :])
+        banned |= ending if is_early else set()
+        token, logprob, is_finite, is_possible = draw(seen, line, bias, banned)
+        if not is_finite or not is_possible:
             return Ending(tokens[len(prompt) :], logprobs, "error")
         tokens.append(token)
         logprobs.append(logprob)
@@ -106,12 +126,14 @@ class Launched(NamedTuple):
     number: int
     batch: Batch
     row_tables: tuple[np.ndarray, ...]
+    masks: np.ndarray | None = None
 
 
 class FakeRunner:
     """The device of integers. It runs a step when its result is fetched: no earlier, in order.
 
-    `fail_next` ("dispatch" or "fetch") makes the next such call raise, once; `failed` is its batch.
+    `fail_next` ("dispatch", "draw" or "fetch") makes the next such call raise, once; `failed` is
+    its batch.
     `poison_next` makes one row of the next step that samples non-finite, once, and its newest cell
     too; `poisoned` is its sequence.
     """
@@ -131,7 +153,7 @@ class FakeRunner:
             tile=1024,
         )
         self.is_closed = False
-        self.n_dispatched = self.n_fetched = 0
+        self.n_dispatched = self.n_drawn = self.n_fetched = 0
         self.log: list[tuple[str, int]] = []
         self.fail_next: str | None = None
         self.failed: Batch | None = None
@@ -168,7 +190,17 @@ class FakeRunner:
         self.in_flight.append(launched)
         return launched
 
+    def draw(self, batch: Batch, launched: Launched, masks: np.ndarray) -> Launched:
+        assert list(self.in_flight) == [launched], "a token that comes before is not known yet"
+        assert masks.shape == (batch.shape.n_seqs, mask_width(VOCAB_SIZE))
+        if self._fails("draw", batch):
+            raise RuntimeError("the draw failed")
+        self.n_drawn += 1
+        self.in_flight[0] = launched._replace(masks=masks)
+        return self.in_flight[0]
+
     def fetch(self, launched: Launched) -> StepResult:
+        assert (launched.masks is not None) == launched.batch.is_constrained
         assert self.in_flight.popleft() is launched, "fetched out of order"
         self.log.append(("fetch", launched.number))
         self.n_fetched += 1
@@ -200,7 +232,7 @@ class FakeRunner:
         assert len(set(slots.tolist())) == total, "two tokens share a slot"
         assert (slots >= self.block_size).all(), "scratch is written"
         assert not part["slots"][total:].any(), "padding writes outside scratch"
-        assert n_samples == len(batch.sampled)
+        assert n_samples == (0 if batch.is_constrained else len(batch.sampled))
 
     def _execute(self, step: Launched) -> StepResult:
         part = unpack(step.batch.packed, step.batch.shape)
@@ -219,7 +251,7 @@ class FakeRunner:
                 self.poison_next, self.poisoned = False, step.batch.sampled[i]
                 self.cells[slots[-1]] = POISON
             last[end - 1] = [self.cells[slot] for slot in slots]
-        return self._sample(part, last, step.row_tables)
+        return self._sample(part, last, step)
 
     def _write(self, part, t: int, slot: int, slots: list[int]) -> None:
         """Computes the cell of token t of the batch from the cell before it."""
@@ -230,26 +262,29 @@ class FakeRunner:
         self.token_ids[row, position] = token
         self.cells[slot] = cell(self.cells[slots[position - 1]] if position else 0, token, position)
 
-    def _sample(self, part, last: dict[int, list[int]], row_tables) -> StepResult:
-        bias_ids, bias, banned_ids = row_tables
+    def _sample(self, part, last: dict[int, list[int]], step: Launched) -> StepResult:
+        bias_ids, bias, banned_ids = step.row_tables
         draws = []
-        for i in range(part["counts"][2]):
+        for i in range(len(step.batch.sampled)):
             row, line = int(part["sample_rows"][i]), part["sample_params"][i].tolist()
             cells = last[int(part["sample_tokens"][i])]
             has_bias, min_total = line[-1], line[-2]
             n_biased = np.count_nonzero(bias_ids[row] != UNKNOWN) if has_bias else 0
             pairs = zip(bias_ids[row, :n_biased].tolist(), bias[row].tolist(), strict=False)
             banned = set(banned_ids[row].tolist()) if len(cells) < min_total else set()
+            if step.masks is not None:
+                banned |= {t for t in range(VOCAB_SIZE) if not step.masks[i, 0] >> t & 1}
             seen = cells[-(self.window or len(cells)) :]
             draws.append(draw(seen, line, sorted(pairs), banned))
             if len(cells) < self.max_tokens:
                 self.token_ids[row, len(cells)] = draws[-1].token
-        tokens, logprobs, is_finite = np.array(draws, float).reshape(-1, 3).T
+        tokens, logprobs, is_finite, is_possible = np.array(draws, float).reshape(-1, 4).T
         ranks = np.arange(MAX_LOGPROBS)
         top_ids = np.broadcast_to(ranks, (len(draws), MAX_LOGPROBS))
         return StepResult(
-            tokens.astype(np.int32), logprobs, is_finite != 0, top_ids, logprobs[:, None] - ranks
-        )
+            tokens.astype(np.int32), logprobs, is_finite != 0, is_possible != 0,
+            top_ids, logprobs[:, None] - ranks,
+        )  # fmt: skip
 
 
 def fake_engine(*, window: int | None = None, **changes) -> Engine:
@@ -301,10 +336,16 @@ class Simulation:
 
     # Acts.
 
-    def submit(self, prompt: list[int], params: SamplingParams, salt: bytes = b"") -> None:
+    def submit(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        salt: bytes = b"",
+        bad_words: BadWords = (),
+    ) -> None:
         n_open = self.engine._admission.n_open
         try:
-            request_id = self.engine.submit(Request(prompt, params, salt))
+            request_id = self.engine.submit(Request(prompt, params, salt, bad_words=bad_words))
         except QueueFull:
             assert self.engine._admission.n_open == n_open > 0
             return
@@ -312,7 +353,7 @@ class Simulation:
         total = bound if params.max_tokens is None else len(prompt) + params.max_tokens
         for index, seed in enumerate(sample_seeds(ENGINE_SEED, request_id, params)):
             self.samples[request_id, index] = Sample(
-                oracle(prompt, params, seed, total, self.runner.window)
+                oracle(prompt, params, seed, total, self.runner.window, bad_words)
             )
             self.bound += 4 * total + 8
         self.check()

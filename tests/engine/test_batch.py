@@ -11,7 +11,6 @@ from fastgen_jax.engine.batch import (
     UNKNOWN,
     HostTables,
     Shape,
-    fields,
     pack,
     packed_size,
     unpack,
@@ -61,7 +60,7 @@ def plans(draw):
 
 def plain_pack(chunks, tables):
     """The parts of a batch, token by token."""
-    part = {name: np.zeros(shape, np.int32) for name, shape in fields(SHAPE).items()}
+    part = {name: np.zeros(shape, np.int32) for name, shape in SHAPE.fields.items()}
     part["token_rows"][:] = part["sample_rows"][:] = tables.n_rows
     t = m = 0
     for i, (s, n_new, _) in enumerate(chunks):
@@ -92,7 +91,7 @@ def test_pack_equals_a_plain_loop(plan):
     batch = pack(chunks, tables, SHAPE, BLOCK_SIZE)
     part, expected = unpack(batch.packed, SHAPE), plain_pack(chunks, tables)
     m = expected["counts"][2]
-    for name in fields(SHAPE):
+    for name in SHAPE.fields:
         n = m if name == "sample_params" else None
         np.testing.assert_array_equal(part[name][:n], expected[name][:n], err_msg=name)
     assert batch.sampled == [s for s, n_new, _ in chunks if s.n_cached + n_new == s.n_tokens]
@@ -181,6 +180,6 @@ def test_unpack_covers_the_packed_array_without_gaps():
     packed = np.arange(packed_size(SHAPE), dtype=np.int32)
     parts = unpack(packed, SHAPE)
     assert np.concatenate([p.ravel() for p in parts.values()]).tolist() == packed.tolist()
-    assert {name: p.shape for name, p in parts.items()} == fields(SHAPE)
+    assert {name: p.shape for name, p in parts.items()} == SHAPE.fields
     parts["counts"][:] = -5
     assert packed[-3:].tolist() == [-5, -5, -5]

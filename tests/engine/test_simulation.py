@@ -31,7 +31,9 @@ PARAMS = st.builds(
     logprobs=st.sampled_from([None, 0, 3]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.5]),
     logit_bias=st.sampled_from([None, None, {1: 2.0}, {0: -1.5, 3: 4.0}]),
+    allowed_token_ids=st.sampled_from([None, None, None, (0, 2), (1,)]),
 )
+BAD_WORDS = st.sampled_from([(), (), ((0, 1), (1, 1, 0)), ((0,), (1,), (3,))])
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -57,9 +59,9 @@ class EngineMachine(RuleBasedStateMachine):
             )
         )
 
-    @rule(prompt=PROMPTS, params=PARAMS, salt=st.sampled_from([b"", SALT]))
-    def submit(self, prompt, params, salt):
-        self.simulation.submit(prompt, params, salt)
+    @rule(prompt=PROMPTS, params=PARAMS, salt=st.sampled_from([b"", SALT]), bad_words=BAD_WORDS)
+    def submit(self, prompt, params, salt, bad_words):
+        self.simulation.submit(prompt, params, salt, bad_words)
 
     @rule(data=st.data())
     def cancel(self, data):
@@ -77,7 +79,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.simulation.step()
 
     @precondition(lambda self: self.simulation.may_fail)
-    @rule(phase=st.sampled_from(["dispatch", "fetch"]))
+    @rule(phase=st.sampled_from(["dispatch", "draw", "fetch"]))
     def fail_next(self, phase):
         self.simulation.fail_next(phase)
 
