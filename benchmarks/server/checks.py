@@ -69,6 +69,13 @@ def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(int(share * len(values)), len(values) - 1)] if values else 0.0
 
 
+def verdict(problems: Sequence[str]) -> int:
+    """Prints what is broken; the exit code."""
+    for problem in problems:
+        print(f"BROKEN: {problem}")
+    return 1 if problems else 0
+
+
 def broken_promises(record: Record) -> list[str]:
     """One line each; none for a soak that went well."""
     checks = (losses, wrong_answers, missing_faults, contagion, unrest, leaks, silences)

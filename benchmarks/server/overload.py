@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple
 
 from benchmarks.server import load
-from benchmarks.server.checks import quantile
+from benchmarks.server.checks import quantile, verdict
 from benchmarks.server.child import Child
 from benchmarks.server.client import ANSWER, REFUSED, Call, Outcome, perform
 from benchmarks.server.probe import Probe
@@ -128,9 +128,7 @@ def main() -> int:
                 problems.append(f"{name}: goodput is {phase.goodput / capacity.goodput:.0%}")
             notes = [o for o in phase.outcomes if o.kind not in (ANSWER, REFUSED)]
             problems += [f"{name}: {len(notes)} ended badly: {notes[0]}"] if notes else []
-    for problem in problems:
-        print(f"BROKEN: {problem}")
-    return 1 if problems else 0
+    return verdict(problems)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,14 @@ from collections import Counter
 from collections.abc import Callable
 
 from benchmarks.server import load
-from benchmarks.server.checks import AT_REST, Record, broken_promises, growth, quantile
+from benchmarks.server.checks import (
+    AT_REST,
+    Record,
+    broken_promises,
+    growth,
+    quantile,
+    verdict,
+)
 from benchmarks.server.child import Child, Footprint
 from benchmarks.server.client import (
     ANSWER,
@@ -237,9 +244,7 @@ def main() -> int:
         leaky, found = soak(LEAK_MINUTES, seed=args.seed, cache=cache, is_leaky=True)
     print(f"\nof a server that leaks:\n{table(leaky)}\nfound:\n  " + "\n  ".join(found or ["-"]))
     problems += missed_leaks(found)
-    for problem in problems:
-        print(f"BROKEN: {problem}")
-    return 1 if problems else 0
+    return verdict(problems)
 
 
 if __name__ == "__main__":
