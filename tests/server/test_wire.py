@@ -241,7 +241,7 @@ class TestLimits:
         received = exchange(up.address, GET, *[piece * 100] * 100)
         assert statuses(received)[-1] in (400, 431)
 
-    def test_a_body_in_single_wireis_read_within_flat_memory(self, tokenizer, monkeypatch):
+    def test_a_body_in_single_bytes_is_read_within_flat_memory(self, tokenizer, monkeypatch):
         sizes, on_body = [0], Connection.on_body
 
         def measured(connection, body):
