@@ -73,6 +73,16 @@ def tokens(outputs: list[Output]) -> list[int]:
     return [o.token_id for o in outputs if o.token_id is not None]
 
 
+def assert_idle(engine: Engine) -> None:
+    """No request, row, block or place in the queue is held."""
+    pool, admission = engine._placement.blocks.pool, engine._admission
+    pool.check()
+    assert pool.n_free == pool.n_usable
+    assert len(engine._placement.tables.free_rows) == engine.config.max_num_seqs
+    assert (admission.n_open, admission.n_queued_tokens) == (0, 0)
+    assert not engine._requests
+
+
 def random_requests(draw: int, count: int, longest: int = 60, **params) -> list[Request]:
     """Requests of random prompts; prompt and output stay under 96 tokens."""
     rng = np.random.default_rng(draw)

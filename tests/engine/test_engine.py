@@ -23,7 +23,16 @@ from fastgen_jax.errors import (
 )
 from fastgen_jax.sampling_params import SamplingParams
 from pallas_kernels.tpu.tiles import Tiles
-from tests.tiny import Naive, make_engine, one_program, random_requests, run, tokens, write_config
+from tests.tiny import (
+    Naive,
+    assert_idle,
+    make_engine,
+    one_program,
+    random_requests,
+    run,
+    tokens,
+    write_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +54,6 @@ def tight(folder):
 @pytest.fixture(scope="module")
 def naive(engine):
     return Naive(engine)
-
-
-def assert_idle(engine):
-    engine._placement.blocks.pool.check()
-    assert engine._placement.blocks.pool.n_free == engine._placement.blocks.pool.n_usable
-    assert len(engine._placement.tables.free_rows) == engine.config.max_num_seqs
-    assert engine._admission.n_open == 0
-    assert engine._admission.n_queued_tokens == 0
-    assert not engine._requests
 
 
 def test_greedy_tokens_equal_a_full_recompute_of_each_token(engine, naive):

@@ -8,7 +8,7 @@ import pytest
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import RequestError
 from fastgen_jax.sampling_params import SamplingParams
-from tests.tiny import make_engine, one_program, random_requests, run, tokens
+from tests.tiny import assert_idle, make_engine, one_program, random_requests, run, tokens
 
 VOCAB_SIZE = 62
 BAD_IDS = (-1, VOCAB_SIZE, 2**31 - 1, 2**31, 2**63, -(2**63), 1.5, True, "5", None)
@@ -42,14 +42,6 @@ def refuse(engine, i: int):
         engine.submit_all([Request([5], SamplingParams(max_tokens=1)), refused_request(i)])
 
 
-def is_idle(engine) -> bool:
-    engine._placement.blocks.pool.check()
-    pool, admission = engine._placement.blocks.pool, engine._admission
-    has_rows = len(engine._placement.tables.free_rows) == engine.config.max_num_seqs
-    has_blocks = pool.n_free == pool.n_usable
-    return has_rows and has_blocks and not (admission.n_open or admission.n_queued_tokens)
-
-
 def test_a_neighbours_logprobs_are_the_same_to_the_bit_beside_refusals(engine):
     (victim,) = random_requests(1, 1, logprobs=20, max_tokens=30)
     (alone,) = run(engine, [victim])
@@ -72,7 +64,7 @@ def test_twenty_thousand_refusals_leave_nothing_and_one_more_is_served(engine):
     for i in range(20_000):
         refuse(engine, i)
     assert not engine.has_work
-    assert is_idle(engine)
+    assert_idle(engine)
     (got,) = run(engine, [request])
     assert tokens(got) == tokens(expected)
 
@@ -99,4 +91,4 @@ def test_penalties_count_the_same_in_chunks_and_after_preemption(
     assert tight.stats().n_preemptions > 0
     assert max(len(request.prompt_token_ids) for request in requests) > 5 * 8
     assert [tokens(outputs) for outputs in got] == [tokens(outputs) for outputs in expected]
-    assert is_idle(tight)
+    assert_idle(tight)

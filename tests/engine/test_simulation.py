@@ -18,6 +18,7 @@ from fastgen_jax.engine.prefix import SequenceBlocks
 from fastgen_jax.engine.types import Request
 from fastgen_jax.sampling_params import SamplingParams
 from tests.engine.simulation import SALT, FakeRunner, Simulation, fake_engine
+from tests.tiny import run, tokens
 
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
 PARAMS = st.builds(
@@ -323,7 +324,7 @@ def test_request_that_crashes_each_step_fails_alone(monkeypatch, error, caplog):
     sizes = fails_with(1, monkeypatch, error)
     engine, outputs = fake_engine(num_kv_blocks=30), []
     params = SamplingParams(max_tokens=6, ignore_eos=True, seed=0)
-    expected = [tokens(run(fake_engine(), [Request(p, params)])) for p in prompts]
+    expected = [tokens(*run(fake_engine(), [Request(p, params)])) for p in prompts]
     engine.submit_all([Request(prompt, params) for prompt in prompts])
     while engine.has_work:
         outputs += engine.step()
@@ -347,7 +348,7 @@ def test_fault_of_planning_is_tried_again_like_any(monkeypatch, caplog):
         return schedule(*args)
 
     monkeypatch.setattr(placement, "schedule", fail_once)
-    outputs = run(engine, [Request([0, 1, 0], SamplingParams(max_tokens=3, ignore_eos=True))])
+    (outputs,) = run(engine, [Request([0, 1, 0], SamplingParams(max_tokens=3, ignore_eos=True))])
     assert outputs[-1].finish_reason == "length"
     assert "planning a step failed" in caplog.text
 
@@ -358,7 +359,8 @@ def test_lone_failures_do_not_add_up(monkeypatch):
     monkeypatch.setattr(faults, "FAILURE_WINDOW", 0.0)
     for _ in range(2 * faults.MAX_FAILED_STEPS):
         runner.fail_next = "fetch"
-        outputs = run(engine, [Request([0, 1, 0], SamplingParams(max_tokens=2, ignore_eos=True))])
+        request = Request([0, 1, 0], SamplingParams(max_tokens=2, ignore_eos=True))
+        (outputs,) = run(engine, [request])
         assert outputs[-1].finish_reason == "length"
     assert engine.stats().n_failed_steps == 2 * faults.MAX_FAILED_STEPS
 
@@ -376,18 +378,6 @@ def test_engine_whose_logits_are_not_finite_says_so(monkeypatch, caplog):
     assert engine.stats().nonfinite_share == 1
     assert engine.stats().n_nonfinite == 4
     assert "non-finite logits in 1 of the 1 rows" in caplog.text
-
-
-def run(engine, requests):
-    engine.submit_all(requests)
-    outputs = []
-    while engine.has_work:
-        outputs += engine.step()
-    return outputs
-
-
-def tokens(outputs):
-    return [output.token_id for output in outputs]
 
 
 def submit_and_drain(simulation, prompt, **params):
