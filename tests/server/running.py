@@ -88,6 +88,18 @@ def read_all(connection: socket.socket) -> bytes:
     return received
 
 
+def hold_encode(tokenizer: Tokenizer, monkeypatch, min_length: int = 0) -> threading.Event:
+    """From now on a text of that many characters is encoded once the event is set."""
+    go_on, encode = threading.Event(), tokenizer.encode
+
+    def encode_late(text: str, **kwargs) -> list[int]:
+        assert len(text) < min_length or go_on.wait(20)
+        return encode(text, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "encode", encode_late)
+    return go_on
+
+
 @contextlib.contextmanager
 def serving(
     tokenizer: Tokenizer, engine: FakeEngine | None = None, *, load=None, wait=True, **options

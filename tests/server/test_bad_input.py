@@ -5,7 +5,6 @@ import logging
 import random
 import select
 import socket
-import threading
 
 import httpx
 import openai
@@ -16,6 +15,7 @@ from tests.server.fake_engine import MAX_TOKENS, FakeEngine
 from tests.server.running import (
     PATHS,
     TEXT,
+    hold_encode,
     raw_post,
     read_all,
     serving,
@@ -153,13 +153,7 @@ class TestBadInput:
         assert "(2 in the messages, 5000 in the completion)" in caught.value.message
 
     def test_a_long_prompt_is_tokenized_beside_the_event_loop(self, up, tokenizer, monkeypatch):
-        go_on, encode = threading.Event(), tokenizer.encode
-
-        def encode_late(text, **kwargs):
-            assert go_on.wait(10)
-            return encode(text, **kwargs)
-
-        monkeypatch.setattr(tokenizer, "encode", encode_late)
+        go_on = hold_encode(tokenizer, monkeypatch)
         with up.connect({"prompt": "aaaa " * 10_000}) as connection:
             wait_until(lambda: up.service.n_inflight)
             assert up.get("/livez").status_code == 200

@@ -17,7 +17,7 @@ from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.reader import Reader
 from fastgen_jax.tokenizer import StopMatcher, Tokenizer
-from tests.server.running import CHAT, PATHS, TEXT, read_all, serving, wait_until
+from tests.server.running import CHAT, PATHS, TEXT, hold_encode, read_all, serving, wait_until
 from tests.server.test_bad_input import BAD
 from tests.server.test_wire import CORPUS, exchange
 
@@ -297,13 +297,7 @@ def test_tokenizing_while_the_server_ends_is_answered_or_refused(tokenizer):
 
 
 def test_a_text_that_outlasts_the_drain_does_not_hold_the_server(tokenizer, monkeypatch):
-    go_on, encode = threading.Event(), tokenizer.encode
-
-    def encode_late(text, **kwargs):
-        assert go_on.wait(20)
-        return encode(text, **kwargs)
-
-    monkeypatch.setattr(tokenizer, "encode", encode_late)
+    go_on = hold_encode(tokenizer, monkeypatch)
     with serving(tokenizer, drain_timeout=0.1) as up:
         with up.connect({"prompt": "a " * 2000}) as late:
             wait_until(lambda: up.service.uploads.n_held)

@@ -7,7 +7,7 @@ import pytest
 
 from fastgen_jax.server.service import INLINE_BYTES
 from tests.server.fake_engine import MAX_TOKENS
-from tests.server.running import serving
+from tests.server.running import hold_encode, serving
 from tests.tiny_tokenizers import ASSISTANT
 
 LONGEST = len(ASSISTANT)  # bytes of the vocabulary's longest token
@@ -156,13 +156,7 @@ def test_ids_are_checked_before_they_are_cut(up):
 
 
 def test_the_loop_answers_while_every_reader_is_busy(tokenizer, monkeypatch):
-    go_on, encode = threading.Event(), tokenizer.encode
-
-    def encode_late(text, **kwargs):
-        assert len(text) < INLINE_BYTES or go_on.wait(10)
-        return encode(text, **kwargs)
-
-    monkeypatch.setattr(tokenizer, "encode", encode_late)
+    go_on = hold_encode(tokenizer, monkeypatch, min_length=INLINE_BYTES)
     with serving(tokenizer) as up:
         connections = [up.connect({"prompt": TEXT, "max_tokens": 1}) for _ in range(5)]
         assert up.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200

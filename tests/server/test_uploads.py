@@ -3,7 +3,6 @@
 import contextlib
 import random
 import socket
-import threading
 
 import orjson
 import pytest
@@ -12,7 +11,15 @@ from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.gate import Gate
 from fastgen_jax.server.uploads import Uploads
 from tests.server.fake_engine import FakeEngine
-from tests.server.running import PATHS, Running, raw_post, read_all, serving, wait_until
+from tests.server.running import (
+    PATHS,
+    Running,
+    hold_encode,
+    raw_post,
+    read_all,
+    serving,
+    wait_until,
+)
 
 LIMITS = {"max_body_bytes": 1000, "max_upload_bytes": 2500}
 
@@ -104,13 +111,7 @@ class TestUploads:
         assert up.service.uploads.n_held == 0
 
     def test_what_waits_for_the_tokenizer_is_held(self, tokenizer, monkeypatch):
-        go_on, encode = threading.Event(), tokenizer.encode
-
-        def encode_late(text, **kwargs):
-            assert go_on.wait(10)
-            return encode(text, **kwargs)
-
-        monkeypatch.setattr(tokenizer, "encode", encode_late)
+        go_on = hold_encode(tokenizer, monkeypatch)
         body = {"prompt": "a " * 2000}
         size = len(orjson.dumps(body))
         with serving(tokenizer, max_body_bytes=5000, max_upload_bytes=3 * size) as up:
