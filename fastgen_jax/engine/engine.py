@@ -10,6 +10,7 @@ in flight lands before the next owner's first.
 import itertools
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +26,7 @@ from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.requests import default_params, eos_token_ids, make_sequences
 from fastgen_jax.engine.runner import StepResult
 from fastgen_jax.engine.types import (
+    STEP_SIZES,
     FinishReason,
     Output,
     Plan,
@@ -98,8 +100,9 @@ class Engine:
         self._faults, self._trials = Faults(), Trials()
         self._masks = MaskMaker(self.model_config.vocab_size)
         self._counters = dict.fromkeys(
-            ("steps", "prompt", "generated", "prefix_queries", "prefix_hits"), 0
+            ("steps", "step_tokens", "prompt", "generated", "prefix_queries", "prefix_hits"), 0
         )
+        self._steps_by_size = [0] * (len(STEP_SIZES) + 1)
         self._last_step_time = time.monotonic()
         self._inbox: deque[Command] = deque()
         self._lock = threading.Lock()
@@ -199,6 +202,8 @@ class Engine:
             n_blocks_used=placement.n_used_blocks,
             n_blocks=placement.n_usable_blocks,
             n_steps=counters["steps"],
+            n_step_tokens=counters["step_tokens"],
+            steps_by_size=tuple(self._steps_by_size),
             n_prompt_tokens=counters["prompt"],
             n_generated_tokens=counters["generated"],
             n_preemptions=placement.n_preemptions,
@@ -298,13 +303,17 @@ class Engine:
         batch = self._placement.prepare(plan, self._runner.shapes)
         for sequence in admitted:
             self._dequeue(sequence)
+        n_tokens = 0
         for sequence, n_new, _ in plan.chunks:
+            n_tokens += n_new
             sequence.n_cached += n_new
             if sequence.n_cached == sequence.n_tokens:
                 sequence.n_tokens += 1
                 if sequence.n_tokens == sequence.max_tokens:
                     del self._live[sequence.id]
                     self._placement.retire(sequence)
+        self._counters["step_tokens"] += n_tokens
+        self._steps_by_size[bisect_left(STEP_SIZES, n_tokens)] += n_tokens > 0
         self.timings["pack"] += time.perf_counter() - started
         return batch
 
@@ -428,6 +437,7 @@ class Engine:
             return
         sequence.is_dequeued = True
         self._admission.dequeue(sequence.n_prompt)
+        sequence.start_time = time.monotonic()
         if sequence.row >= 0 and self._placement.blocks.may_share(sequence):
             sequence.n_reused = sequence.n_cached
             self._counters["prefix_queries"] += sequence.n_prompt
@@ -453,8 +463,10 @@ class Engine:
             reason = "stop"
         elif sequence.n_prompt + n_output == sequence.max_tokens:
             reason = "length"
-        key, n_reused = (sequence.request_id, sequence.index), sequence.n_reused
-        output = Output(*key, token, logprobs, reason, stop_reason, n_reused=n_reused)
+        output = Output(
+            sequence.request_id, sequence.index, token, logprobs, reason, stop_reason,
+            n_reused=sequence.n_reused, start_time=sequence.start_time,
+        )  # fmt: skip
         outputs.append(output)
         self._placement.blocks.publish(sequence)
         if n_output == 1:

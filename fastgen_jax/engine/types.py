@@ -68,6 +68,7 @@ class Sequence:
     is_dequeued: bool = False  # its prompt no longer counts as waiting
     n_bypassed: int = 0  # times a younger sequence was admitted before this one
     n_reused: int = 0  # prompt tokens that the prefix cache held when it was admitted
+    start_time: float = 0.0  # time.monotonic() of its first step
     finish_reason: FinishReason | None = None
 
     @property
@@ -117,6 +118,11 @@ class Output(NamedTuple):
     stop_reason: int | None = None  # the stop token, when one ended it
     error: str | None = None
     n_reused: int = 0  # prompt tokens that came from the prefix cache
+    start_time: float = 0.0  # time.monotonic() of its first step
+
+
+# Upper bounds on the tokens of a step, by which Stats counts steps.
+STEP_SIZES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,8 @@ class Stats:
     n_blocks_used: int
     n_blocks: int
     n_steps: int
+    n_step_tokens: int  # that all steps computed
+    steps_by_size: tuple[int, ...]  # up to each of STEP_SIZES and above the one before; the rest
     n_prompt_tokens: int
     n_generated_tokens: int
     n_preemptions: int
@@ -142,5 +150,5 @@ class Stats:
     def kv_usage(self) -> float:
         return self.n_blocks_used / max(self.n_blocks, 1)
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

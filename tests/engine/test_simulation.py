@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from fastgen_jax.engine.blocks import BlockPool
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.prefix import SequenceBlocks
-from fastgen_jax.engine.types import Request
+from fastgen_jax.engine.types import STEP_SIZES, Request
 from fastgen_jax.sampling_params import SamplingParams
 from tests.engine.simulation import SALT, FakeRunner, Simulation, fake_engine
 from tests.tiny import run, tokens
@@ -442,6 +443,26 @@ def test_stats_count_waiting_samples():
     simulation.step()
     stats = simulation.engine.stats()
     assert (stats.n_running, stats.n_waiting) == (4, 4)
+
+
+def test_steps_are_counted_by_the_tokens_that_they_compute():
+    simulation = start([[0, 1] * 5], max_tokens=3, max_num_batched_tokens=8)
+    simulation.drain()
+    stats = simulation.engine.stats()
+    assert (stats.n_steps, stats.n_step_tokens) == (4, 12)  # 8 and 2 of the prompt, then two tokens
+    assert stats.steps_by_size == (2, 2, *[0] * (len(STEP_SIZES) - 1))
+
+
+def test_a_sample_starts_once_however_often_it_is_preempted():
+    engine = fake_engine(max_num_seqs=6, num_kv_blocks=9)
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    before = time.monotonic()
+    answers = run(engine, [Request([0, 1, 1, 0, 0, 1], params)] * 10)
+    assert engine.stats().n_preemptions > 3
+    starts = [{o.start_time for o in outputs if o.token_id is not None} for outputs in answers]
+    assert all(len(of_one) == 1 for of_one in starts)
+    first, last = min(map(min, starts)), max(map(max, starts))
+    assert before <= first < last <= time.monotonic()
 
 
 def test_request_that_meets_a_stopping_engine_is_not_lost(monkeypatch):

@@ -7,10 +7,11 @@ they are over. An id of EOS ends the sample ("stop"), max_tokens too ("length").
 import itertools
 import threading
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from fastgen_jax.engine.types import Output, Request, Stats, TokenLogprobs
+from fastgen_jax.engine.types import STEP_SIZES, Output, Request, Stats, TokenLogprobs
 from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
 
 MAX_TOKENS = 4096
@@ -23,6 +24,7 @@ class Sample:
     index: int
     request: Request
     n_tokens: int = 0
+    start_time: float = 0.0
 
 
 @dataclass(eq=False)
@@ -44,6 +46,7 @@ class FakeEngine:
         self.config = SimpleNamespace(
             model="fake", tokenizer=None, dtype="float32", block_size=16, num_kv_blocks=256,
             max_model_len=MAX_TOKENS, max_queued_requests=self.max_queued_requests,
+            enable_prefix_caching=True,
         )  # fmt: skip
         self.model_config = SimpleNamespace(
             family="fake", n_layers=1, hidden_size=8, vocab_size=VOCAB_SIZE
@@ -53,6 +56,7 @@ class FakeEngine:
         self.eos_token_ids = frozenset({self.eos_token_id})
         self.live: dict[tuple[int, int], Sample] = {}
         self.n_steps = self.n_generated = self.n_prompt = 0
+        self.steps_by_size = [0] * (len(STEP_SIZES) + 1)
         self.last_step_time = time.monotonic()
         self._ids = itertools.count()
         self._lock = threading.Lock()
@@ -113,7 +117,8 @@ class FakeEngine:
     def stats(self) -> Stats:
         return Stats(
             n_running=len(self.live), n_waiting=0, n_blocks_used=len(self.live), n_blocks=256,
-            n_steps=self.n_steps, n_prompt_tokens=self.n_prompt,
+            n_steps=self.n_steps, n_step_tokens=self.n_generated,
+            steps_by_size=tuple(self.steps_by_size), n_prompt_tokens=self.n_prompt,
             n_generated_tokens=self.n_generated, n_preemptions=0, n_prefix_queries=0,
             n_prefix_hits=0, n_failed_steps=0, n_nonfinite=0,
             nonfinite_share=self.nonfinite_share, last_step_time=self.last_step_time,
@@ -142,6 +147,7 @@ class FakeEngine:
                 if output.finish_reason is not None:
                     self.live.pop((output.request_id, output.index), None)
         self.n_steps += 1
+        self.steps_by_size[bisect_left(STEP_SIZES, len(outputs))] += len(outputs) > 0
         self.last_step_time = time.monotonic()
         return outputs
 
@@ -155,6 +161,7 @@ class FakeEngine:
         if sample.n_tokens == len(echoed) and not params.ignore_eos:
             token = self.eos_token_id
         sample.n_tokens += 1
+        sample.start_time = sample.start_time or time.monotonic()
         self.n_generated += 1
         logprobs = None
         if params.logprobs is not None:
@@ -165,4 +172,4 @@ class FakeEngine:
             reason = "stop"
         elif sample.n_tokens == params.max_tokens:
             reason = "length"
-        return Output(id, index, token, logprobs, reason)
+        return Output(id, index, token, logprobs, reason, start_time=sample.start_time)
