@@ -8,6 +8,7 @@ from fastgen_jax.config import option
 from fastgen_jax.errors import ConfigError
 
 SENDABLE = re.compile(r"[!-~]+")
+METRICS_PREFIXES = {"both": ("fastgen", "vllm"), "fastgen": ("fastgen",), "vllm": ("vllm",)}
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -34,6 +35,11 @@ class ServerConfig:
     allowed_host: tuple[str, ...] = option(
         (),
         "further Host header accepted while listening on loopback; may be repeated",
+        "server",
+    )
+    metrics_prefix: str = option(
+        "both",
+        "what names of metrics begin with: fastgen, vllm (as vLLM's dashboards ask) or both",
         "server",
     )
     log_level: str = option("info", "debug, info, warning or error", "server")
@@ -78,6 +84,11 @@ class ServerConfig:
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(
                 f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
+            )
+        if self.metrics_prefix not in METRICS_PREFIXES:
+            raise ConfigError(
+                f"metrics_prefix must be one of {', '.join(METRICS_PREFIXES)}, got "
+                f"{self.metrics_prefix!r}"
             )
         if self.on_engine_failure not in ("exit", "stay"):
             raise ConfigError(

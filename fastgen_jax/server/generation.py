@@ -16,8 +16,8 @@ class Choice:
     """One sample: text and tokens not taken yet. Finished once finish_reason is set."""
 
     __slots__ = (
-        "finish_reason", "index", "last_time", "n_reused", "n_tokens", "pending_ids",
-        "pending_logprobs", "pending_text", "stop_reason", "stream", "wants_logprobs",
+        "finish_reason", "first_time", "index", "last_time", "n_reused", "n_tokens", "pending_ids",
+        "pending_logprobs", "pending_text", "start_time", "stop_reason", "stream", "wants_logprobs",
     )  # fmt: skip
 
     def __init__(self, index: int, stream: TextStream, wants_logprobs: bool):
@@ -26,7 +26,8 @@ class Choice:
         self.wants_logprobs = wants_logprobs
         self.n_tokens = 0
         self.n_reused = 0  # prompt tokens that came from the prefix cache
-        self.last_time = 0.0
+        self.start_time = 0.0  # time.monotonic() of its first step, its first and its newest token
+        self.first_time = self.last_time = 0.0
         self.pending_text: list[str] = []
         self.pending_ids: list[int] = []
         self.pending_logprobs: list[TokenLogprobs] = []
@@ -38,7 +39,7 @@ class Choice:
         delta = self.stream.push(output)
         if output.token_id is not None:
             self.n_tokens += 1
-            self.n_reused = output.n_reused
+            self.n_reused, self.start_time = output.n_reused, output.start_time
             self.pending_ids.append(output.token_id)
             if self.wants_logprobs and output.logprobs is not None:
                 self.pending_logprobs.append(output.logprobs)
@@ -64,9 +65,17 @@ class Generation:
     It ends when every choice is finished, or with `error`. Only the event loop touches it.
     """
 
-    def __init__(self, choices: list[Choice], prompts: list[list[int]], *, is_streaming: bool):
+    def __init__(
+        self,
+        choices: list[Choice],
+        prompts: list[list[int]],
+        *,
+        is_streaming: bool,
+        max_tokens: int | None = None,
+    ):
         self.choices = choices
         self.prompts = prompts
+        self.max_tokens = max_tokens
         self.is_streaming = is_streaming
         self.arrival = time.monotonic()
         self.n_open = len(choices)
@@ -81,14 +90,18 @@ class Generation:
         return self.n_open == 0 or self.error is not None
 
     @property
+    def n_samples(self) -> int:
+        """Of each prompt."""
+        return len(self.choices) // len(self.prompts)
+
+    @property
     def n_prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
 
     @property
     def n_reused_tokens(self) -> int:
         """Prompt tokens that the prefix cache saved each prompt's first sample."""
-        n_samples = len(self.choices) // len(self.prompts)
-        return sum(choice.n_reused for choice in self.choices[::n_samples])
+        return sum(choice.n_reused for choice in self.choices[:: self.n_samples])
 
     @property
     def n_tokens(self) -> int:

@@ -1,23 +1,26 @@
-"""Prometheus metrics: latencies counted by the event loop, the rest read from the engine.
+"""Prometheus metrics: what requests took, counted by the event loop; the rest is the engine's.
 
-Labels come from closed sets (the served model, finish reasons): no request can add a series.
+Each family has the name and meaning that vLLM gives it, so that its dashboards and autoscalers
+read them. Labels come from closed sets (the served model, reasons): no request can add a series.
+The text is written here: prometheus_client's objects take the event loop ten times as long.
 """
 
+import itertools
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.metrics_core import Metric
+from prometheus_client import CONTENT_TYPE_LATEST, ProcessCollector, generate_latest
 
-from fastgen_jax.engine.types import Stats
+from fastgen_jax.engine.types import STEP_SIZES, Stats
+from fastgen_jax.server.generation import Choice, Generation
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FIRST_TOKEN_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40,
     80, 160, 640, 2560,
 )  # fmt: skip
-BETWEEN_TOKENS_BUCKETS = (
+TOKEN_BUCKETS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5,
     7.5, 10, 20, 40, 80,
 )  # fmt: skip
@@ -25,8 +28,59 @@ REQUEST_BUCKETS = (
     0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920,
     7680,
 )  # fmt: skip
+SIZE_BUCKETS = (*(m * 10**e for e in range(6) for m in (1, 2, 5)), 10**6)
+N_BUCKETS = (1, 2, 5, 10, 20)
 FINISH_REASONS = ("stop", "length", "abort", "error")
-LABELS = ("model_name",)
+GAUGES = (
+    ("num_requests_running", "Sequences in the running batch", "n_running"),
+    ("num_requests_waiting", "Sequences waiting to run", "n_waiting"),
+    ("kv_cache_usage_perc", "Share of the KV blocks in use, from 0 to 1", "kv_usage"),
+)
+COUNTERS = (
+    ("prompt_tokens_total", "Prompt tokens of the samples that got a token", "n_prompt_tokens"),
+    ("prompt_tokens_cached_total", "Prompt tokens found in the prefix cache", "n_prefix_hits"),
+    ("generation_tokens_total", "Tokens generated", "n_generated_tokens"),
+    ("num_preemptions_total", "Sequences preempted", "n_preemptions"),
+    (
+        "prefix_cache_queries_total",
+        "Prompt tokens looked up in the prefix cache",
+        "n_prefix_queries",
+    ),
+    ("prefix_cache_hits_total", "Prompt tokens found in the prefix cache", "n_prefix_hits"),
+    ("engine_steps_total", "Steps run", "n_steps"),
+    ("engine_step_failures_total", "Steps that failed", "n_failed_steps"),
+    ("nonfinite_samples_total", "Samples ended because of logits not finite", "n_nonfinite"),
+)
+HISTOGRAMS = (
+    ("time_to_first_token_seconds", "Arrival to first token", FIRST_TOKEN_BUCKETS),
+    ("inter_token_latency_seconds", "One token to the next of a sample", TOKEN_BUCKETS),
+    ("request_time_per_output_token_seconds", "Mean of these times of a sample", TOKEN_BUCKETS),
+    ("e2e_request_latency_seconds", "Arrival to the end of a sample", REQUEST_BUCKETS),
+    ("request_queue_time_seconds", "Arrival to the first step", REQUEST_BUCKETS),
+    ("request_prefill_time_seconds", "First step to first token", REQUEST_BUCKETS),
+    ("request_decode_time_seconds", "First token to last", REQUEST_BUCKETS),
+    ("request_inference_time_seconds", "First step to last token", REQUEST_BUCKETS),
+    ("request_prompt_tokens", "Prompt tokens of a sample", SIZE_BUCKETS),
+    ("request_prefill_kv_computed_tokens", "Those not found in the prefix cache", SIZE_BUCKETS),
+    ("request_generation_tokens", "Tokens generated for a sample", SIZE_BUCKETS),
+    ("request_max_num_generation_tokens", "Tokens of a prompt's longest sample", SIZE_BUCKETS),
+    ("request_params_max_tokens", "max_tokens of a prompt, where it was given", SIZE_BUCKETS),
+    ("request_params_n", "n of a prompt", N_BUCKETS),
+)
+
+
+class Family(NamedTuple):
+    """What is said of one name; a row is a line after the name."""
+
+    kind: str
+    name: str
+    text: str
+    rows: list[str]
+
+    def shown(self, prefix: str) -> str:
+        name = f"{prefix}:{self.name}"
+        lines = [f"# HELP {name} {self.text}", f"# TYPE {name} {self.kind}"]
+        return "\n".join([*lines, *(name + row for row in self.rows), ""])
 
 
 class Histogram:
@@ -34,6 +88,7 @@ class Histogram:
 
     def __init__(self, buckets: tuple[float, ...]):
         self.buckets = buckets
+        self.edges = edges_of(buckets)
         self.counts = [0] * (len(buckets) + 1)
         self.sum = 0.0
 
@@ -41,78 +96,113 @@ class Histogram:
         self.counts[bisect_left(self.buckets, value)] += 1
         self.sum += value
 
-    def cumulative(self) -> list[tuple[str, float]]:
-        """(upper bound, observations up to it) as Prometheus wants them."""
-        total, rows = 0, []
-        bounds = [*(str(float(bound)) for bound in self.buckets), "+Inf"]
-        for bound, count in zip(bounds, self.counts, strict=True):
-            total += count
-            rows.append((bound, float(total)))
-        return rows
-
 
 class Metrics:
-    """What the server counts itself. INVARIANT: one first_token entry per sample that got one."""
+    """What the server counts itself. INVARIANT: one time to first token per sample that got one.
 
-    def __init__(self, model_name: str):
-        self.model_name = model_name
-        self.first_token = Histogram(FIRST_TOKEN_BUCKETS)
-        self.between_tokens = Histogram(BETWEEN_TOKENS_BUCKETS)
-        self.request = Histogram(REQUEST_BUCKETS)
+    Args:
+        prefixes: under which every family is shown.
+    """
+
+    def __init__(self, model_name: str, prefixes: tuple[str, ...]):
         self.finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
+        self.histograms = {name: Histogram(buckets) for name, _, buckets in HISTOGRAMS}
+        self.cache = ""  # labels of cache_config_info, once there is an engine
+        self._labels = f'engine="0",model_name="{escaped(model_name)}"'
+        self.prefixes = prefixes
+        self._process = ProcessCollector(registry=None)
+
+    def observe(self, name: str, value: float):
+        """One more value of a histogram; none is negative, or its sum would fall."""
+        self.histograms[name].observe(max(value, 0.0))
+
+    def observe_sample(self, generation: Generation, choice: Choice, now: float):
+        """What one sample took, which has ended."""
+        n_prompt = len(generation.prompts[choice.index // generation.n_samples])
+        self.observe("request_prompt_tokens", n_prompt)
+        self.observe("request_prefill_kv_computed_tokens", n_prompt - choice.n_reused)
+        self.observe("request_generation_tokens", choice.n_tokens)
+        self.observe("e2e_request_latency_seconds", now - generation.arrival)
+        if not choice.n_tokens:
+            return
+        decoding = choice.last_time - choice.first_time
+        self.observe("request_queue_time_seconds", choice.start_time - generation.arrival)
+        self.observe("request_prefill_time_seconds", choice.first_time - choice.start_time)
+        self.observe("request_decode_time_seconds", decoding)
+        self.observe("request_inference_time_seconds", choice.last_time - choice.start_time)
+        n_times = max(choice.n_tokens - 1, 1)
+        self.observe("request_time_per_output_token_seconds", decoding / n_times)
+
+    def observe_requests(self, generation: Generation):
+        """What was asked for each prompt of a generation, which has ended."""
+        n = generation.n_samples
+        for first in range(0, len(generation.choices), n):
+            longest = max(choice.n_tokens for choice in generation.choices[first : first + n])
+            self.observe("request_params_n", n)
+            self.observe("request_max_num_generation_tokens", longest)
+            if generation.max_tokens is not None:
+                self.observe("request_params_max_tokens", generation.max_tokens)
 
     def render(self, stats: Stats | None) -> bytes:
         """The exposition text; before the engine exists its values are zero."""
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collector(self, stats))
-        return generate_latest(registry)
+        families = list(self._families(stats))
+        shown = [family.shown(prefix) for prefix in self.prefixes for family in families]
+        return generate_latest(self._process) + "".join(shown).encode()
 
+    def _families(self, stats: Stats | None) -> Iterator[Family]:
+        def value(field: str) -> float:
+            return getattr(stats, field) if stats else 0
 
-class _Collector:
-    def __init__(self, metrics: Metrics, stats: Stats | None):
-        self.metrics = metrics
-        self.stats = stats
-
-    def collect(self) -> Iterator[Metric]:
-        stats, label = self.stats, [self.metrics.model_name]
         for name, text, field in GAUGES:
-            gauge = GaugeMetricFamily(f"fastgen:{name}", text, labels=LABELS)
-            gauge.add_metric(label, getattr(stats, field) if stats else 0)
-            yield gauge
+            yield self._family("gauge", name, text, {"": value(field)})
         for name, text, field in COUNTERS:
-            counter = CounterMetricFamily(f"fastgen:{name}", text, labels=LABELS)
-            counter.add_metric(label, getattr(stats, field) if stats else 0)
-            yield counter
-        finished = CounterMetricFamily(
-            "fastgen:request_success", "Samples finished", labels=(*LABELS, "finished_reason")
-        )
-        for reason, count in self.metrics.finished.items():
-            finished.add_metric([*label, reason], count)
-        yield finished
-        for name, text, field in HISTOGRAMS:
-            histogram: Histogram = getattr(self.metrics, field)
-            family = HistogramMetricFamily(f"fastgen:{name}", text, labels=LABELS)
-            family.add_metric(label, histogram.cumulative(), histogram.sum)
-            yield family
+            yield self._family("counter", name, text, {"": value(field)})
+        n_ended = {f',finished_reason="{reason}"': n for reason, n in self.finished.items()}
+        yield self._family("counter", "request_success_total", "Samples finished", n_ended)
+        waiting = {',reason="capacity"': value("n_waiting"), ',reason="deferred"': 0}
+        yield self._family("gauge", "num_requests_waiting_by_reason", "Why they wait", waiting)
+        if self.cache:
+            yield self._family("gauge", "cache_config_info", "The KV cache", {self.cache: 1})
+        for name, text, _ in HISTOGRAMS:
+            histogram = self.histograms[name]
+            yield self._histogram(name, text, histogram.edges, histogram.counts, histogram.sum)
+        n_steps = stats.steps_by_size if stats else [0] * len(STEP_EDGES)
+        name, text = "iteration_tokens_total", "Tokens of a step"
+        yield self._histogram(name, text, STEP_EDGES, n_steps, value("n_step_tokens"))
+
+    def _family(self, kind: str, name: str, text: str, values: Mapping[str, float]) -> Family:
+        """Gauges or counters by their further labels."""
+        rows = [f"{{{self._labels}{more}}} {value}" for more, value in values.items()]
+        return Family(kind, name, text, rows)
+
+    def _histogram(
+        self, name: str, text: str, edges: Sequence[str], counts: Sequence[int], total: float
+    ) -> Family:
+        labels, n_all = self._labels, itertools.accumulate(counts)
+        rows = [f"_bucket{{{labels}{edge}}} {n}" for edge, n in zip(edges, n_all, strict=True)]
+        rows += [f"_count{{{labels}}} {sum(counts)}", f"_sum{{{labels}}} {total}"]
+        return Family("histogram", name, text, rows)
 
 
-GAUGES = (
-    ("num_requests_running", "Sequences in the running batch", "n_running"),
-    ("num_requests_waiting", "Sequences waiting to run", "n_waiting"),
-    ("kv_cache_usage_perc", "Share of the KV blocks in use, from 0 to 1", "kv_usage"),
-)
-COUNTERS = (
-    ("prompt_tokens", "Prompt tokens computed", "n_prompt_tokens"),
-    ("generation_tokens", "Tokens generated", "n_generated_tokens"),
-    ("num_preemptions", "Sequences preempted", "n_preemptions"),
-    ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", "n_prefix_queries"),
-    ("prefix_cache_hits", "Prompt tokens found in the prefix cache", "n_prefix_hits"),
-    ("engine_steps", "Steps run", "n_steps"),
-    ("engine_step_failures", "Steps that failed", "n_failed_steps"),
-    ("nonfinite_samples", "Samples ended because of logits not finite", "n_nonfinite"),
-)
-HISTOGRAMS = (
-    ("time_to_first_token_seconds", "Arrival to first token", "first_token"),
-    ("inter_token_latency_seconds", "One token to the next of a sample", "between_tokens"),
-    ("e2e_request_latency_seconds", "Arrival to the end of a sample", "request"),
-)
+def cache_labels(config: Any) -> str:
+    """What cache_config_info tells of an EngineConfig."""
+    values = {
+        "block_size": config.block_size,
+        "num_gpu_blocks": config.num_kv_blocks,
+        "cache_dtype": config.dtype,
+        "enable_prefix_caching": config.enable_prefix_caching,
+    }
+    return "".join(f',{name}="{value}"' for name, value in values.items())
+
+
+def edges_of(buckets: Sequence[float]) -> tuple[str, ...]:
+    """The labels of a histogram's buckets."""
+    return (*(f',le="{float(bound)}"' for bound in buckets), ',le="+Inf"')
+
+
+def escaped(text: str) -> str:
+    """The value of a label as the exposition format wants it."""
+    return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+STEP_EDGES = edges_of(STEP_SIZES)

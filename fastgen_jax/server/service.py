@@ -19,10 +19,10 @@ from fastgen_jax.constrained import Constrainer, Constraints
 from fastgen_jax.engine.types import Output, Request, Stats
 from fastgen_jax.errors import QueueFull, RequestError
 from fastgen_jax.sampling_params import SamplingParams
-from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.config import METRICS_PREFIXES, ServerConfig
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
 from fastgen_jax.server.generation import Choice, Generation
-from fastgen_jax.server.metrics import Metrics
+from fastgen_jax.server.metrics import Metrics, cache_labels
 from fastgen_jax.server.trial import Trial
 from fastgen_jax.server.uploads import Uploads
 from fastgen_jax.tokenizer import TextStream, Tokenizer
@@ -83,7 +83,7 @@ class Service:
         self.config = config
         self.model_names = list(model_names)
         self.accepted_models = frozenset((*model_names, *model_aliases))
-        self.metrics = Metrics(self.model_names[0])
+        self.metrics = Metrics(self.model_names[0], METRICS_PREFIXES[config.metrics_prefix])
         self.backend: Backend | None = None
         self.phase = Phase("starting")
         self.load_error: BaseException | None = None
@@ -172,6 +172,7 @@ class Service:
         engine, tokenizer = self.backend = backend
         vocab_size = engine.model_config.vocab_size
         self._constrainer = Constrainer(tokenizer, vocab_size, engine.eos_token_ids)
+        self.metrics.cache = cache_labels(engine.config)
         if self.phase.name != "draining":
             self.phase = Phase("ready")
         self._on_phase("ready", 0, 0)
@@ -338,7 +339,8 @@ class Service:
         streams = TextStream.of_samples(self.require_backend().tokenizer, prompts, params)
         wants_logprobs = params.logprobs is not None
         choices = [Choice(i, stream, wants_logprobs) for i, stream in enumerate(streams)]
-        return Generation(choices, prompts, is_streaming=is_streaming)
+        max_tokens = params.max_tokens
+        return Generation(choices, prompts, is_streaming=is_streaming, max_tokens=max_tokens)
 
     def _cancel(self, request_ids: list[int]):
         for request_id in request_ids:
@@ -418,9 +420,10 @@ class Service:
         if choice.n_tokens == 1:
             if generation.first_token_timer is not None:
                 generation.first_token_timer.cancel()
-            self.metrics.first_token.observe(now - generation.arrival)
+            choice.first_time = now
+            self.metrics.observe("time_to_first_token_seconds", now - generation.arrival)
         else:
-            self.metrics.between_tokens.observe(now - choice.last_time)
+            self.metrics.observe("inter_token_latency_seconds", now - choice.last_time)
         choice.last_time = now
 
     def _finish(self, generation: Generation, choice: Choice, output: Output, now: float):
@@ -429,7 +432,9 @@ class Service:
             self.backend.engine.finish(output.request_id, output.index)
         generation.n_open -= 1
         self.metrics.finished[choice.finish_reason or "error"] += 1
-        self.metrics.request.observe(now - generation.arrival)
+        self.metrics.observe_sample(generation, choice, now)
+        if generation.n_open == 0:
+            self.metrics.observe_requests(generation)
 
 
 _stopped = functools.partial(unavailable, code="engine_stopped", retry_after=5)
