@@ -26,6 +26,7 @@ OPEN_PATHS = frozenset({"/livez", "/health/live", "/health", "/ready", "/health/
 QUEUEING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 PASSED = "fastgen.passed"  # in the scope: the Gate that lets the request pass
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+HOST_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 
 
 class Gate:
@@ -65,9 +66,9 @@ class Gate:
         return None
 
     def _check(self, scope: Scope, headers: Headers):
-        if self.checks_host and not self._is_known_host(headers.get("host", "")):
-            message = "this Host header is not accepted; add it with --allowed-host"
-            raise ApiError(403, message, type="permission_error", code="host_not_allowed")
+        name = _host_name(headers.get("host", ""))
+        if self.checks_host and not self._is_known_host(name):
+            raise _unknown_host(name)
         if self.key_digests and scope["path"] not in OPEN_PATHS:
             tenant = self._check_key(headers.get("authorization", ""))
             scope["state"]["tenant"] = b"" if self.shares_prefixes else tenant
@@ -109,11 +110,22 @@ class Gate:
             )
         return given
 
-    def _is_known_host(self, host: str) -> bool:
+    def _is_known_host(self, name: str) -> bool:
         """Addresses are; names are not: a foreign page that resolves to loopback sends its own."""
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        name = name.strip("[]").lower()
         return name in ("", "localhost") or name in self.allowed_hosts or _is_address(name)
+
+
+def _host_name(host: str) -> str:
+    """A Host header without its port."""
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    return name.strip("[]").lower()
+
+
+def _unknown_host(name: str) -> ApiError:
+    """Repeats the name, which anybody may have chosen, only if it is one."""
+    name = name if HOST_NAME.fullmatch(name) else "NAME"
+    message = f"this Host header is not accepted; to accept it, start with --allowed-host {name}"
+    return ApiError(403, message, type="permission_error", code="host_not_allowed")
 
 
 def is_loopback(host: str) -> bool:

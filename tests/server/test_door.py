@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from tests.server.running import serving
+from tests.server.test_wire import exchange
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +75,20 @@ class TestDoor:
                 "proxy.example:80": 200,
             }.items():  # fmt: skip
                 assert up.get("/livez", headers={"host": host}).status_code == status
+
+    @pytest.mark.parametrize(("host", "named"), [
+        ("GPU-1.lan:8000", "gpu-1.lan"), ("evil.example", "evil.example"), ("a" * 253, "a" * 253),
+        ("a" * 254, "NAME"), ("a;rm", "NAME"), ("$(id).lan", "NAME"), ("-x", "NAME"),
+        ("a\x1b[31m", "NAME"), ("caf\xe9.lan", "NAME"), ("<b>", "NAME"), ("a b", "NAME"),
+    ])  # fmt: skip
+    def test_a_refused_host_is_told_the_flag_and_its_value_if_that_is_a_name(self, up, host, named):
+        request = f"GET /livez HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        received = exchange(up.address, request.encode("latin-1"))
+        if host.isprintable():
+            assert received.startswith(b"HTTP/1.1 403")
+            assert f'--allowed-host {named}"'.encode() in received
+        else:
+            assert received.startswith(b"HTTP/1.1 400")
 
     def test_loopback_is_known_by_all_its_names(self):
         names = ["localhost", "LOCALHOST", "127.0.0.1", "127.1", "2130706433", "::ffff:127.0.0.1"]
