@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fastgen_jax.config import option
 from fastgen_jax.errors import ConfigError
 
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 SENDABLE = re.compile(r"[!-~]+")
 METRICS_PREFIXES = {"both": ("fastgen", "vllm"), "fastgen": ("fastgen",), "vllm": ("vllm",)}
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -15,6 +17,12 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 def is_text(value: str) -> bool:
     """Whether an argument is Unicode: other bytes come as surrogates, which JSON cannot hold."""
     return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def is_origin(value: str) -> bool:
+    """Whether browsers may send it: scheme, host and port, but not the scheme's own port."""
+    has_own_port = value.endswith(DEFAULT_PORTS.get(value.partition(":")[0], "/"))
+    return ORIGIN.fullmatch(value) is not None and not has_own_port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,12 @@ class ServerConfig:
     allowed_host: tuple[str, ...] = option(
         (),
         "further Host header accepted while listening on loopback; may be repeated",
+        "server",
+    )
+    allowed_origin: tuple[str, ...] = option(
+        (),
+        "origin of web pages that may use the server, as https://chat.example, or * for all; may "
+        "be repeated",
         "server",
     )
     metrics_prefix: str = option(
@@ -109,6 +123,12 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be a number of seconds, got {value}")
             if value == 0 and name != "drain_timeout":
                 raise ConfigError(f"{name} must be more than 0 seconds: no request could be served")
+        for origin in self.allowed_origin:
+            if origin != "*" and not is_origin(origin):
+                raise ConfigError(
+                    "allowed_origin must be * or scheme://host:port as browsers send it, in lower "
+                    f"case, with no path and without the scheme's own port; got {origin!r:.100}"
+                )
         if any(not name or not is_text(name) for name in self.served_model_name):
             raise ConfigError("served_model_name must be text that JSON can hold; choose another")
         if any(not key for key in self.api_key):

@@ -1,4 +1,4 @@
-"""What every HTTP request passes before its route: request id, Host, key, readiness, counting.
+"""What every HTTP request passes before its route: request id, Host, origin, key, readiness.
 
 Pure ASGI, so that streams pass through untouched. Refusing is the default: a path that is not in
 OPEN_PATHS, known to the router or not, needs a key when keys are set.
@@ -15,9 +15,11 @@ import re
 import socket
 
 from starlette.datastructures import Headers
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.cors import Cors
 from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
@@ -39,6 +41,7 @@ class Gate:
         self.shares_prefixes = config.share_prefix_cache
         self.checks_host = is_loopback(config.host)
         self.allowed_hosts = frozenset(host.lower() for host in config.allowed_host)
+        self.cors = Cors(config.allowed_origin)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
@@ -56,11 +59,16 @@ class Gate:
         request_id = headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
             request_id = f"{random.getrandbits(128):032x}"
-        scope["state"] = {"request_id": request_id, "tenant": b""}
+        is_preflight = self.cors.is_preflight(scope["method"], headers)
+        added = {"x-request-id": request_id}
+        added |= self.cors.answer(headers, is_preflight=is_preflight)
+        scope["state"] = {
+            "request_id": request_id, "tenant": b"", "is_preflight": is_preflight, "headers": added,
+        }  # fmt: skip
         try:
             self._check(scope, headers)
         except ApiError as error:
-            error.headers |= {"x-request-id": request_id}
+            error.headers |= added
             return error
         scope[PASSED] = self
         return None
@@ -69,6 +77,8 @@ class Gate:
         name = _host_name(headers.get("host", ""))
         if self.checks_host and not self._is_known_host(name):
             raise _unknown_host(name)
+        if scope["state"]["is_preflight"]:
+            return
         if self.key_digests and scope["path"] not in OPEN_PATHS:
             tenant = self._check_key(headers.get("authorization", ""))
             scope["state"]["tenant"] = b"" if self.shares_prefixes else tenant
@@ -81,17 +91,19 @@ class Gate:
             self.service.check_queue()
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send):
-        request_id = scope["state"]["request_id"].encode()
+        fields = scope["state"]["headers"].items()
+        added = [(name.encode(), value.encode()) for name, value in fields]
 
-        async def send_with_id(message: Message):
+        async def send_with_headers(message: Message):
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
+        app = Response(status_code=204) if scope["state"]["is_preflight"] else self.app
         is_post = scope["method"] == "POST"
         self.service.n_inflight += is_post
         try:
-            await self.app(scope, receive, send_with_id)
+            await app(scope, receive, send_with_headers)
         finally:
             self.service.n_inflight -= is_post
 
