@@ -82,6 +82,18 @@ class Tokenizer:
         """A copy, as transformers knows it: what its user sets there changes nothing here."""
         return copy.deepcopy(self._fast)
 
+    def describe(self) -> dict[str, Any]:
+        """Its class, special tokens and chat template, under the names of tokenizer_config.json."""
+        template = self._fast.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        tokens = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"))
+        return {
+            "tokenizer_class": type(self._fast).__name__,
+            **tokens | self._fast.special_tokens_map,
+            "chat_template": template,
+        }
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Control tokens written in it count as such, unlike in messages.
 

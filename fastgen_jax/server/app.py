@@ -41,7 +41,7 @@ def create_app(service: Service, config: ServerConfig) -> Gate:
         "/livez": routes.livez, "/health/live": routes.livez, "/health": routes.health,
         "/health/ready": routes.health, "/ready": routes.health, "/ping": routes.health,
         "/metrics": routes.metrics, "/version": routes.version, "/v1/models": routes.models,
-        "/v1/models/{model_id:path}": routes.model,
+        "/v1/models/{model_id:path}": routes.model, "/tokenizer_info": routes.tokenizer_info,
     }.items():  # fmt: skip
         app.add_api_route(path, handler, methods=["GET"])
         app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False)
@@ -89,6 +89,10 @@ class Routes:
     async def model(self, request: Request, model_id: str) -> Response:
         self.reader.check_model(model_id)
         return _json(self._model_object(model_id))
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """What lm-eval's remote tokenizer asks, under vLLM's name."""
+        return _json(self.service.require_backend().tokenizer.describe())
 
     async def completions(self, request: Request) -> Response:
         return await self._generate(request, self.reader.completion)

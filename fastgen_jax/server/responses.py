@@ -19,6 +19,14 @@ PIECE_TOKENS = 100  # of them in one event
 DONE = b"data: [DONE]\n\n"
 
 
+# What OpenAI's first API said of each model, and some clients still look for.
+PERMISSION = {
+    "object": "model_permission", "organization": "*", "group": None, "is_blocking": False,
+    "allow_create_engine": False, "allow_sampling": True, "allow_logprobs": True,
+    "allow_search_indices": False, "allow_view": True, "allow_fine_tuning": False,
+}  # fmt: skip
+
+
 class ResponseFormat:
     """How one request's choices become bytes; holds what every chunk of one response shares."""
 
@@ -223,6 +231,7 @@ def model_object(name: str, created: int, max_model_len: int | None) -> dict[str
         "root": name,
         "parent": None,
         "max_model_len": max_model_len,
+        "permission": [PERMISSION | {"id": f"modelperm-{name}", "created": created}],
     }
 
 

@@ -32,6 +32,8 @@ class TestLife:
             assert up.get("/ready").status_code == 503
             assert up.get("/v1/models").json()["data"][0]["id"] == "fake"
             assert "fastgen:num_requests_running" in up.get("/metrics").text
+            for refused in (up.get("/tokenizer_info"), up.post("/tokenize", {"prompt": "a"})):
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
             refused = up.post("/v1/completions", PATHS["completions"])
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
             assert int(refused.headers["retry-after"]) > 0

@@ -1,17 +1,26 @@
 """Models, tokenising, health."""
 
+import jinja2
 import openai
 import pytest
 
 from tests.server.fake_engine import MAX_TOKENS
 from tests.server.running import CHAT, TEXT
+from tests.tiny_tokenizers import BOS, EOS
 
 
 class TestOtherRoutes:
     def test_models_are_listed_and_shown(self, client):
         (model,) = client.models.list().data
         assert (model.id, model.object, model.owned_by) == ("fake", "model", "fastgen_jax")
-        assert model.model_dump()["max_model_len"] == MAX_TOKENS
+        shown = model.model_dump()
+        assert (shown["max_model_len"], shown["root"], shown["parent"]) == (
+            MAX_TOKENS,
+            "fake",
+            None,
+        )
+        (permission,) = shown["permission"]
+        assert (permission["id"], permission["allow_sampling"]) == ("modelperm-fake", True)
         assert client.models.retrieve("fake").id == "fake"
         with pytest.raises(openai.NotFoundError) as caught:
             client.models.retrieve("org/other")
@@ -33,6 +42,24 @@ class TestOtherRoutes:
     def test_tokenize_renders_messages(self, up, tokenizer):
         ids = up.post("/tokenize", {"messages": CHAT}).json()["tokens"]
         assert ids == tokenizer.apply_chat_template(CHAT)
+
+    def test_a_remote_tokenizer_is_a_local_one(self, up, tokenizer):
+        """As lm-eval's uses the three routes."""
+        info = up.get("/tokenizer_info").json()
+        assert (info["bos_token"], info["eos_token"]) == (BOS, EOS)
+        assert info.keys() >= {"pad_token", "chat_template", "tokenizer_class"}
+
+        def encode(text: str) -> list[int]:
+            return up.post("/tokenize", {"prompt": text, "add_special_tokens": False}).json()[
+                "tokens"
+            ]
+
+        assert encode(info["eos_token"]) == [tokenizer.eos_token_id]
+        template = jinja2.Template(info["chat_template"])
+        tokens = {name: info[name] for name in ("bos_token", "eos_token")}
+        text = template.render(messages=CHAT, add_generation_prompt=True, **tokens)
+        assert encode(text) == up.post("/tokenize", {"messages": CHAT}).json()["tokens"]
+        assert up.post("/detokenize", {"tokens": encode(text)}).json()["prompt"] == text
 
     @pytest.mark.parametrize(("path", "body"), [
         ("/tokenize", {}), ("/tokenize", {"prompt": "a", "messages": []}),
