@@ -78,7 +78,8 @@ UNSAFE_CALLS |= {"subprocess.getoutput", "subprocess.getstatusoutput", "pty.spaw
 UNSAFE_KEYWORDS = {"trust_remote_code", "allow_pickle", "shell"}
 # Files whose checks refuse what comes from outside: no check there is an assert, which -O removes.
 BORDER = ("server/json_body", "server/protocol", "server/reader", "server/framing", "server/gate")
-BORDER += ("server/cors", "server/stream", "server/uploads", "server/connection", "server/config")
+BORDER += ("server/stream", "server/uploads", "server/connection", "server/config")
+BORDER += ("server/cors", "server/embeddings")
 BORDER += ("sampling_params", "prompts", "engine/admission", "engine/config", "models/config")
 BORDER += ("models/hf_config", "checkpoints/directory", "checkpoints/tensor_files")
 # What a server has no use for: other processes, but for one that tries clients' grammars, and
