@@ -40,6 +40,7 @@ WINGS = {
         ),
     ),
     "server": Wing("OpenAI's protocol over one engine", ("fastgen_jax/server",)),
+    "dialects": Wing("how models write calls and thoughts", ("fastgen_jax/dialects",)),
     "tokenizer": Wing(
         "text to ids and back",
         tuple(f"fastgen_jax/{name}.py" for name in ("tokenizer", "vocabulary", "constrained")),

@@ -1,0 +1,80 @@
+"""What a dialect is: how a family of models writes calls of tools, and what asks for such calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fastgen_jax.dialects.tape import Tape, Wait
+from fastgen_jax.errors import InvalidRequest
+
+Literal = Callable[[str], str]
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Tool(NamedTuple):
+    """A function that the model may call. parameters: the JSON schema of its arguments."""
+
+    name: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """How a family of models writes calls.
+
+    Args:
+        name: as --tool-call-parser gives it.
+        markers: tags that must reach the reader even where the tokenizer has them as special
+            tokens, which text usually hides.
+        read: the format: reads an answer from a tape, given the request's tools.
+        write: Lark rules of a call of each of these tools, with or without others after it;
+            the first rule is named `calls`.
+    """
+
+    name: str
+    markers: tuple[str, ...]
+    read: Callable[[Tape, Sequence[Tool]], Wait]
+    write: Callable[[Sequence[Tool], bool, Literal], str]
+
+    def grammar(
+        self,
+        tools: Sequence[Tool],
+        *,
+        choice: str | None = None,
+        parallel: bool = False,
+        literal: Literal = json.dumps,
+    ) -> str:
+        """A Lark grammar, as llguidance reads it, of calls and nothing else.
+
+        Args:
+            choice: the name of the only tool that may be called; None: any of them.
+            parallel: several calls may follow each other, where the format has a way to write it.
+            literal: how a marker is written in the grammar: as a string, or in llguidance's syntax
+                for the special token that it is in the vocabulary.
+
+        Raises:
+            InvalidRequest: there is no such tool.
+        """
+        chosen = [tool for tool in tools if choice in (None, tool.name)]
+        if not chosen:
+            raise InvalidRequest(
+                f"tool_choice names {choice!r:.80}, and tools has "
+                f"{', '.join(tool.name for tool in tools) or 'nothing'!r:.200}",
+                param="tool_choice",
+            )
+        return f"%llguidance {{}}\nstart: calls\n{self.write(chosen, parallel, literal)}"
+
+
+def alternatives(name: str, rules: Iterable[str]) -> str:
+    """Lark rules name_0, name_1, ..., and the rule `name` that is any of them."""
+    numbered = [(f"{name}_{i}", rule) for i, rule in enumerate(rules)]
+    lines = [f"{name}: {' | '.join(number for number, _ in numbered)}"]
+    return "\n".join([*lines, *(f"{number}: {rule}" for number, rule in numbered)])
+
+
+def json_of(schema: Mapping[str, Any]) -> str:
+    """Lark for JSON that the schema allows, compact, as chat templates write it."""
+    return f"%json {json.dumps({**schema, 'x-guidance': COMPACT})}"
