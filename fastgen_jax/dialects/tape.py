@@ -1,21 +1,25 @@
 """An answer on its way to becoming events: what arrived and is unread, what it turned into.
 
 A format is a generator function over a Tape. It yields where it needs more text and is resumed when
-there is some, or the end. Nothing is read twice, hence an answer costs time linear in its length,
-however it is cut into pieces: an attempt at a call that fails becomes text, and reading goes on
-where it failed.
+there is some, or the end. What was read is not read again, hence an answer costs time linear in its
+length, however it is cut into pieces: an attempt at a call that fails becomes text, and reading
+goes on where it failed.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Generator
 from typing import Any
 
 from fastgen_jax.dialects.events import CallPart, CallStart, Event, Text, Thought
 
-Wait = Generator[None, None, Any]  # of what it returns, a format's own annotations say the type
+Wait = Generator[None, None, Any]  # of what it returns, docstrings say the type
+Write = Callable[[str], None]
 SPACES = " \t\r\n"
+MAX_PIECE = 256  # what is unread may be looked through for each attempt in it
+SPACE_RUN = re.compile(f"[{SPACES}]*")
 
 
 class Malformed(Exception):
@@ -36,8 +40,8 @@ class Reader:
 
     def feed(self, text: str) -> list[Event]:
         """What is certain after this piece of the answer."""
-        if text:
-            self._tape.append(text)
+        for start in range(0, len(text), MAX_PIECE):
+            self._tape.append(text[start : start + MAX_PIECE])
             next(self._format, None)
         return self._tape.pop_events()
 
@@ -51,8 +55,8 @@ class Reader:
 class Tape:
     """The unread text of an answer, and the events that were made of what was read.
 
-    INVARIANT: every character that was read is in an event, or in the attempt, or is a character of
-    the format around something that is in an event.
+    INVARIANT: every character that was read is in an event, or in the attempt, or belongs to the
+    format and not to what it says.
     """
 
     def __init__(self):
@@ -60,8 +64,9 @@ class Tape:
         self._unread = ""
         self._at = 0
         self._events: list[Event] = []
-        self._attempt: list[str] | None = None  # all of it, until it is certain to be a call
+        self._attempt: list[str] | None = None  # what becomes text unless it turns out as expected
         self._n_calls = 0
+        self._is_in_call = False
 
     def append(self, text: str) -> None:
         assert self._at == len(self._unread), "the format waits before it has read all"
@@ -85,7 +90,7 @@ class Tape:
         return True
 
     def peek(self) -> Wait:
-        """The next character. Raises Malformed at the end."""
+        """Returns the next character. Raises Malformed at the end."""
         if not (yield from self.more()):
             raise Malformed
         return self._unread[self._at]
@@ -94,28 +99,73 @@ class Tape:
         """The character that was peeked."""
         return self._take_to(self._at + 1)
 
-    def literal(self, text: str) -> Wait:
-        """Reads exactly this text, or raises Malformed before the first other character."""
-        for expected in text:
-            if (yield from self.peek()) != expected:
+    def read(self, *texts: str) -> Wait:
+        """Reads one of these texts, none of which begins another, and returns it. Raises Malformed
+        before the first character that does not belong to one.
+        """
+        start = ""
+        while start not in texts:
+            start += yield from self.peek()
+            if not any(text.startswith(start) for text in texts):
                 raise Malformed
             self.take()
-
-    def run(self, is_inside: Callable[[str, int], Any], write: Callable[[str], None]) -> Wait:
-        """Copies characters while `is_inside(text, at)`, a pattern's match, is not empty."""
-        while (yield from self.more()):
-            match = is_inside(self._unread, self._at)
-            if match.end() > self._at:
-                write(self._take_to(match.end()))
-            if self._at < len(self._unread):
-                return
+        return start
 
     def skip_spaces(self) -> Wait:
-        while (yield from self.more()) and self._unread[self._at] in SPACES:
-            self.take()
+        yield from self.run(SPACE_RUN.match, _forget)
 
-    def begins_with(self, *tags: str) -> Wait:
-        """Whether one of the tags is next, perhaps after spaces; only then it is read."""
+    def run(self, match: Callable[[str, int], Any], write: Write) -> Wait:
+        """Copies characters as long as `match`, of a pattern for any number of them, takes them."""
+        while (yield from self.more()):
+            end = match(self._unread, self._at).end()
+            write(self._take_to(end))
+            if end < len(self._unread):
+                return
+
+    def copy_until(self, tags: tuple[str, ...], write: Write) -> Wait:
+        """Copies text up to the first of the tags, and reads that. Returns the tag, or None at the
+        end of the answer. Held back is what may begin a tag.
+        """
+        start = ""
+        while (yield from self.more()):
+            text = start + self._unread[self._at :]
+            n_before, tag = _first(text, tags)
+            self._take_to(len(self._unread) - len(text) + n_before + len(tag))
+            if tag:
+                write(text[:n_before])
+                return tag
+            n_certain = len(text) - _n_doubtful(text, tags)
+            write(text[:n_certain])
+            start = text[n_certain:]
+        write(start)
+        return None
+
+    def until(self, *tags: str, kind: type[Text] | type[Thought] = Text) -> Wait:
+        """Emits text up to the first of the tags, with which an attempt begins. Returns the tag, or
+        None at the end. Spaces before a tag are the format's.
+        """
+        assert self._attempt is None, "an attempt goes on"
+        spaces: list[str] = []
+
+        def write(text: str) -> None:
+            words = text.rstrip(SPACES)
+            if words:
+                self.emit(kind("".join(spaces) + words))
+                spaces.clear()
+            spaces.append(text[len(words) :])
+
+        tag = yield from self.copy_until(tags, write)
+        if tag is None:
+            self.emit(kind("".join(spaces)))
+        else:
+            self._attempt = [*spaces, tag]
+        return tag
+
+    def begin(self, *tags: str) -> Wait:
+        """Begins an attempt if one of the tags is next, perhaps after spaces, and reads that.
+        Returns the tag, or None: then nothing was read.
+        """
+        assert self._attempt is None, "an attempt goes on"
         self._attempt = []
         yield from self.skip_spaces()
         start = ""
@@ -123,38 +173,10 @@ class Tape:
             if not (yield from self.more()):
                 break
             start += self.take()
-        if start not in tags:
-            self._unread, self._at = "".join(self._attempt) + self._unread[self._at :], 0
+        if start in tags:
+            return start
+        self._unread, self._at = "".join(self._attempt) + self._unread[self._at :], 0
         self._attempt = None
-        return start in tags
-
-    def until(self, *tags: str, kind: type[Text] | type[Thought] = Text) -> Wait:
-        """Passes text on, up to the first of the tags. Returns the tag, which begins an attempt, or
-        None at the end of the answer.
-
-        Held back is what may belong to a tag: spaces before it, and its first characters.
-        """
-        spaces: list[str] = []
-        start = ""  # of a tag, perhaps
-        while (yield from self.more()):
-            text = start + self._take_to(len(self._unread))
-            at, tag = min(
-                ((at, tag) for tag in tags if (at := text.find(tag)) >= 0),
-                key=lambda found: (found[0], -len(found[1])),
-                default=(len(text), ""),
-            )
-            n_certain = at if tag else len(text) - _n_doubtful(text, tags)
-            words = text[:n_certain].rstrip(SPACES)
-            if words:
-                self.emit(kind("".join(spaces) + words))
-                spaces = []
-            spaces.append(text[len(words) : n_certain])
-            start = text[n_certain:]
-            if tag:
-                self._at -= len(start) - len(tag)
-                self._attempt = [*spaces, tag]
-                return tag
-        self.emit(kind("".join(spaces) + start))
         return None
 
     def _take_to(self, end: int) -> str:
@@ -170,28 +192,61 @@ class Tape:
         self._events.append(event)
 
     def start_call(self, name: str) -> None:
-        """What was attempted is a call."""
-        self._attempt = None
+        """What was attempted is a call. From here on the attempt is what was read since the last
+        arguments were written.
+        """
+        self._attempt = []
+        self._is_in_call = True
         self.emit(CallStart(self._n_calls, name))
         self._n_calls += 1
 
     def write_arguments(self, text: str) -> None:
-        self.emit(CallPart(self._n_calls - 1, text))
+        """The next fragment. Once the answer has ended, an end that was not seen is not made up."""
+        assert self._is_in_call and self._attempt is not None, "no call has begun"
+        self._attempt.clear()
+        if not self.is_ended:
+            self.emit(CallPart(self._n_calls - 1, text))
+
+    def end_call(self) -> None:
+        """The call is complete, with all that the format has around it."""
+        self._is_in_call = False
+        self._attempt = None
+
+    def expect_more(self, *texts: str) -> None:
+        """What is read from here on is an attempt, as are these texts that were read before."""
+        assert self._attempt is None, "an attempt goes on"
+        self._attempt = [*texts]
 
     def drop(self) -> None:
-        """What was attempted is the format's own, and no call."""
+        """What was attempted belongs to the format, and is no call."""
         self._attempt = None
 
     def give_up(self) -> None:
-        """What was attempted is text, unless it is a call already."""
-        if self._attempt is not None:
-            self.emit(Text("".join(self._attempt)))
-            self._attempt = None
+        """What was attempted is text. But what is missing from a call whose answer has ended would
+        not have been text, nor is what came of it.
+        """
+        if self._is_in_call and self.is_ended:
+            self._at = len(self._unread)
+        else:
+            for text in self._attempt or ():
+                self.emit(Text(text))
+        self.end_call()
+
+
+def _forget(_: str) -> None:
+    pass
 
 
 def _kind(event: Event) -> tuple[Any, ...]:
     """What neighbouring events share that are pieces of one."""
     return (type(event), *event[:-1])
+
+
+def _first(text: str, tags: tuple[str, ...]) -> tuple[int, str]:
+    """Where the first tag begins, and the longest there; else the end, and no tag."""
+    found = [(at, -len(tag), tag) for tag in tags if (at := text.find(tag)) >= 0]
+    at, _, tag = min(found, default=(len(text), 0, ""))
+    return at, tag
 
 
 def _n_doubtful(text: str, tags: tuple[str, ...]) -> int:

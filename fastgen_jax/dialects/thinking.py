@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
-from fastgen_jax.dialects.dialect import Dialect
+from fastgen_jax.dialects.dialect import Dialect, Literal
 from fastgen_jax.dialects.events import Thought
 from fastgen_jax.dialects.tape import SPACES, Tape, Wait
 
@@ -15,17 +16,20 @@ class Thinking:
 
     Args:
         name: as --reasoning-parser gives it.
-        openings, closings: the tags; any of them counts.
+        openings, closings: the tags; any of them counts, the first is the one to write.
+        head: what stands before an answer that is no call.
         dialect: reads answers that have thoughts among calls and text; then no other is asked.
     """
 
     name: str
     openings: tuple[str, ...]
     closings: tuple[str, ...]
+    head: str = ""
     dialect: Dialect | None = None
 
     @property
     def markers(self) -> tuple[str, ...]:
+        """Tags that must reach the reader even where text usually hides them."""
         return self.dialect.markers if self.dialect else (*self.openings, *self.closings)
 
     def is_opened_by(self, prompt: str) -> bool:
@@ -34,10 +38,44 @@ class Thinking:
 
     def read(self, tape: Tape, *, is_open: bool) -> Wait:
         """Reads the thoughts, if there are some, and nothing after them."""
-        if not is_open:
-            is_open = yield from tape.begins_with(*self.openings)
-        if is_open:
+        if (yield from tape.begin(*self.openings)) or is_open:
+            tape.drop()
             yield from tape.skip_spaces()
             yield from tape.until(*self.closings, kind=Thought)
             tape.drop()
             yield from tape.skip_spaces()
+
+    def grammar(
+        self, *, is_open: bool = False, is_call: bool = False, literal: Literal = json.dumps
+    ) -> str:
+        """A Lark grammar of thoughts and then what the grammar named `answer` allows.
+
+        Args:
+            is_open: the prompt ends inside of a thought; else one may be left out.
+            is_call: `answer` is a dialect's grammar of calls.
+            literal: see Dialect.grammar.
+        """
+        end, *after = self._spell(self.closings[0], literal)
+        is_text = end.startswith('"')
+        free = f"free[suffix={end}]: /(?s:.*)/" if is_text else f"free: /(?s:.*)/ {end}"
+        thought = " ".join(["free", *after, r'("\n" "\n"?)?'])
+        if not is_open:
+            thought = f"({' '.join(self._spell(self.openings[0], literal))} {thought})?"
+        head = [] if is_call else self._spell(self.head, literal)
+        return "\n".join(
+            ["%llguidance {}", " ".join(["start:", thought, *head, "@answer"]), free, ""]
+        )
+
+    def _spell(self, text: str, literal: Literal) -> list[str]:
+        """Lark for a text that has markers in it."""
+        parts = [text]
+        for marker in self.markers:
+            pieces = (piece for part in parts for piece in _split(part, marker))
+            parts = [piece for piece in pieces if piece]
+        return [literal(part) if part in self.markers else json.dumps(part) for part in parts]
+
+
+def _split(text: str, marker: str) -> list[str]:
+    """The text, cut before and after the marker, wherever that is in it."""
+    before, *others = text.split(marker)
+    return [before, *(piece for other in others for piece in (marker, other))]

@@ -1,0 +1,144 @@
+"""[f(a=1, b="x"), g()], as Python is written: Llama 4, ToolACE, perhaps after <|python_start|>.
+
+Without the tag, a list is calls only if the answer begins with it and it names the tools.
+"""
+
+import json
+import re
+from collections.abc import Collection, Sequence
+
+from fastgen_jax.dialects.dialect import Dialect, Literal, Tool, alternatives, json_of
+from fastgen_jax.dialects.json_text import JSON, Notation, collect, hexadecimal, value
+from fastgen_jax.dialects.tape import Malformed, Tape, Wait, Write
+from fastgen_jax.dialects.xml_text import Parameters
+
+START, END = "<|python_start|>", "<|python_end|>"
+NAME = re.compile(r"[\w.-]*")
+PLAIN = re.compile(r"""[^'"\\\x00-\x1f]*""")
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0"}
+ESCAPES |= {"\\": "\\", "'": "'", '"': '"', "/": "/"}  # the last one is JSON's
+N_DIGITS = {"x": 2, "u": 4, "U": 8}
+
+
+def string(tape: Tape, write: Write) -> Wait:
+    quote = yield from tape.peek()
+    tape.take()
+    write('"')
+    while True:
+        yield from tape.run(PLAIN.match, write)
+        mark = yield from tape.peek()
+        tape.take()
+        if mark == quote:
+            write('"')
+            return
+        write((yield from _escape(tape)) if mark == "\\" else json.dumps(mark)[1:-1])
+
+
+def _escape(tape: Tape) -> Wait:
+    """Returns JSON of what follows a backslash; of unknown escapes Python keeps it."""
+    letter = yield from tape.peek()
+    tape.take()
+    if letter not in N_DIGITS:
+        return json.dumps(ESCAPES.get(letter, "" if letter == "\n" else f"\\{letter}"))[1:-1]
+    code = int((yield from hexadecimal(tape, N_DIGITS[letter])), 16)
+    if code > 0x10FFFF:
+        raise Malformed
+    return json.dumps(chr(code))[1:-1]  # halves of a pair meet in the JSON
+
+
+PYTHON = Notation(
+    closers={**JSON.closers, "(": ")"},
+    quotes="\"'",
+    string=string,
+    words={**JSON.words, "True": "true", "False": "false", "None": "null"},
+)
+
+
+def read(tape: Tape, tools: Sequence[Tool]) -> Wait:
+    names = {tool.name for tool in tools}
+    tag = yield from tape.begin(START, "[")
+    while tag or (tag := (yield from tape.until(START))):
+        try:
+            if tag == START:
+                yield from tape.skip_spaces()
+                yield from tape.read("[")
+            yield from _read_calls(tape, names)
+            if (yield from tape.begin(END)):
+                tape.drop()
+            yield from tape.skip_spaces()
+        except Malformed:
+            tape.give_up()
+        tag = None
+
+
+def _read_calls(tape: Tape, names: Collection[str]) -> Wait:
+    mark = ","
+    while mark == ",":
+        yield from tape.skip_spaces()
+        name = yield from _name(tape)
+        if name not in names:
+            raise Malformed
+        yield from tape.read("(")
+        tape.start_call(name)
+        yield from _read_arguments(tape)
+        tape.end_call()
+        tape.expect_more()
+        yield from tape.skip_spaces()
+        mark = yield from tape.read(",", "]")
+    tape.drop()
+    yield from tape.skip_spaces()
+
+
+def _name(tape: Tape) -> Wait:
+    return (yield from collect(tape, lambda tape, write: tape.run(NAME.match, write)))
+
+
+def _read_arguments(tape: Tape) -> Wait:
+    tape.write_arguments("{")
+    separator = ""
+    yield from tape.skip_spaces()
+    while (yield from tape.peek()) != ")":
+        name = yield from _name(tape)
+        yield from tape.skip_spaces()
+        yield from tape.read("=")
+        tape.write_arguments(f"{separator}{json.dumps(name)}:")
+        yield from value(tape, tape.write_arguments, PYTHON)
+        separator = ","
+        yield from tape.skip_spaces()
+        if (yield from tape.peek()) != ",":
+            break
+        tape.take()
+        yield from tape.skip_spaces()
+    yield from tape.read(")")
+    tape.write_arguments("}")
+
+
+def write(tools: Sequence[Tool], parallel: bool, literal: Literal) -> str:
+    again = ' (", " call)*' if parallel else ""
+    calls = alternatives("call", map(_write_call, tools))
+    return f'calls: "[" call{again} "]"\n{calls}'
+
+
+def _write_call(tool: Tool) -> str:
+    """Lark for a call of the tool, with the arguments in the schema's order, required ones first:
+    so each optional one has its comma before it, unless there are no required ones.
+    """
+    parameters = Parameters(tool)
+    required = [name for name in parameters.properties if name in parameters.required]
+    optional = [name for name in parameters.properties if name not in parameters.required]
+    written = {name: _write_argument(parameters, name) for name in parameters.properties}
+    if required:
+        text = ' ", " '.join(written[name] for name in required)
+        text += "".join(f' (", " {written[name]})?' for name in optional)
+    else:  # after one that is left out none is given
+        text = ""
+        for name in reversed(optional):
+            text = f'({written[name]} (", " {text})?)?' if text else f"({written[name]})?"
+    return f'{json.dumps(tool.name + "(")} {text} ")"'
+
+
+def _write_argument(parameters: Parameters, name: str) -> str:
+    return f"{json.dumps(name + '=')} {json_of(parameters.schema(name))}"
+
+
+PYTHONIC = Dialect(name="pythonic", markers=(START, END), read=read, write=write)

@@ -1,0 +1,143 @@
+"""Arguments between tags, without JSON's quotes: what a text means, the tool's schema decides.
+
+A text that is JSON of a type which the schema allows, other than a string, is that value; every
+other text is a string. Where the schema says nothing of types, all are allowed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fastgen_jax.dialects.dialect import Tool, alternatives, json_of
+from fastgen_jax.dialects.json_text import json_in
+from fastgen_jax.dialects.tape import SPACES, Malformed, Tape, Wait
+
+STRING = frozenset({"string"})
+PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+KINDS = {'"': "string", "{": "object", "[": "array", "t": "boolean", "f": "boolean", "n": "null"}
+KINDS_OF = {str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+
+
+class Parameters:
+    """What a tool's schema says of its parameters. Remembers what it found."""
+
+    def __init__(self, tool: Tool | None):
+        self._schema = tool.parameters if tool else {}
+        self._kinds: dict[str, frozenset[str]] = {}
+
+    @property
+    def properties(self) -> Mapping[str, Any]:
+        found = self._schema.get("properties")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def required(self) -> Iterable[str]:
+        return self._schema.get("required") or ()
+
+    def kinds(self, name: str) -> frozenset[str]:
+        """JSON's types that a parameter may have; none: the schema does not say."""
+        if name not in self._kinds:
+            self._kinds[name] = self._find_kinds(self.properties.get(name))
+        return self._kinds[name]
+
+    def _find_kinds(self, schema: Any) -> frozenset[str]:
+        found: set[str] = set()
+        seen: set[int] = set()
+        unseen = [schema]
+        while unseen:
+            schema = unseen.pop()
+            if not isinstance(schema, Mapping) or id(schema) in seen:
+                continue
+            seen.add(id(schema))
+            types = schema.get("type", [])
+            found.update([types] if isinstance(types, str) else types)
+            values = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
+            found.update(KINDS_OF.get(type(value), "object") for value in values)
+            for key in ("anyOf", "oneOf", "allOf"):
+                unseen += schema.get(key, ())
+            unseen.append(self._referred(schema.get("$ref")))
+        return frozenset("number" if kind == "integer" else kind for kind in found)
+
+    def _referred(self, reference: Any) -> Any:
+        """What "#/$defs/Name" names, if it is there."""
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            return None
+        found: Any = self._schema
+        for key in reference.split("/")[1:]:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
+    def schema(self, name: str) -> Mapping[str, Any]:
+        """The schema of one parameter, with the definitions that it may refer to."""
+        shared = {key: self._schema[key] for key in ("$defs", "definitions") if key in self._schema}
+        own = self.properties[name]
+        return {**shared, **own} if isinstance(own, Mapping) else shared
+
+    def grammar(self, name: str) -> str | None:
+        """Lark for what may stand between a parameter's tags; None: any text.
+
+        Of strings only lists of values are enforced: patterns and lengths are JSON's to express.
+        """
+        schema = self.schema(name)
+        kinds = self.kinds(name)
+        values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+        if values and kinds == STRING:
+            return "(" + " | ".join(json.dumps(value) for value in values) + ")"
+        if not kinds or "string" in kinds:
+            return None
+        return json_of(schema)
+
+
+def read_argument(tape: Tape, kinds: frozenset[str], closings: tuple[str, ...]) -> Wait:
+    """Reads an argument up to the tag that closes it, and writes it as JSON. Strings are written as
+    they come, others when they are complete.
+    """
+    if kinds == STRING:
+        tape.write_arguments('"')
+        tag = yield from tape.copy_until(
+            closings, lambda text: tape.write_arguments(json.dumps(text, ensure_ascii=False)[1:-1])
+        )
+        if not tag:
+            raise Malformed
+        tape.write_arguments('"')
+    else:
+        pieces: list[str] = []
+        if not (yield from tape.copy_until(closings, pieces.append)):
+            raise Malformed
+        tape.write_arguments(_json_of("".join(pieces), kinds))
+
+
+def _json_of(text: str, kinds: frozenset[str]) -> str:
+    word = text.strip(SPACES)
+    found = json_in(PYTHON_WORDS.get(word, word))
+    kind = KINDS.get(found[0], "number") if found else "string"
+    if found and kind != "string" and (not kinds or kind in kinds):
+        return found
+    return json.dumps(text, ensure_ascii=False)
+
+
+def write_functions(tools: Sequence[Tool], function: str, argument: str, end: str) -> str:
+    """Lark rules of `function`, any of the tools with its arguments in the schema's order.
+
+    Args:
+        function, argument: what stands before them, {} being their name.
+        end: what stands after an argument.
+    """
+    texts, rules = [], []
+    for i, tool in enumerate(tools):
+        parameters = Parameters(tool)
+        names = {key: f"argument_{i}_{j}" for j, key in enumerate(parameters.properties)}
+        parts = [
+            f"{name}{'' if key in parameters.required else '?'}" for key, name in names.items()
+        ]
+        texts.append(" ".join([json.dumps(function.format(tool.name)), *parts]))
+        for key, name in names.items():
+            value = parameters.grammar(key)
+            rules.append(
+                f"{name}: {json.dumps(argument.format(key))} "
+                + (f"{value} {json.dumps(end)}" if value else "text")
+            )
+    free = f"text[suffix={json.dumps(end)}]: /(?s:.*)/"
+    return "\n".join([alternatives("function", texts), *rules, free])
