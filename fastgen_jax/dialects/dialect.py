@@ -75,6 +75,27 @@ def alternatives(name: str, rules: Iterable[str]) -> str:
     return "\n".join([*lines, *(f"{number}: {rule}" for number, rule in numbered)])
 
 
+def spell(text: str, markers: Iterable[str], literal: Literal) -> list[str]:
+    """Lark for a text that has markers in it, part by part."""
+    parts = [text]
+    for marker in markers:
+        pieces = (piece for part in parts for piece in _split(part, marker))
+        parts = [piece for piece in pieces if piece]
+    return [literal(part) if part in markers else json.dumps(part) for part in parts]
+
+
+def _split(text: str, marker: str) -> list[str]:
+    """The text, cut before and after the marker, wherever that is in it."""
+    before, *others = text.split(marker)
+    return [before, *(piece for other in others for piece in (marker, other))]
+
+
+def free_text(name: str, end: str) -> str:
+    """A Lark rule of any text up to what ends it first, and that: a quoted string or a token."""
+    is_string = end.startswith('"')
+    return f"{name}[suffix={end}]: /(?s:.*)/" if is_string else f"{name}: /(?s:.*)/ {end}"
+
+
 def json_of(schema: Mapping[str, Any]) -> str:
     """Lark for JSON that the schema allows, compact, as chat templates write it."""
     return f"%json {json.dumps({**schema, 'x-guidance': COMPACT})}"

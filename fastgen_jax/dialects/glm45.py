@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from fastgen_jax.dialects.dialect import Dialect, Literal, Tool
+from fastgen_jax.dialects.dialect import Dialect, Literal, Tool, spell
 from fastgen_jax.dialects.json_text import collect
 from fastgen_jax.dialects.tape import Malformed, Tape, Wait
 from fastgen_jax.dialects.xml_text import Parameters, read_argument, write_functions
@@ -54,7 +54,14 @@ def _read_arguments(tape: Tape, parameters: Parameters, tag: str) -> Wait:
 def write(tools: Sequence[Tool], parallel: bool, literal: Literal) -> str:
     again = ' ("\\n" call)*' if parallel else ""
     call = f"{literal(OPEN)} function {literal(CLOSE)}"
-    functions = write_functions(tools, "{}\n", f"{KEY}{{}}{KEY_END}\n{VALUE}", f"{VALUE_END}\n")
+    functions = write_functions(
+        tools,
+        function="NAME\n",
+        argument=f"{KEY}NAME{KEY_END}\n{VALUE}",
+        margin="",
+        end=VALUE_END,
+        spelled=lambda text: spell(text, TAGS, literal),
+    )
     return f"calls: call{again}\ncall: {call}\n{functions}"
 
 

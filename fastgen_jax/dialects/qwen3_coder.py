@@ -70,7 +70,12 @@ def write(tools: Sequence[Tool], parallel: bool, literal: Literal) -> str:
     again = ' ("\\n" call)*' if parallel else ""
     call = f'{literal(OPEN)} "\\n" function "{FUNCTION_END}" "\\n" {literal(CLOSE)}'
     functions = write_functions(
-        tools, f"{FUNCTION}{{}}>\n", f"{PARAMETER}{{}}>\n", f"\n{PARAMETER_END}\n"
+        tools,
+        function=f"{FUNCTION}NAME>\n",
+        argument=f"{PARAMETER}NAME>\n",
+        margin="\n",
+        end=PARAMETER_END,
+        spelled=lambda text: [json.dumps(text)],
     )
     return f"calls: call{again}\ncall: {call}\n{functions}"
 

@@ -19,7 +19,7 @@ Wait = Generator[None, None, Any]  # of what it returns, docstrings say the type
 Write = Callable[[str], None]
 SPACES = " \t\r\n"
 MAX_PIECE = 256  # what is unread may be looked through for each attempt in it
-SPACE_RUN = re.compile(f"[{SPACES}]*")
+SPACE_RUN = re.compile(r"[ \t\r\n]*")
 
 
 class Malformed(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from fastgen_jax.dialects.dialect import Dialect, Literal
+from fastgen_jax.dialects.dialect import Dialect, Literal, free_text, spell
 from fastgen_jax.dialects.events import Thought
 from fastgen_jax.dialects.tape import SPACES, Tape, Wait
 
@@ -55,27 +55,11 @@ class Thinking:
             is_call: `answer` is a dialect's grammar of calls.
             literal: see Dialect.grammar.
         """
-        end, *after = self._spell(self.closings[0], literal)
-        is_text = end.startswith('"')
-        free = f"free[suffix={end}]: /(?s:.*)/" if is_text else f"free: /(?s:.*)/ {end}"
+        end, *after = spell(self.closings[0], self.markers, literal)
         thought = " ".join(["free", *after, r'("\n" "\n"?)?'])
         if not is_open:
-            thought = f"({' '.join(self._spell(self.openings[0], literal))} {thought})?"
-        head = [] if is_call else self._spell(self.head, literal)
-        return "\n".join(
-            ["%llguidance {}", " ".join(["start:", thought, *head, "@answer"]), free, ""]
-        )
-
-    def _spell(self, text: str, literal: Literal) -> list[str]:
-        """Lark for a text that has markers in it."""
-        parts = [text]
-        for marker in self.markers:
-            pieces = (piece for part in parts for piece in _split(part, marker))
-            parts = [piece for piece in pieces if piece]
-        return [literal(part) if part in self.markers else json.dumps(part) for part in parts]
-
-
-def _split(text: str, marker: str) -> list[str]:
-    """The text, cut before and after the marker, wherever that is in it."""
-    before, *others = text.split(marker)
-    return [before, *(piece for other in others for piece in (marker, other))]
+            opening = " ".join(spell(self.openings[0], self.markers, literal))
+            thought = f"({opening} {thought})?"
+        head = "" if is_call else " ".join(spell(self.head, self.markers, literal))
+        start = f"start: {thought} {head} @answer"
+        return f"%llguidance {{}}\n{start}\n{free_text('free', end)}\n"

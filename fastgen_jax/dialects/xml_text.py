@@ -7,10 +7,10 @@ other text is a string. Where the schema says nothing of types, all are allowed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fastgen_jax.dialects.dialect import Tool, alternatives, json_of
+from fastgen_jax.dialects.dialect import Tool, alternatives, free_text, json_of
 from fastgen_jax.dialects.json_text import json_in
 from fastgen_jax.dialects.tape import SPACES, Malformed, Tape, Wait
 
@@ -118,26 +118,34 @@ def _json_of(text: str, kinds: frozenset[str]) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def write_functions(tools: Sequence[Tool], function: str, argument: str, end: str) -> str:
+def write_functions(
+    tools: Sequence[Tool],
+    *,
+    function: str,
+    argument: str,
+    margin: str,
+    end: str,
+    spelled: Callable[[str], list[str]],
+) -> str:
     """Lark rules of `function`, any of the tools with its arguments in the schema's order.
 
     Args:
-        function, argument: what stands before them, {} being their name.
-        end: what stands after an argument.
+        function, argument: what stands before them, NAME being their name.
+        margin: what stands before the end of an argument; texts may do without it.
+        end: the tag after an argument.
+        spelled: Lark for a text that has markers in it, part by part.
     """
     texts, rules = [], []
+    [stop] = spelled(end)
     for i, tool in enumerate(tools):
         parameters = Parameters(tool)
         names = {key: f"argument_{i}_{j}" for j, key in enumerate(parameters.properties)}
-        parts = [
-            f"{name}{'' if key in parameters.required else '?'}" for key, name in names.items()
-        ]
-        texts.append(" ".join([json.dumps(function.format(tool.name)), *parts]))
+        marks = {key: "" if key in parameters.required else "?" for key in names}
+        parts = [f"{name}{marks[key]}" for key, name in names.items()]
+        texts.append(" ".join([*spelled(function.replace("NAME", tool.name)), *parts]))
         for key, name in names.items():
             value = parameters.grammar(key)
-            rules.append(
-                f"{name}: {json.dumps(argument.format(key))} "
-                + (f"{value} {json.dumps(end)}" if value else "text")
-            )
-    free = f"text[suffix={json.dumps(end)}]: /(?s:.*)/"
-    return "\n".join([alternatives("function", texts), *rules, free])
+            head = spelled(argument.replace("NAME", key))
+            body = [value, json.dumps(margin), stop] if value else ["text"]
+            rules.append(" ".join([f"{name}:", *head, *body, r'"\n"']))
+    return "\n".join([alternatives("function", texts), *rules, free_text("text", stop)])

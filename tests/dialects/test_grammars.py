@@ -1,13 +1,15 @@
 """What a grammar allows is read back as calls that the tools' schemas allow."""
 
+import json
 import random
 
 import jsonschema
 import pytest
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from fastgen_jax.dialects import DIALECTS, Tool, make_reader
-from tests.dialects.written import PING, WRITERS, calls_of, read, text_of
+from fastgen_jax.dialects import DIALECTS, THINKING, Tool, make_reader
+from fastgen_jax.errors import InvalidRequest
+from tests.dialects.written import PING, WRITERS, calls_of, read, text_of, thought_of
 
 SEARCH = Tool(
     "search",
@@ -37,9 +39,10 @@ LATER = Tool(
 )
 TOOLS = (SEARCH, PING._replace(parameters={**PING.parameters, "additionalProperties": False}),
          LATER)  # fmt: skip
+FIRST_MARK = 0xE000  # of characters that stand for markers
 BYTES = LLTokenizer("byte")
-ENDS = ('"', "}", "]", "\n</parameter>\n", "</arg_value>\n", "</think>", "<|end|>", "</tool_call>",
-        ")", "Here is my response:")  # fmt: skip
+ENDS = ('"', "}", "]", "\n</parameter>\n", "</arg_value>\n", "</think>", "[/THINK]", "<|end|>",
+        "</tool_call>", ")", "Here is my response:")  # fmt: skip
 SEEDS = pytest.mark.parametrize("seed", range(12))
 FORMATS = pytest.mark.parametrize("name", WRITERS)
 
@@ -81,3 +84,109 @@ def test_what_a_grammar_allows_is_read_as_calls_that_fit_their_schemas(name, see
     schemas = {tool.name: tool.parameters for tool in TOOLS}
     for tool, arguments in found:
         jsonschema.validate(arguments, schemas[tool])
+
+
+@FORMATS
+@SEEDS
+def test_a_named_tool_is_the_only_one_and_is_called_once(name, seed):
+    dialect = DIALECTS[name]
+    text = walk(dialect.grammar(TOOLS, choice="later"), seed)
+    assert [tool for tool, _ in calls_of(read(make_reader(dialect, tools=TOOLS), text))] == [
+        "later"
+    ]
+
+
+@FORMATS
+def test_a_tool_that_is_not_there_is_refused(name):
+    with pytest.raises(InvalidRequest, match="tool_choice names 'x', and tools has 'search, ping"):
+        DIALECTS[name].grammar(TOOLS, choice="x")
+
+
+@FORMATS
+def test_names_with_quotes_and_braces_make_valid_grammars(name):
+    odd = Tool('a"\\{}\n', {"type": "object", "properties": {'b"\\{}': {"type": "string"}}})
+    grammar = DIALECTS[name].grammar([odd], parallel=True)
+    assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar), BYTES) == ""
+
+
+class Special:
+    """A vocabulary of bytes, and of markers that are tokens of their own."""
+
+    eos_token_id, bos_token_id = 256, None
+
+    def __init__(self, markers):
+        self.tokens = [bytes([i]) for i in range(256)] + [b"<eos>"]
+        self.tokens += [marker.encode() for marker in markers]
+        self.special_token_ids = list(range(256, len(self.tokens)))
+        self.ids = {marker: 257 + i for i, marker in enumerate(markers)}
+
+    def __call__(self, text):
+        return list(text if isinstance(text, bytes) else text.encode())
+
+    def literal(self, marker: str) -> str:
+        return f"<[{self.ids[marker]}]>"
+
+    def spell(self, text: str) -> list[int]:
+        for marker, id in self.ids.items():
+            text = text.replace(marker, chr(FIRST_MARK + id))
+        marks = {chr(FIRST_MARK + id): [id] for id in self.ids.values()}
+        return [id for character in text for id in marks.get(character, character.encode())]
+
+
+@FORMATS
+def test_markers_may_be_tokens_of_the_vocabulary(name):
+    dialect = DIALECTS[name]
+    special = Special(dialect.markers)
+    grammar = dialect.grammar(TOOLS, literal=special.literal)
+    matcher = LLMatcher(LLTokenizer(TokenizerWrapper(special)), grammar)
+    text = WRITERS[name]([("later", {"a": 5})]).removesuffix("<|call|>")
+    assert matcher.consume_tokens(special.spell(text)), matcher.get_error()
+    assert matcher.is_accepting()
+
+
+def nested(thoughts: str, answer: str) -> str:
+    grammars = [{"lark_grammar": thoughts}, {"name": "answer", "lark_grammar": answer}]
+    return json.dumps({"grammars": grammars})
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.parametrize("name", THINKING)
+@SEEDS
+def test_thoughts_come_first_and_then_what_the_answer_allows(name, is_open, seed):
+    thinking = THINKING[name]
+    thoughts = thinking.grammar(is_open=is_open)
+    text = walk(nested(thoughts, "start: /[0-9]{3}/"), seed)
+    reader = make_reader(thinking=thinking, is_thinking=is_open)
+    events = read(reader, thinking.openings[0] * (is_open and bool(thinking.dialect)) + text)
+    assert text_of(events).isdecimal()
+    assert len(text_of(events)) == 3
+
+
+@pytest.mark.parametrize("name", THINKING)
+@SEEDS
+def test_thoughts_come_before_calls(name, seed):
+    thinking = THINKING[name]
+    dialect = thinking.dialect or DIALECTS["hermes"]
+    text = walk(nested(thinking.grammar(is_call=True), dialect.grammar(TOOLS)), seed)
+    events = read(make_reader(dialect, thinking, tools=TOOLS), text)
+    assert len(calls_of(events)) == 1
+    assert text_of(events) == ""
+
+
+def test_some_of_these_walks_think():
+    thinking = THINKING["qwen3"]
+    texts = [walk(nested(thinking.grammar(), "start: /[0-9]{3}/"), seed) for seed in range(60)]
+    thoughts = [thought_of(read(make_reader(thinking=thinking), text)) for text in texts]
+    assert 0 < sum(map(bool, thoughts)) < 60
+
+
+def test_the_end_of_thoughts_may_be_a_token_of_the_vocabulary():
+    thinking = THINKING["qwen3"]
+    special = Special(thinking.markers)
+    thoughts = thinking.grammar(literal=special.literal)
+    matcher = LLMatcher(
+        LLTokenizer(TokenizerWrapper(special)), nested(thoughts, "start: /[0-9]{3}/")
+    )
+    text = "<think>\nIs it </thin?\n</think>\n\n123"
+    assert matcher.consume_tokens(special.spell(text)), matcher.get_error()
+    assert matcher.is_accepting()
