@@ -244,7 +244,8 @@ def test_no_user_text_is_a_regular_expression():
                 yield f"line {node.lineno} makes a pattern of {ast.unparse(node.args[0])}"
 
     found = problems(variable_patterns, "fastgen_jax")
-    in_request = ("fastgen_jax/server/", "fastgen_jax/dialects/", "fastgen_jax/engine/", "fastgen_jax/tokenizer.py",
+    in_request = ("fastgen_jax/server/", "fastgen_jax/dialects/", "fastgen_jax/engine/",
+                  "fastgen_jax/tokenizer.py",
                   "fastgen_jax/vocabulary.py", "fastgen_jax/sampling_params.py",
                   "fastgen_jax/llm.py", "fastgen_jax/generation.py",
                   "fastgen_jax/prompts.py")  # fmt: skip
