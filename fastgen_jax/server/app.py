@@ -1,4 +1,4 @@
-"""The routes, thin: what they share is in reader, service, stream and responses."""
+"""The routes, thin: what they share is in reader, service, stream and formats."""
 
 import asyncio
 from collections.abc import Callable

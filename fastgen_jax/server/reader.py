@@ -13,8 +13,10 @@ from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.server import protocol
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import ApiError, invalid
+from fastgen_jax.server.formats.chat import ChatFormat
+from fastgen_jax.server.formats.completion import CompletionFormat
+from fastgen_jax.server.formats.format import Format
 from fastgen_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from fastgen_jax.server.responses import ResponseFormat
 from fastgen_jax.server.service import Service
 
 MAX_CHOICES = 1024  # prompts x n of one body
@@ -30,7 +32,7 @@ class Ask(NamedTuple):
 
     prompts: list[list[int]]
     params: SamplingParams
-    format: ResponseFormat
+    format: Format
     is_streaming: bool
     param: str  # the field that held the prompts
     cache_salt: str | None
@@ -55,7 +57,8 @@ class Reader:
             self._check_texts(texts, "prompt")
         prompts = [self._prompt(entry, spec) for entry in entries]
         echo = self._echo(entries, params.n) if spec.echo else None
-        return self._ask(spec, params, prompts, "prompt", echo)
+        format = CompletionFormat(echo=echo, **self._shared(spec, params, prompts))
+        return Ask(prompts, params, format, bool(spec.stream), "prompt", spec.cache_salt)
 
     def chat(self, body: Body) -> Ask:
         """What POST /v1/chat/completions asks for."""
@@ -67,7 +70,9 @@ class Reader:
         if spec.truncate_prompt_tokens is None:
             self._check_texts(["".join(protocol.texts_of(messages))], "messages")
         ids = self._rendered(messages, spec.template_kwargs())
-        return self._ask(spec, params, [self._checked(ids, spec, "messages")], "messages")
+        prompts = [self._checked(ids, spec, "messages")]
+        format = ChatFormat(**self._shared(spec, params, prompts))
+        return Ask(prompts, params, format, bool(spec.stream), "messages", spec.cache_salt)
 
     def tokens(self, body: Body) -> bytes:
         """The answer to POST /tokenize."""
@@ -188,29 +193,25 @@ class Reader:
             _check_repeated(size, "echo")
         return echo
 
-    def _ask(
+    def _shared(
         self,
         spec: CompletionRequest | ChatRequest,
         params: SamplingParams,
         prompts: list[list[int]],
-        param: str,
-        echo: list[str] | None = None,
-    ) -> Ask:
+    ) -> dict[str, Any]:
+        """What the formats of both APIs are made of, within bounds."""
         self._check_logprobs(prompts, params)
         if spec.return_token_ids:
             _check_repeated(params.n * sum(map(len, prompts)), "return_token_ids")
-        format = ResponseFormat(
-            is_chat=isinstance(spec, ChatRequest),
-            model=spec.model or self.service.model_names[0],
-            tokenizer=self.service.require_backend().tokenizer,
-            include_usage=spec.include_usage,
-            continuous_usage=spec.continuous_usage,
-            logprobs=params.logprobs,
-            tokens_as_ids=bool(spec.return_tokens_as_token_ids),
-            return_token_ids=bool(spec.return_token_ids),
-            echo=echo,
-        )
-        return Ask(prompts, params, format, bool(spec.stream), param, spec.cache_salt)
+        return {
+            "model": spec.model or self.service.model_names[0],
+            "tokenizer": self.service.require_backend().tokenizer,
+            "include_usage": spec.include_usage,
+            "continuous_usage": spec.continuous_usage,
+            "logprobs": params.logprobs,
+            "tokens_as_ids": bool(spec.return_tokens_as_token_ids),
+            "return_token_ids": bool(spec.return_token_ids),
+        }
 
 
 def _check_repeated(size: int, param: str):

@@ -9,8 +9,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError
+from fastgen_jax.server.formats.format import Format
 from fastgen_jax.server.generation import Generation
-from fastgen_jax.server.responses import DONE, ResponseFormat, event, send_error
+from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.uploads import Upload
 
@@ -99,7 +100,7 @@ class EventStream(Response):
     nothing, see peer.UnreadTimer.
     """
 
-    def __init__(self, generation: Generation, format: ResponseFormat, service: Service):
+    def __init__(self, generation: Generation, format: Format, service: Service):
         super().__init__()
         self.raw_headers = SSE_HEADERS
         self.generation = generation
@@ -126,7 +127,7 @@ class EventStream(Response):
                 if i:
                     await asyncio.sleep(0)  # others come in between
                 yield events
-        yield (format.usage_chunk(generation) if format.include_usage else b"") + DONE
+        yield format.end(generation)
 
     async def _send(self, events: bytes, send: Send):
         if not self.is_started:
@@ -141,7 +142,11 @@ class EventStream(Response):
         if not self.is_started:
             await send_error(error, send)
             return
-        message = {"type": "http.response.body", "body": event(error.body()), "more_body": True}
+        message = {
+            "type": "http.response.body",
+            "body": self.format.error(error),
+            "more_body": True,
+        }
         await send(message)  # and no more: the server cuts a response that is not completed
 
 

@@ -12,9 +12,11 @@ import httpx
 import orjson
 import pytest
 
-from fastgen_jax.server import gate, protocol, responses, service
+from fastgen_jax.server import gate, protocol, service
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import ApiError
+from fastgen_jax.server.formats import format
+from fastgen_jax.server.formats.choices import ChoicesFormat
 from fastgen_jax.server.reader import Reader
 from fastgen_jax.tokenizer import StopMatcher, Tokenizer
 from tests.server.running import CHAT, PATHS, TEXT, hold_encode, read_all, serving, wait_until
@@ -40,7 +42,7 @@ class TestHooks:
         (protocol.CompletionRequest, "to_params"), (protocol.CompletionRequest, "prompts"),
         (protocol, "cache_salt"), (protocol, "check_token_ids"), (Tokenizer, "encode"),
         (service.TextStream, "of_samples"), (service, "Choice"), (service.TextStream, "push"),
-        (StopMatcher, "feed"), (responses, "usage_of"), (responses.ResponseFormat, "_logprobs"),
+        (StopMatcher, "feed"), (format, "usage_of"), (ChoicesFormat, "_logprobs"),
     ])  # fmt: skip
     def test_a_fault_fails_its_request_alone(self, up, monkeypatch, owner, name, stream):
         body = {"prompt": TEXT, "max_tokens": 20, "ignore_eos": True}
@@ -76,10 +78,10 @@ class TestHooks:
             plain = service.TextStream.push
             return lambda s, output: boom() if s._params.seed == MARK else plain(s, output)
         if name == "_logprobs":
-            plain = responses.ResponseFormat._logprobs
+            plain = ChoicesFormat._logprobs
             return lambda s, *args: boom() if s.logprobs is not None else plain(s, *args)
         if name == "usage_of":
-            plain = responses.usage_of
+            plain = format.usage_of
             return lambda g: boom() if g.choices[0].wants_logprobs else plain(g)
         return staticmethod(boom) if isinstance(owner, type) else boom
 

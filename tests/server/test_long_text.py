@@ -76,15 +76,15 @@ def test_checks_of_long_bodies_run_there_too(up, monkeypatch, field):
 
 
 def test_long_answers_are_built_beside_the_event_loop(up, monkeypatch):
-    from fastgen_jax.server.responses import ResponseFormat
+    from fastgen_jax.server.formats.completion import CompletionFormat
 
-    threads, result = [], ResponseFormat.result
+    threads, result = [], CompletionFormat.result
 
     def recorded(self, generation):
         threads.append(threading.current_thread())
         return result(self, generation)
 
-    monkeypatch.setattr(ResponseFormat, "result", recorded)
+    monkeypatch.setattr(CompletionFormat, "result", recorded)
     for ask in ({"echo": True}, {"return_token_ids": True}):
         body = {"prompt": [5] * 700, "n": 3, "max_tokens": 1} | ask
         assert up.post("/v1/completions", body).status_code == 200
