@@ -19,8 +19,9 @@ from fastgen_jax.sampling_params import (
     MAX_STOP_TOKEN_IDS,
     SamplingParams,
 )
-from fastgen_jax.server import json_body
+from fastgen_jax.server import json_body, structure
 from fastgen_jax.server.errors import ApiError, from_engine, invalid, unsupported
+from fastgen_jax.server.structure import Structure
 
 log = logging.getLogger("fastgen_jax.server")
 
@@ -40,7 +41,7 @@ MAX_WARNED = 100  # distinct unknown keys that are worth a log line
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "parallel_tool_calls", "priority", "request_id", "verbosity",
-    "spaces_between_special_tokens", "detokenize", "reasoning_effort",
+    "spaces_between_special_tokens", "detokenize", "reasoning_effort", "guided_decoding_backend",
 }  # fmt: skip
 
 # Refused unless they hold the value that asks for nothing.
@@ -51,11 +52,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bad_words": (None, []),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1, 1.0),
-    "structured_outputs": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
     "functions": (None, []),
     "function_call": (None, "none"),
     "audio": (None,),
@@ -124,6 +120,12 @@ class GenerationRequest(BaseModel):
     add_special_tokens: bool | None = None
     cache_salt: str | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_whitespace_pattern: Any = None
 
     @property
     def include_usage(self) -> bool:
@@ -144,13 +146,15 @@ class GenerationRequest(BaseModel):
             raise invalid("stream_options needs stream=true", "stream_options")
         if self.best_of not in (None, self.n or 1):
             raise unsupported("best_of", "leave it out or set it equal to n")
-        if (self.response_format or {"type": "text"}).get("type") != "text":
-            raise unsupported("response_format", "only {'type': 'text'} is")
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens < 1:
             raise invalid("truncate_prompt_tokens must be at least 1", "truncate_prompt_tokens")
         if len(self.cache_salt or "") > MAX_SALT:
             raise invalid(f"cache_salt has more than {MAX_SALT} characters", "cache_salt")
         check_extras(self.model_extra or {})
+
+    def structure(self) -> Structure:
+        """The form that the output must have."""
+        return Structure({name: getattr(self, name) for name in structure.FIELDS})
 
     def sampling_params(
         self, defaults: dict[str, Any], *, max_tokens: int | None, logprobs: int | None
@@ -170,6 +174,7 @@ class GenerationRequest(BaseModel):
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
                 stop_token_ids=tuple(self.stop_token_ids or ()),
                 logit_bias=_logit_bias(self.logit_bias),
+                structured_outputs=self.structure().params,
             )
         except InvalidRequest as error:
             raise from_engine(error) from None

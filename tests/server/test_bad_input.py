@@ -71,7 +71,10 @@ BAD = [
     ("completions", {"logit_bias": {"9" * 400: 1}}, "logit_bias"),
     ("completions", {"stream_options": {"include_usage": True}}, "stream_options"),
     ("completions", {"stream": "yes"}, "stream"),
-    ("completions", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("completions", {"response_format": {"type": "xml"}}, "response_format"),
+    ("completions", {"response_format": {"type": ["text"]}}, "response_format"),
+    ("completions", {"structured_outputs": {"json": {}, "regex": "a"}}, "structured_outputs"),
+    ("completions", {"guided_regex": 5}, "guided_regex"),
     ("completions", {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ("chat/completions", {"messages": []}, "messages"),
     ("chat/completions", {"messages": "hello"}, "messages"),
@@ -88,7 +91,7 @@ BAD = [
     ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ("chat/completions", {"chat_template": "{{ x }}"}, "chat_template"),
     ("chat/completions", {"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),
-    ("chat/completions", {"guided_json": {}}, "guided_json"),
+    ("chat/completions", {"guided_json": 1.5}, "guided_json"),
 ]  # fmt: skip
 
 
