@@ -94,6 +94,17 @@ class Tokenizer:
             "chat_template": template,
         }
 
+    @property
+    def chat_template(self) -> str:
+        """The source of the template, or of all of them; empty if there is none."""
+        source = self._fast.chat_template or ""
+        return source if isinstance(source, str) else "\n".join(source.values())
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is this text."""
+        id = self._backend.token_to_id(text)
+        return id if id in self.special_ids else None
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Control tokens written in it count as such, unlike in messages.
 
@@ -315,6 +326,7 @@ class TextStream:
     Args:
         prompt_ids: what goes before: a character may begin there, and after text a space is kept.
         stops: of params.stop; made here unless another stream has them.
+        shown_ids: special tokens that are text here, whatever params hide.
     """
 
     def __init__(
@@ -323,23 +335,29 @@ class TextStream:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         stops: Sequence[StopString] | None = None,
+        shown_ids: frozenset[int] = frozenset(),
     ):
         self._tokenizer = tokenizer
         self._params = params
-        self._hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset[int]()
+        hidden = tokenizer.special_ids if params.skip_special_tokens else frozenset[int]()
+        self._hidden = hidden - shown_ids
         self._stops = [StopString(stop) for stop in params.stop] if stops is None else stops
         self._utf8_state, self._is_first = self._after(prompt_ids)
         self._begin()
 
     @classmethod
     def of_samples(
-        cls, tokenizer: Tokenizer, prompts: Iterable[Sequence[int]], params: SamplingParams
+        cls,
+        tokenizer: Tokenizer,
+        prompts: Iterable[Sequence[int]],
+        params: SamplingParams,
+        shown_ids: frozenset[int] = frozenset(),
     ) -> list[TextStream]:
         """A stream for each of the `n` samples of each prompt. What they share is made once: per
         sample the cost depends neither on the prompt nor on the lengths of the stop strings.
         """
         stops = [StopString(stop) for stop in params.stop]
-        firsts = [cls(tokenizer, prompt, params, stops) for prompt in prompts]
+        firsts = [cls(tokenizer, prompt, params, stops, shown_ids) for prompt in prompts]
         return [first if i == 0 else first._sibling() for first in firsts for i in range(params.n)]
 
     def _sibling(self) -> TextStream:

@@ -157,6 +157,7 @@ class Routes:
                 ask.params,
                 is_streaming=ask.is_streaming,
                 param=ask.param,
+                voice=ask.voice,
                 cache_salt=protocol.cache_salt(ask.cache_salt, request.scope["state"]["tenant"]),
                 constraints=constraints,
             )

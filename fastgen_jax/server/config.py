@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from fastgen_jax.config import option
+from fastgen_jax.dialects import DIALECTS, THINKING
 from fastgen_jax.errors import ConfigError
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
@@ -56,6 +57,15 @@ class ServerConfig:
         "what names of metrics begin with: fastgen, vllm (as vLLM's dashboards ask) or both",
         "server",
     )
+    tool_call_parser: str | None = option(
+        None, "how the model writes calls of tools (default: as its chat template tells)", "server"
+    )
+    reasoning_parser: str | None = option(
+        None, "how the model writes its thoughts (default: as its chat template tells)", "server"
+    )
+    enable_auto_tool_choice: bool = option(
+        True, "let the model call tools unforced (tool_choice auto)", "server"
+    )
     log_level: str = option("info", "debug, info, warning or error", "server")
     max_body_bytes: int = option(2_000_000, "largest request body (HTTP 413 above)", "limits")
     max_upload_bytes: int = option(
@@ -104,6 +114,10 @@ class ServerConfig:
                 f"metrics_prefix must be one of {', '.join(METRICS_PREFIXES)}, got "
                 f"{self.metrics_prefix!r}"
             )
+        for name, known in (("tool_call_parser", DIALECTS), ("reasoning_parser", THINKING)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if self.on_engine_failure not in ("exit", "stay"):
             raise ConfigError(
                 f"on_engine_failure must be exit or stay, got {self.on_engine_failure!r}"

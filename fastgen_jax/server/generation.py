@@ -5,34 +5,73 @@ length that the engine admitted.
 """
 
 import asyncio
+import itertools
 import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+from fastgen_jax.dialects import CallPart, CallStart, Event, Reader, Text, Thought
 from fastgen_jax.engine.types import Output, TokenLogprobs
 from fastgen_jax.server.errors import ApiError
-from fastgen_jax.tokenizer import TextStream
+from fastgen_jax.tokenizer import TextDelta, TextStream
+
+
+class Voice(NamedTuple):
+    """How the answers to one request are read.
+
+    Args:
+        make_reader: makes the reader of one sample; None: all of it is text.
+        shown_ids: special tokens that the reader must see.
+        max_calls: so many calls of tools are told, and no more; None: all.
+    """
+
+    make_reader: Callable[[], Reader] | None = None
+    shown_ids: frozenset[int] = frozenset()
+    max_calls: int | None = None
+
+
+PLAIN = Voice()
+
+
+class Taken(NamedTuple):
+    """What came since it was taken last."""
+
+    events: list[Event]
+    ids: list[int]
+    logprobs: list[TokenLogprobs]
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events if isinstance(event, Text))
 
 
 class Choice:
-    """One sample: text and tokens not taken yet. Finished once finish_reason is set."""
+    """One sample: what it says, and tokens not taken yet. Finished once finish_reason is set."""
 
     __slots__ = (
-        "finish_reason", "first_time", "index", "last_time", "n_reused", "n_tokens", "pending_ids",
-        "pending_logprobs", "pending_text", "start_time", "stop_reason", "stream", "wants_logprobs",
+        "_max_calls", "_n_unassigned", "_reader", "finish_reason", "first_time", "index",
+        "last_time", "n_calls", "n_reused", "n_thought_tokens", "n_tokens", "pending_events",
+        "pending_ids", "pending_logprobs", "start_time", "stop_reason", "stream", "wants_logprobs",
     )  # fmt: skip
 
-    def __init__(self, index: int, stream: TextStream, wants_logprobs: bool):
+    def __init__(self, index: int, stream: TextStream, wants_logprobs: bool, voice: Voice = PLAIN):
         self.index = index
         self.stream = stream
         self.wants_logprobs = wants_logprobs
         self.n_tokens = 0
+        self.n_thought_tokens = 0  # tokens after which more of a thought was known
+        self.n_calls = 0
         self.n_reused = 0  # prompt tokens that came from the prefix cache
         self.start_time = 0.0  # time.monotonic() of its first step, its first and its newest token
         self.first_time = self.last_time = 0.0
-        self.pending_text: list[str] = []
+        self.pending_events: list[Event] = []
         self.pending_ids: list[int] = []
         self.pending_logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self._reader = voice.make_reader() if voice.make_reader else None
+        self._max_calls = voice.max_calls
+        self._n_unassigned = 0  # newest tokens that may yet turn out to be of a thought
 
     def push(self, output: Output):
         """Takes in one event of the engine. INVARIANT: never called after finish_reason is set."""
@@ -43,20 +82,54 @@ class Choice:
             self.pending_ids.append(output.token_id)
             if self.wants_logprobs and output.logprobs is not None:
                 self.pending_logprobs.append(output.logprobs)
-        if delta.text:
-            self.pending_text.append(delta.text)
+        events = self._read(delta)
+        self._count_thoughts(events, n_new=output.token_id is not None)
+        self.pending_events += filter(self._is_told, events)
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+    def _read(self, delta: TextDelta) -> list[Event]:
+        if self._reader is None:
+            return [Text(delta.text)] if delta.text else []
+        events = self._reader.feed(delta.text)
+        return events if delta.finish_reason is None else events + self._reader.close()
+
+    def _is_told(self, event: Event) -> bool:
+        if not isinstance(event, CallStart | CallPart):
+            return True
+        is_told = self._max_calls is None or event.index < self._max_calls
+        self.n_calls += is_told and isinstance(event, CallStart)
+        return is_told
+
+    def _count_thoughts(self, events: list[Event], *, n_new: int):
+        """What a token adds may be told later: tags, and a character's first bytes."""
+        self._n_unassigned += n_new
+        if any(isinstance(event, Thought) for event in events):
+            self.n_thought_tokens += self._n_unassigned
+        if events:
+            self._n_unassigned = 0
 
     @property
     def has_pending(self) -> bool:
-        return bool(self.pending_ids or self.pending_text)
+        return bool(self.pending_ids or self.pending_events)
 
-    def take(self, limit: int | None = None) -> tuple[str, list[int], list[TokenLogprobs]]:
-        """The text since the last call, and token ids and logprobs, `limit` at most of each."""
-        taken = "".join(self.pending_text), self.pending_ids[:limit], self.pending_logprobs[:limit]
-        self.pending_text = []
+    def take(self, limit: int | None = None) -> Taken:
+        """The events since the last call, neighbours joined, and token ids and logprobs, `limit` at
+        most of each.
+        """
+        events, ids = joined(self.pending_events), self.pending_ids[:limit]
+        taken = Taken(events, ids, self.pending_logprobs[:limit])
+        self.pending_events = []
         del self.pending_ids[:limit], self.pending_logprobs[:limit]
         return taken
+
+
+def joined(events: Iterable[Event]) -> list[Event]:
+    """The events, with neighbours of one kind, and of one call, as one."""
+    runs = itertools.groupby(events, key=lambda event: (type(event), event[:-1]))
+    return [
+        run[0]._replace(**{run[0]._fields[-1]: "".join(event[-1] for event in run)})
+        for run in (list(run) for _, run in runs)
+    ]
 
 
 class Generation:
@@ -106,6 +179,10 @@ class Generation:
     @property
     def n_tokens(self) -> int:
         return sum(choice.n_tokens for choice in self.choices)
+
+    @property
+    def n_thought_tokens(self) -> int:
+        return sum(choice.n_thought_tokens for choice in self.choices)
 
     def notify(self):
         """Wakes the reader: at each change if it streams, else at the end."""

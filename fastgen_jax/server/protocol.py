@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastgen_jax.errors import InvalidRequest
@@ -22,6 +23,7 @@ from fastgen_jax.sampling_params import (
 from fastgen_jax.server import json_body, structure
 from fastgen_jax.server.errors import ApiError, from_engine, invalid, unsupported
 from fastgen_jax.server.structure import Structure
+from fastgen_jax.server.tools import Tools, read_tools
 
 log = logging.getLogger("fastgen_jax.server")
 
@@ -33,15 +35,18 @@ ROLES = {
     "tool": "tool",
 }
 MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
-TEMPLATE_KWARGS = ("enable_thinking", "thinking", "reasoning_effort")
+MAX_EFFORT = 32  # characters
+OWN_KWARGS = ("tools", "add_generation_prompt", "continue_final_message")  # fields of the body
+MAX_TEMPLATE_KWARGS = 64
+MAX_TEMPLATE_KWARGS_BYTES = 16_384  # of all of them as JSON
 MAX_SALT = 256  # characters
 MAX_WARNED = 100  # distinct unknown keys that are worth a log line
 
 # Accepted because they change nothing here: bookkeeping of the caller, or hints.
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "parallel_tool_calls", "priority", "request_id", "verbosity",
-    "spaces_between_special_tokens", "detokenize", "reasoning_effort", "guided_decoding_backend",
+    "prompt_cache_retention", "priority", "request_id", "verbosity",
+    "spaces_between_special_tokens", "detokenize", "guided_decoding_backend",
 }  # fmt: skip
 
 # Refused unless they hold the value that asks for nothing.
@@ -224,16 +229,18 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def check_supported(self):
         super().check_supported()
-        if self.tools and self.tool_choice != "none":
-            raise unsupported("tools", "leave them out or set tool_choice to 'none'")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise unsupported("tool_choice", "leave it out or set it to 'none'")
+        if len(self.reasoning_effort or "") > MAX_EFFORT:
+            raise invalid(
+                f"reasoning_effort has more than {MAX_EFFORT} characters", "reasoning_effort"
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs=true", "top_logprobs")
         if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
@@ -243,17 +250,28 @@ class ChatRequest(GenerationRequest):
                 "continue_final_message excludes add_generation_prompt", "continue_final_message"
             )
 
+    def toolbox(self) -> Tools:
+        """The tools that the model may call."""
+        return read_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
+
     def template_kwargs(self) -> dict[str, Any]:
-        """What the chat template is given besides the messages."""
-        given = self.chat_template_kwargs or {}
-        for name in given:
-            if name not in TEMPLATE_KWARGS:
-                known = ", ".join(TEMPLATE_KWARGS)
-                raise invalid(
-                    f"chat_template_kwargs: {name!r:.80} is not one of {known}",
-                    "chat_template_kwargs",
-                )
-        kwargs = dict(given)
+        """What the chat template is given besides messages and tools; the tokenizer knows which
+        names it may not be given.
+        """
+        kwargs, field = dict(self.chat_template_kwargs or {}), "chat_template_kwargs"
+        if len(kwargs) > MAX_TEMPLATE_KWARGS:
+            raise invalid(
+                f"{field} has {len(kwargs)} entries; at most {MAX_TEMPLATE_KWARGS}", field
+            )
+        if (n_bytes := len(orjson.dumps(kwargs))) > MAX_TEMPLATE_KWARGS_BYTES:
+            raise invalid(
+                f"{field} takes {n_bytes} bytes; at most {MAX_TEMPLATE_KWARGS_BYTES}", field
+            )
+        for name in OWN_KWARGS:
+            if name in kwargs:
+                raise invalid(f"{field}: {name} is a field of the body, send it there", field)
+        if self.reasoning_effort is not None:
+            kwargs.setdefault("reasoning_effort", self.reasoning_effort)
         kwargs["add_generation_prompt"] = (
             not self.continue_final_message
             if self.add_generation_prompt is None
@@ -362,6 +380,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or role not in ROLES:
         raise invalid(f"{where}.role must be one of {', '.join(ROLES)}", "messages")
     kept = {key: message[key] for key in MESSAGE_KEYS if message.get(key) is not None}
+    if message.get("reasoning") is not None:  # vLLM's newer name of it
+        kept.setdefault("reasoning_content", message["reasoning"])
     return {"role": ROLES[role], "content": message.get("content"), **kept}
 
 

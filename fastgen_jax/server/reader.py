@@ -4,11 +4,14 @@ All of that grows with what the client sends, so a large body is read beside the
 here touches what another thread may change.
 """
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import orjson
 
+from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.server import protocol
 from fastgen_jax.server.config import ServerConfig
@@ -16,8 +19,11 @@ from fastgen_jax.server.errors import ApiError, invalid
 from fastgen_jax.server.formats.chat import ChatFormat
 from fastgen_jax.server.formats.completion import CompletionFormat
 from fastgen_jax.server.formats.format import Format
+from fastgen_jax.server.generation import PLAIN, Voice
 from fastgen_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from fastgen_jax.server.service import Service
+from fastgen_jax.server.speech import Speech, speech_of
+from fastgen_jax.server.tools import Tools
 
 MAX_CHOICES = 1024  # prompts x n of one body
 MAX_REPEATED = 4_000_000  # characters and ids of its prompts that one answer may repeat
@@ -36,6 +42,7 @@ class Ask(NamedTuple):
     is_streaming: bool
     param: str  # the field that held the prompts
     cache_salt: str | None
+    voice: Voice = PLAIN
 
 
 class Reader:
@@ -44,6 +51,10 @@ class Reader:
     def __init__(self, service: Service, config: ServerConfig):
         self.service = service
         self.config = config
+
+    @functools.cached_property
+    def speech(self) -> Speech:
+        return speech_of(self.service.require_backend().tokenizer, self.config)
 
     def completion(self, body: Body) -> Ask:
         """What POST /v1/completions asks for."""
@@ -66,13 +77,19 @@ class Reader:
         spec = protocol.parse(ChatRequest, body)
         params = self._params(spec)
         self._check_choices(1, params.n)
+        tools = self.speech.usable(spec.toolbox())
         messages = protocol.parse_messages(spec.messages)
         if spec.truncate_prompt_tokens is None:
             self._check_texts(["".join(protocol.texts_of(messages))], "messages")
-        ids = self._rendered(messages, spec.template_kwargs())
-        prompts = [self._checked(ids, spec, "messages")]
-        format = ChatFormat(**self._shared(spec, params, prompts))
-        return Ask(prompts, params, format, bool(spec.stream), "messages", spec.cache_salt)
+        ids = self._rendered(messages, spec.template_kwargs(), tools)
+        prompt = self._checked(ids, spec, "messages")
+        form = self.speech.form(spec.structure(), tools, prompt)
+        params = dataclasses.replace(params, structured_outputs=form)
+        format = ChatFormat(
+            is_named=tools.named is not None, **self._shared(spec, params, [prompt])
+        )
+        voice = self.speech.voice(tools, prompt)
+        return Ask([prompt], params, format, bool(spec.stream), "messages", spec.cache_salt, voice)
 
     def tokens(self, body: Body) -> bytes:
         """The answer to POST /tokenize."""
@@ -87,7 +104,7 @@ class Reader:
             messages = protocol.parse_messages(spec.messages)
             self._check_texts(["".join(protocol.texts_of(messages))], "messages")
             opens = spec.add_generation_prompt is not False
-            ids = self._rendered(messages, {"add_generation_prompt": opens})
+            ids = self._rendered(messages, {"add_generation_prompt": opens}, Tools())
         backend = self.service.require_backend()
         reply = {"count": len(ids), "max_model_len": backend.engine.max_total_tokens, "tokens": ids}
         if spec.return_token_strs:
@@ -149,8 +166,16 @@ class Reader:
         encode = self.service.require_backend().tokenizer.encode
         return encode(text, add_special_tokens=add_special_tokens is not False)
 
-    def _rendered(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
-        return self.service.require_backend().tokenizer.apply_chat_template(messages, **variables)
+    def _rendered(
+        self, messages: list[dict[str, Any]], variables: dict[str, Any], tools: Tools
+    ) -> list[int]:
+        render = self.service.require_backend().tokenizer.apply_chat_template
+        try:
+            return render(messages, tools=list(tools.shown) or None, **variables)
+        except InvalidRequest as error:
+            if error.param in variables:
+                raise invalid(str(error), "chat_template_kwargs") from None
+            raise
 
     def _prompt(self, entry: str | list[int], spec: CompletionRequest) -> list[int]:
         if isinstance(entry, str):

@@ -21,7 +21,7 @@ from fastgen_jax.errors import QueueFull, RequestError
 from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.server.config import METRICS_PREFIXES, ServerConfig
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
-from fastgen_jax.server.generation import Choice, Generation
+from fastgen_jax.server.generation import PLAIN, Choice, Generation, Voice
 from fastgen_jax.server.metrics import Metrics, cache_labels
 from fastgen_jax.server.trial import Trial
 from fastgen_jax.server.uploads import Uploads
@@ -302,9 +302,10 @@ class Service:
         param: str = "prompt",
         cache_salt: bytes = b"",
         constraints: Constraints = UNCONSTRAINED,
+        voice: Voice = PLAIN,
     ) -> Generation:
         """Hands the prompts, which the field `param` held, to the engine: all or none. They share
-        cached prefixes with requests of the same salt only.
+        cached prefixes with requests of the same salt only. Answers are read as `voice` says.
 
         Raises:
             ApiError: the engine refused.
@@ -314,7 +315,7 @@ class Service:
         ids = self._admit([Request(prompt, **fields) for prompt in prompts], param)
         with contextlib.ExitStack() as undo:
             undo.callback(self._cancel, ids)
-            generation = self._generation(prompts, params, is_streaming)
+            generation = self._generation(prompts, params, is_streaming, voice)
             undo.pop_all()
         # Outputs reach _dispatch by the event loop, which runs here: none can come before this.
         if not self._live:
@@ -334,11 +335,12 @@ class Service:
             raise refused from None
 
     def _generation(
-        self, prompts: list[list[int]], params: SamplingParams, is_streaming: bool
+        self, prompts: list[list[int]], params: SamplingParams, is_streaming: bool, voice: Voice
     ) -> Generation:
-        streams = TextStream.of_samples(self.require_backend().tokenizer, prompts, params)
+        tokenizer = self.require_backend().tokenizer
+        streams = TextStream.of_samples(tokenizer, prompts, params, voice.shown_ids)
         wants_logprobs = params.logprobs is not None
-        choices = [Choice(i, stream, wants_logprobs) for i, stream in enumerate(streams)]
+        choices = [Choice(i, stream, wants_logprobs, voice) for i, stream in enumerate(streams)]
         max_tokens = params.max_tokens
         return Generation(choices, prompts, is_streaming=is_streaming, max_tokens=max_tokens)
 
@@ -408,8 +410,8 @@ class Service:
         try:
             choice.push(output)
         except Exception as error:  # a fault in one request's text must not reach the others
-            log.error("detokenizing failed: %s", error, exc_info=error)
-            return self.fail(generation, internal("the output could not be detokenized"))
+            log.error("reading the output failed: %s", error, exc_info=error)
+            return self.fail(generation, internal("the output could not be read"))
         if output.token_id is not None:
             self._observe_token(generation, choice, now)
         if choice.finish_reason is not None:

@@ -3,6 +3,8 @@
 Whether a schema or a grammar can be compiled is the engine's to say.
 """
 
+import json
+import re
 from typing import Any
 
 from fastgen_jax.errors import InvalidRequest
@@ -19,6 +21,7 @@ GUIDED = {
 SPACES = "guided_whitespace_pattern"
 FIELDS = ("response_format", "structured_outputs", *GUIDED, SPACES)
 FORMATS = ("text", "json_object", "json_schema")
+ESCAPED = re.compile(r"\\.|/|\n", re.DOTALL)
 
 Form = dict[str, Any]  # fields of StructuredOutputsParams
 
@@ -51,6 +54,33 @@ def conflict(names: list[str]) -> ApiError:
     return invalid(
         f"{' and '.join(names)} each ask for a form of the output; send one of them", names[0]
     )
+
+
+def lark_of(params: StructuredOutputsParams) -> str | None:
+    """The form as what a rule of a larger Lark grammar is; None: it is a grammar of its own."""
+    if params.grammar is not None:
+        return None
+    if params.choice is not None:
+        return " | ".join(map(json.dumps, params.choice))
+    if params.regex is not None:
+        return f"/(?:{ESCAPED.sub(_in_slashes, params.regex)})/"
+    return f"%json {json.dumps(_schema_of(params))}"
+
+
+def _in_slashes(part: re.Match) -> str:
+    return {"/": r"\/", "\n": r"\n"}.get(part[0], str(part[0]))
+
+
+def _schema_of(params: StructuredOutputsParams) -> dict[str, Any]:
+    schema = {"type": "object"} if params.json_object else params.json
+    schema = json.loads(schema) if isinstance(schema, str) else schema
+    guidance: Form = {}
+    if params.whitespace_pattern is not None:
+        guidance["whitespace_pattern"] = params.whitespace_pattern
+    if params.disable_any_whitespace:
+        guidance["whitespace_flexible"] = False
+    schema = schema if isinstance(schema, dict) else {}
+    return schema | {"x-guidance": guidance} if guidance else schema
 
 
 def _of_response_format(given: dict[str, Any] | None) -> Form:

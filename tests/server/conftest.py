@@ -27,6 +27,7 @@ def up(shared) -> Iterator[Running]:
     yield shared
     shared.engine.may_step.set()
     shared.engine.step_time = 0.0
+    shared.engine.says = []
     wait_until(lambda: not shared.engine.live)
     wait_until(lambda: not shared.service._live and not shared.service.n_inflight)
 

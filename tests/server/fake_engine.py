@@ -1,7 +1,7 @@
 """An engine without a model, for tests of the server: it answers each prompt with the prompt.
 
 A step yields one token per live sample: the prompt's ids after the first, from the start again once
-they are over. An id of EOS ends the sample ("stop"), max_tokens too ("length").
+they are over, or those of `says`. An id of EOS ends the sample ("stop"), max_tokens too ("length").
 """
 
 import itertools
@@ -41,6 +41,7 @@ class FakeEngine:
     cancelled: list[int] = field(default_factory=list)
     finished: list[tuple[int, int]] = field(default_factory=list)
     submitted: list[Request] = field(default_factory=list)
+    says: list[list[int]] = field(default_factory=list)  # what samples say instead, each its own
 
     def __post_init__(self):
         self.config = SimpleNamespace(
@@ -156,7 +157,7 @@ class FakeEngine:
         if id in self.poisoned:
             return Output(id, index, None, finish_reason="error", error="logits are not finite")
         prompt = sample.request.prompt_token_ids
-        echoed = prompt[1:] or prompt
+        echoed = self.says[index % len(self.says)] if self.says else prompt[1:] or prompt
         token = echoed[sample.n_tokens % len(echoed)]
         if sample.n_tokens == len(echoed) and not params.ignore_eos:
             token = self.eos_token_id

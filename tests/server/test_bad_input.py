@@ -85,6 +85,7 @@ BAD = [
     ("chat/completions", {"messages": [{"role": "user", "content": 5}]}, None),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None),
     ("chat/completions", {"tools": [{"type": "function"}]}, "tools"),
+    ("chat/completions", {"parallel_tool_calls": 1}, "parallel_tool_calls"),
     ("chat/completions", {"tool_choice": "required"}, "tool_choice"),
     ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format"),
     ("chat/completions", {"top_logprobs": 2}, "top_logprobs"),

@@ -15,12 +15,13 @@ from fastgen_jax.engine.types import TokenLogprobs
 from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.formats import format
 from fastgen_jax.server.formats.format import DONE, Format, event, prompt_of
-from fastgen_jax.server.generation import Choice, Generation
+from fastgen_jax.server.generation import Choice, Generation, Taken
 from fastgen_jax.tokenizer import Tokenizer
 
 LOGPROB_FLOOR = -9999.0  # JSON has no infinity
 PIECE_ENTRIES = 2000  # logprobs whose events are built in one go
 PIECE_TOKENS = 100  # of them in one event
+NOTHING = Taken([], [], [])
 
 
 class ChoicesFormat(Format):
@@ -28,7 +29,7 @@ class ChoicesFormat(Format):
 
     Args:
         object, chunk_object: what the answer, and each chunk of its stream, say that they are.
-        no_delta: what `_delta` makes of no text, after the first.
+        no_delta: the delta of a chunk that has nothing to say.
         n_echoed: characters of the prompts with which a sample of each begins.
     """
 
@@ -106,12 +107,18 @@ class ChoicesFormat(Format):
         return n_tokens + n_repeated * (len(generation.choices) // len(generation.prompts))
 
     @abstractmethod
-    def _delta(self, choice: Choice, generation: Generation, text: str, is_first: bool) -> bytes:
-        """The member of a chunk's choice that holds its text."""
+    def _deltas(
+        self, choice: Choice, generation: Generation, taken: Taken, is_first: bool
+    ) -> list[bytes]:
+        """The members of a chunk's choice that hold what is new, each of a chunk of its own."""
 
     @abstractmethod
-    def _content(self, choice: Choice, generation: Generation, text: str) -> dict[str, Any]:
-        """The members of an answer's choice that hold its text."""
+    def _content(self, choice: Choice, generation: Generation, taken: Taken) -> dict[str, Any]:
+        """The members of an answer's choice that hold what it says."""
+
+    @abstractmethod
+    def _finish_reason(self, choice: Choice) -> str | None:
+        """Why the choice ended, as this API says it."""
 
     @abstractmethod
     def _logprob_entries(
@@ -123,44 +130,60 @@ class ChoicesFormat(Format):
         return choice.finish_reason is not None and choice.index not in self._ended
 
     def _chunk(self, choice: Choice, generation: Generation, usage: bytes) -> bytes:
+        """The events of what is new in one choice; none for a piece of a character, or what may
+        become a stop string or a tag.
+        """
         is_first = choice.index not in self._started
         self._started.add(choice.index)
-        text, ids, entries = choice.take(PIECE_TOKENS if choice.wants_logprobs else None)
-        delta = self._delta(choice, generation, text, is_first)
-        finish_reason = None if choice.has_pending else choice.finish_reason
-        if finish_reason is not None:
+        taken = choice.take(PIECE_TOKENS if choice.wants_logprobs else None)
+        deltas = self._deltas(choice, generation, taken, is_first)
+        is_last = choice.finish_reason is not None and not choice.has_pending
+        if is_last:
             self._ended.add(choice.index)
-        elif delta == self._no_delta and not (entries or self.return_token_ids):
-            return b""  # a piece of a character, or what may become a stop string
-        logprobs = self._logprobs(choice, ids, entries)
+        if not deltas and (is_last or taken.logprobs or self.return_token_ids):
+            deltas = [self._no_delta]
+        return b"".join(
+            self._event(
+                choice,
+                delta,
+                usage,
+                taken if i == 0 else NOTHING,
+                is_last=is_last and i == len(deltas) - 1,
+            )
+            for i, delta in enumerate(deltas)
+        )
+
+    def _event(
+        self, choice: Choice, delta: bytes, usage: bytes, taken: Taken, *, is_last: bool
+    ) -> bytes:
+        logprobs = self._logprobs(choice, taken)
         extra = b""
         if self.return_token_ids:
-            extra = b',"token_ids":' + orjson.dumps(ids)
+            extra = b',"token_ids":' + orjson.dumps(taken.ids)
         return b"".join((
             self._head, b'{"index":%d,' % choice.index, delta,
             b',"logprobs":', b"null" if logprobs is None else orjson.dumps(logprobs),
-            b',"finish_reason":', orjson.dumps(finish_reason),
-            b',"stop_reason":', orjson.dumps(finish_reason and choice.stop_reason),
+            b',"finish_reason":', orjson.dumps(self._finish_reason(choice) if is_last else None),
+            b',"stop_reason":', orjson.dumps(choice.stop_reason if is_last else None),
             extra, b"}]", usage, b"}\n\n",
         ))  # fmt: skip
 
     def _final(self, choice: Choice, generation: Generation) -> dict[str, Any]:
-        text, ids, entries = choice.take()
-        fields = {"index": choice.index} | self._content(choice, generation, text)
-        fields["logprobs"] = self._logprobs(choice, ids, entries)
-        fields["finish_reason"] = choice.finish_reason
+        taken = choice.take()
+        fields = {"index": choice.index} | self._content(choice, generation, taken)
+        fields["logprobs"] = self._logprobs(choice, taken)
+        fields["finish_reason"] = self._finish_reason(choice)
         fields["stop_reason"] = choice.stop_reason
         if self.return_token_ids:
-            fields["token_ids"] = ids
+            fields["token_ids"] = taken.ids
             fields["prompt_token_ids"] = generation.prompts[prompt_of(choice, generation)]
         return fields
 
-    def _logprobs(
-        self, choice: Choice, ids: list[int], entries: list[TokenLogprobs]
-    ) -> dict[str, Any] | None:
+    def _logprobs(self, choice: Choice, taken: Taken) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
-        return self._logprob_entries(choice, list(zip(ids, entries, strict=False)))
+        pairs = list(zip(taken.ids, taken.logprobs, strict=False))
+        return self._logprob_entries(choice, pairs)
 
     def _token_text(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self.tokens_as_ids else self.tokenizer.token_text(token_id)

@@ -7,7 +7,7 @@ import orjson
 from fastgen_jax.engine.types import TokenLogprobs
 from fastgen_jax.server.formats.choices import LOGPROB_FLOOR, ChoicesFormat
 from fastgen_jax.server.formats.format import prompt_of
-from fastgen_jax.server.generation import Choice, Generation
+from fastgen_jax.server.generation import Choice, Generation, Taken
 
 
 class CompletionFormat(ChoicesFormat):
@@ -23,11 +23,17 @@ class CompletionFormat(ChoicesFormat):
         self.echo = echo
         self._offsets: dict[int, int] = {}  # where each choice's next token starts in its text
 
-    def _delta(self, choice: Choice, generation: Generation, text: str, is_first: bool) -> bytes:
-        return b'"text":' + orjson.dumps(self._echoed(choice, generation, is_first) + text)
+    def _deltas(
+        self, choice: Choice, generation: Generation, taken: Taken, is_first: bool
+    ) -> list[bytes]:
+        text = self._echoed(choice, generation, is_first) + taken.text
+        return [b'"text":' + orjson.dumps(text)] if text else []
 
-    def _content(self, choice: Choice, generation: Generation, text: str) -> dict[str, Any]:
-        return {"text": self._echoed(choice, generation, True) + text}
+    def _content(self, choice: Choice, generation: Generation, taken: Taken) -> dict[str, Any]:
+        return {"text": self._echoed(choice, generation, True) + taken.text}
+
+    def _finish_reason(self, choice: Choice) -> str | None:
+        return choice.finish_reason
 
     def _echoed(self, choice: Choice, generation: Generation, is_first: bool) -> str:
         return self.echo[prompt_of(choice, generation)] if self.echo and is_first else ""

@@ -43,12 +43,15 @@ def event(body: bytes) -> bytes:
 
 def usage_of(generation: Generation) -> dict[str, Any]:
     prompt, completion = generation.n_prompt_tokens, generation.n_tokens
-    return {
+    usage: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": generation.n_reused_tokens},
     }
+    if n_thought := generation.n_thought_tokens:
+        usage["completion_tokens_details"] = {"reasoning_tokens": n_thought}
+    return usage
 
 
 def prompt_of(choice: Choice, generation: Generation) -> int:
