@@ -124,8 +124,8 @@ class Admission:
         bound = self.max_total_tokens
         text = (
             f"This model's maximum context length is {bound} tokens. However, you requested "
-            f"{n_prompt + n_output} tokens ({n_prompt} in the messages, {n_output} in the "
-            "completion). Please reduce the length of the messages or completion."
+            f"{n_prompt + n_output} tokens ({n_prompt} in the prompt, {n_output} in the "
+            "completion). Please reduce the length of the prompt or completion."
         )
         if bound < self._max_model_len:
             text += (

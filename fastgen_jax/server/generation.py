@@ -23,14 +23,17 @@ class Voice(NamedTuple):
         make_reader: makes the reader of one sample; None: all of it is text.
         shown_ids: special tokens that the reader must see.
         max_calls: so many calls of tools are told, and no more; None: all.
+        is_silent: nothing is told; the engine's one token is dropped, for none was asked for.
     """
 
     make_reader: Callable[[], Reader] | None = None
     shown_ids: frozenset[int] = frozenset()
     max_calls: int | None = None
+    is_silent: bool = False
 
 
 PLAIN = Voice()
+SILENT = Voice(is_silent=True)
 
 
 class Taken(NamedTuple):
@@ -49,9 +52,10 @@ class Choice:
     """One sample: what it says, and tokens not taken yet. Finished once finish_reason is set."""
 
     __slots__ = (
-        "_max_calls", "_n_unassigned", "_reader", "finish_reason", "first_time", "index",
-        "last_time", "n_calls", "n_reused", "n_thought_tokens", "n_tokens", "pending_events",
-        "pending_ids", "pending_logprobs", "start_time", "stop_reason", "stream", "wants_logprobs",
+        "_is_silent", "_max_calls", "_n_unassigned", "_reader", "finish_reason", "first_time",
+        "index", "last_time", "n_calls", "n_reused", "n_thought_tokens", "n_tokens",
+        "pending_events", "pending_ids", "pending_logprobs", "start_time", "stop_reason", "stream",
+        "wants_logprobs",
     )  # fmt: skip
 
     def __init__(self, index: int, stream: TextStream, wants_logprobs: bool, voice: Voice = PLAIN):
@@ -71,10 +75,15 @@ class Choice:
         self.stop_reason: int | str | None = None
         self._reader = voice.make_reader() if voice.make_reader else None
         self._max_calls = voice.max_calls
+        self._is_silent = voice.is_silent
         self._n_unassigned = 0  # newest tokens that may yet turn out to be of a thought
 
     def push(self, output: Output):
         """Takes in one event of the engine. INVARIANT: never called after finish_reason is set."""
+        if self._is_silent:
+            self.n_reused = output.n_reused
+            self.finish_reason = output.finish_reason and "length"
+            return
         delta = self.stream.push(output)
         if output.token_id is not None:
             self.n_tokens += 1

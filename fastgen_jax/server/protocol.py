@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.sampling_params import (
@@ -39,6 +39,7 @@ MAX_EFFORT = 32  # characters
 OWN_KWARGS = ("tools", "add_generation_prompt", "continue_final_message")  # fields of the body
 MAX_TEMPLATE_KWARGS = 64
 MAX_TEMPLATE_KWARGS_BYTES = 16_384  # of all of them as JSON
+MAX_EXACT = 2**53  # the largest integer up to which floats hold all of them
 MAX_SALT = 256  # characters
 MAX_WARNED = 100  # distinct unknown keys that are worth a log line
 
@@ -85,6 +86,17 @@ _warned: set[str] = set()
 Model = TypeVar("Model", bound=BaseModel)
 
 
+def _integral(value: Any) -> Any:
+    """16.0 as 16: JSON has one kind of number, and some languages write each with a point. OpenAI
+    and vLLM take it; a number in a string OpenAI refuses, and so do we.
+    """
+    is_small = isinstance(value, float) and abs(value) <= MAX_EXACT
+    return int(value) if is_small and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -100,16 +112,16 @@ class GenerationRequest(BaseModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    best_of: int | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    min_tokens: int | None = None
+    n: Integer | None = None
+    best_of: Integer | None = None
+    max_tokens: Integer | None = None
+    max_completion_tokens: Integer | None = None
+    min_tokens: Integer | None = None
     temperature: float | None = None
-    top_k: int | None = None
+    top_k: Integer | None = None
     top_p: float | None = None
     min_p: float | None = None
-    seed: int | None = None
+    seed: Integer | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
@@ -119,7 +131,7 @@ class GenerationRequest(BaseModel):
     logit_bias: dict[str, float] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Integer | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
@@ -190,7 +202,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Any = None
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Integer | None = None
 
     def check_supported(self):
         super().check_supported()
@@ -216,8 +228,16 @@ class CompletionRequest(GenerationRequest):
                 raise invalid(f"prompt[{index}] must be a string or token ids", "prompt")
         return prompt
 
+    @property
+    def is_echo_alone(self) -> bool:
+        """Whether the prompt is all that is asked for. The engine then makes one token for nobody,
+        so that the prompt is checked, and cached for those to come.
+        """
+        return bool(self.echo) and self.output_limit == 0 and not self.min_tokens
+
     def to_params(self, defaults: dict[str, Any]) -> SamplingParams:
         limit = 16 if self.output_limit is None else self.output_limit
+        limit = 1 if self.is_echo_alone else limit
         return self.sampling_params(defaults, max_tokens=limit, logprobs=self.logprobs)
 
 
@@ -226,7 +246,7 @@ class ChatRequest(GenerationRequest):
 
     messages: Any = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Integer | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None

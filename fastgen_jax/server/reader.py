@@ -19,7 +19,7 @@ from fastgen_jax.server.errors import ApiError, invalid
 from fastgen_jax.server.formats.chat import ChatFormat
 from fastgen_jax.server.formats.completion import CompletionFormat
 from fastgen_jax.server.formats.format import Format
-from fastgen_jax.server.generation import PLAIN, Voice
+from fastgen_jax.server.generation import PLAIN, SILENT, Voice
 from fastgen_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.speech import Speech, speech_of
@@ -69,7 +69,8 @@ class Reader:
         prompts = [self._prompt(entry, spec) for entry in entries]
         echo = self._echo(entries, params.n) if spec.echo else None
         format = CompletionFormat(echo=echo, **self._shared(spec, params, prompts))
-        return Ask(prompts, params, format, bool(spec.stream), "prompt", spec.cache_salt)
+        voice = SILENT if spec.is_echo_alone else PLAIN
+        return Ask(prompts, params, format, bool(spec.stream), "prompt", spec.cache_salt, voice)
 
     def chat(self, body: Body) -> Ask:
         """What POST /v1/chat/completions asks for."""

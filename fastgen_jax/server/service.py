@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from fastgen_jax.constrained import Constrainer, Constraints
 from fastgen_jax.engine.types import Output, Request, Stats
-from fastgen_jax.errors import QueueFull, RequestError
+from fastgen_jax.errors import ContextLengthExceeded, QueueFull, RequestError
 from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.server.config import METRICS_PREFIXES, ServerConfig
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
@@ -331,7 +331,10 @@ class Service:
             return self.require_backend().engine.submit_all(requests)
         except RequestError as error:
             refused = from_engine(error)
-            refused.param = param if error.param == "prompt" else error.param
+            if error.param == "prompt":  # as the engine calls what came in that field
+                refused.param = param
+            if isinstance(error, ContextLengthExceeded):
+                refused.message = refused.message.replace("the prompt", f"the {param}")
             raise refused from None
 
     def _generation(
@@ -419,7 +422,7 @@ class Service:
         return None
 
     def _observe_token(self, generation: Generation, choice: Choice, now: float):
-        if choice.n_tokens == 1:
+        if choice.n_tokens <= 1:
             if generation.first_token_timer is not None:
                 generation.first_token_timer.cancel()
             choice.first_time = now

@@ -92,8 +92,8 @@ class FakeEngine:
         if n_prompt + n_output > MAX_TOKENS:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {MAX_TOKENS} tokens. However, you "
-                f"requested {n_prompt + n_output} tokens ({n_prompt} in the messages, {n_output} "
-                "in the completion). Please reduce the length of the messages or completion.",
+                f"requested {n_prompt + n_output} tokens ({n_prompt} in the prompt, {n_output} "
+                "in the completion). Please reduce the length of the prompt or completion.",
                 param="prompt",
             )
         if not request.prompt_token_ids:

@@ -38,6 +38,9 @@ BAD = [
     ("completions", {"n": -(2**63)}, "n"),
     ("completions", {"n": 1.5}, "n"),
     ("completions", {"n": "2"}, "n"),
+    ("completions", {"max_tokens": "16"}, "max_tokens"),
+    ("completions", {"max_tokens": 1e300}, "max_tokens"),
+    ("completions", {"echo": True, "max_tokens": 0, "min_tokens": 1}, "max_tokens"),
     ("completions", {"n": True}, "n"),
     ("completions", {"n": 128, "prompt": ["a"] * 20}, "n"),
     ("completions", {"best_of": 3}, "best_of"),
@@ -154,7 +157,7 @@ class TestBadInput:
             f"maximum context length is {MAX_TOKENS} tokens. However, you requested 5002 tokens"
         )
         assert expected in caught.value.message
-        assert "(2 in the messages, 5000 in the completion)" in caught.value.message
+        assert "(2 in the prompt, 5000 in the completion)" in caught.value.message
 
     def test_a_long_prompt_is_tokenized_beside_the_event_loop(self, up, tokenizer, monkeypatch):
         go_on = hold_encode(tokenizer, monkeypatch)
@@ -168,6 +171,10 @@ class TestBadInput:
         body = {"messages": [{"role": "user", "content": "Ω" * 5000}]}
         error = up.post("/v1/chat/completions", body).json()["error"]
         assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+        assert (
+            " in the messages, 1 in the completion). Please reduce the length of the messages "
+            in (error["message"])
+        )
 
     def test_a_full_queue_is_a_429_for_all_prompts_of_the_body(self, tokenizer):
         engine = FakeEngine(tokenizer.eos_token_id, max_queued_requests=2)
@@ -268,6 +275,16 @@ class TestBadInput:
     def test_the_models_defaults_hold_where_the_request_is_silent(self, up):
         up.post("/v1/completions", PATHS["completions"])
         assert up.engine.submitted[-1].params.temperature == 0.0
+
+    @pytest.mark.parametrize("path", PATHS)
+    def test_integers_may_be_written_with_a_point(self, up, path):
+        body = orjson.dumps(PATHS[path])[:-1] + b',"max_tokens":3.0,"n":2e0,"seed":-0.0}'
+        answer = up.post(f"/v1/{path}", body)
+        assert answer.json()["usage"]["completion_tokens"] == 6
+        params = up.engine.submitted[-1].params
+        assert [(type(v), v) for v in (params.max_tokens, params.n, params.seed)] == [
+            (int, 3), (int, 2), (int, 0),
+        ]  # fmt: skip
 
     def test_truncation_keeps_the_prompts_end(self, up, tokenizer):
         up.post("/v1/completions", PATHS["completions"] | {"truncate_prompt_tokens": 4})

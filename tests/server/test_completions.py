@@ -1,6 +1,8 @@
 """/v1/completions as the openai client sees it."""
 
-from tests.server.running import TEXT
+import pytest
+
+from tests.server.running import TEXT, events_of
 
 
 class TestCompletions:
@@ -64,6 +66,17 @@ class TestCompletions:
         for chunk in client.completions.create(**ask, stream=True):
             texts[chunk.choices[0].index] += chunk.choices[0].text
         assert texts == ["oneone", "twotwo"]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_echo_may_be_all_that_is_asked_for(self, up, stream):
+        body = {"prompt": ["one", "two"], "max_tokens": 0, "echo": True, "stream": stream}
+        answer = up.post("/v1/completions", body)
+        replies = events_of(answer.text)[:-1] if stream else [answer.json()]
+        choices = [choice for reply in replies for choice in reply["choices"]]
+        assert [choice["text"] for choice in choices] == ["one", "two"]
+        assert {choice["finish_reason"] for choice in choices} == {"length"}
+        if not stream:
+            assert answer.json()["usage"]["completion_tokens"] == 0
 
     def test_logprobs_hold_each_token_and_its_rivals(self, client, tokenizer):
         answer = client.completions.create(model="fake", prompt=TEXT, max_tokens=5, logprobs=2)
