@@ -21,10 +21,15 @@ if TYPE_CHECKING:
     from fastgen_jax.llm import LLM
     from fastgen_jax.mii import pipeline
     from fastgen_jax.results import CompletionOutput, Logprob, RequestOutput
-    from fastgen_jax.sampling_params import SamplingParams, StructuredOutputsParams
+    from fastgen_jax.sampling_params import (
+        BeamSearchParams,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
@@ -44,7 +49,7 @@ __all__ = [
 
 _ROOMS = {
     "engine.config": ("EngineConfig",),
-    "sampling_params": ("SamplingParams", "StructuredOutputsParams"),
+    "sampling_params": ("BeamSearchParams", "SamplingParams", "StructuredOutputsParams"),
     "llm": ("LLM",),
     "results": ("CompletionOutput", "Logprob", "RequestOutput"),
     "mii": ("pipeline",),

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastgen_jax.beam_search import BeamSearchOutput, search
 from fastgen_jax.config import show
 from fastgen_jax.constrained import Constrainer, Constraints
 from fastgen_jax.engine.config import EngineConfig
@@ -21,10 +22,10 @@ from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import ConfigError, EngineStopped, InvalidRequest
 from fastgen_jax.generation import Generation, run
 from fastgen_jax.prompts import Prompt, at_prompt, prompt_list, text_and_ids
-from fastgen_jax.results import RequestOutput
-from fastgen_jax.sampling_params import SamplingParams
+from fastgen_jax.results import Logprob, RequestOutput
+from fastgen_jax.sampling_params import BeamSearchParams, SamplingParams
 from fastgen_jax.tokenizer import Tokenizer, has_tokenizer
-from fastgen_jax.vllm_options import CHATTING, GENERATING, LOADING, acting
+from fastgen_jax.vllm_options import BEAM_SEARCHING, CHATTING, GENERATING, LOADING, acting
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.engine import Engine
@@ -178,6 +179,38 @@ class LLM:
             ids = at_prompt(i, tokenizer.apply_chat_template, conversation, **template)
             encoded.append((tokenizer.decode(ids, skip_special_tokens=False), ids))
         return self.run(encoded, self._params_list(sampling_params, len(encoded)), use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Iterable[Prompt], params: BeamSearchParams, **options: Any
+    ) -> list[BeamSearchOutput]:
+        """The best continuations of each prompt; each token takes a request for each beam, whose
+        known tokens the prefix cache holds.
+
+        Args:
+            prompts: as `generate` takes them.
+            options: vLLM's BEAM_SEARCHING of vllm_options.py, which change nothing.
+
+        Raises:
+            InvalidRequest: a prompt cannot be served; none was run.
+            ConfigError: an unknown option.
+        """
+        acting(options, BEAM_SEARCHING)
+        encoded = [ids for _, ids in self.encode_prompts(prompts)]
+        longest = SamplingParams(max_tokens=params.max_tokens)
+        for i, ids in enumerate(encoded):
+            at_prompt(i, self._check, Request(ids, longest))
+        next_token = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2 * params.beam_width)
+
+        def likeliest(beams: list[list[int]]) -> list[dict[int, Logprob] | None]:
+            outputs = self.run([(None, ids) for ids in beams], [next_token] * len(beams), False)
+            found = [output.outputs[0].logprobs for output in outputs]
+            return [positions[0] if positions else None for positions in found]
+
+        results = search(encoded, params, self.engine.eos_token_ids, likeliest)
+        for sequence in (s for result in results for s in result.sequences):
+            if self.tokenizer is not None:
+                sequence.text = self.tokenizer.decode(sequence.tokens, skip_special_tokens=False)
+        return results
 
     def _text_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:

@@ -17,6 +17,7 @@ MAX_ALLOWED_TOKEN_IDS = 2**20  # more than any vocabulary has
 MAX_LOGIT_BIAS = 300
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
+MAX_BEAM_WIDTH = MAX_LOGPROBS // 2  # each beam offers twice as many tokens, of which some end it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +201,29 @@ class SamplingParams:
         for token, value in bias.items():
             _integer("logit_bias", token, 0, 2**31 - 1)
             _number("logit_bias", value, -100.0, 100.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """A beam search; names and defaults are vLLM's. A longer text scores higher the larger
+    length_penalty is: see beam_search.py.
+
+    Raises:
+        InvalidRequest: a value out of range, naming the field and the range.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+
+    def __post_init__(self):
+        _integer("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
+        _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        if problem := idle_problem("temperature", self.temperature, (0.0,)):
+            raise InvalidRequest(problem, param="temperature")
+        _number("length_penalty", self.length_penalty, -10.0, 10.0)
 
 
 def _structure(given: dict[str, Any]) -> StructuredOutputsParams:

@@ -78,6 +78,11 @@ GENERATING: dict[str, Idle] = {
     "mm_processor_kwargs": NOTHING,
 }
 CHATTING: dict[str, Idle] = {**GENERATING, "chat_template_content_format": ("auto", "string")}
+BEAM_SEARCHING: dict[str, Idle] = {
+    "lora_request": NOTHING,
+    "use_tqdm": (False,),
+    "concurrency_limit": int | NoneType,  # the engine takes what it has room for
+}
 INSTEAD = {
     "chat_template_content_format": "templates get the content as one string",
     "data_parallel_size": "tensor_parallel_size is what there is",

@@ -36,7 +36,8 @@ WINGS = {
     "llm": Wing(
         "offline generation",
         tuple(
-            f"fastgen_jax/{name}.py" for name in ("llm", "generation", "results", "vllm_options")
+            f"fastgen_jax/{name}.py"
+            for name in ("llm", "generation", "beam_search", "results", "vllm_options")
         ),
     ),
     "server": Wing("OpenAI's protocol over one engine", ("fastgen_jax/server",)),
