@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from fastgen_jax.llm import LLM
     from fastgen_jax.mii import pipeline
+    from fastgen_jax.prompts import TextPrompt, TokensPrompt
     from fastgen_jax.results import CompletionOutput, Logprob, RequestOutput
     from fastgen_jax.sampling_params import (
         BeamSearchParams,
@@ -44,6 +45,8 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "pipeline",
 ]
 
@@ -51,6 +54,7 @@ _ROOMS = {
     "engine.config": ("EngineConfig",),
     "sampling_params": ("BeamSearchParams", "SamplingParams", "StructuredOutputsParams"),
     "llm": ("LLM",),
+    "prompts": ("TextPrompt", "TokensPrompt"),
     "results": ("CompletionOutput", "Logprob", "RequestOutput"),
     "mii": ("pipeline",),
 }

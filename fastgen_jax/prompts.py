@@ -1,14 +1,27 @@
 """The forms in which callers of the library give prompts: texts, token ids, vLLM's dicts."""
 
 from collections.abc import Callable, Iterable, Mapping, Set
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from fastgen_jax.errors import InvalidRequest
 
-Prompt = str | Iterable[int] | Mapping[str, Any]
-PROMPT_KEYS = {"prompt", "prompt_token_ids"}  # of vLLM's TextPrompt and TokensPrompt
+
+class TextPrompt(TypedDict):
+    """vLLM's dict of a text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """vLLM's dict of token ids, perhaps with the text that they were."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str | None]
+
+
+Prompt = str | Iterable[int] | TextPrompt | TokensPrompt
 
 
 def prompt_list(prompts: Any) -> list[Any]:
@@ -25,7 +38,7 @@ def text_and_ids(prompt: Any) -> tuple[str | None, list[int] | None]:
     if isinstance(prompt, str):
         return prompt, None
     text, ids = None, _as_list(prompt)
-    if isinstance(prompt, Mapping) and prompt.keys() <= PROMPT_KEYS:
+    if isinstance(prompt, Mapping) and prompt.keys() <= TokensPrompt.__annotations__.keys():
         text, ids = prompt.get("prompt"), _as_list(prompt.get("prompt_token_ids"))
     if isinstance(ids, list) or (isinstance(text, str) and ids is None):
         return text, ids
