@@ -235,14 +235,20 @@ class LLM:
     def _params_list(
         self, params: SamplingParams | Iterable[SamplingParams] | None, n_prompts: int
     ) -> list[SamplingParams]:
+        """Checked params for each prompt, which the caller's later assignments do not change."""
         if params is None:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
-            return [params] * n_prompts
-        params = list(params)
-        if len(params) != n_prompts:
-            raise InvalidRequest(f"{len(params)} sampling_params for {n_prompts} prompts")
-        return params
+            return [params.clone()] * n_prompts
+        many = list(params) if isinstance(params, Iterable) else [params]
+        for p in many:
+            if not isinstance(p, SamplingParams):
+                raise InvalidRequest(
+                    f"sampling_params are one SamplingParams or one for each prompt, not {show(p)}"
+                )
+        if len(many) != n_prompts:
+            raise InvalidRequest(f"{len(many)} sampling_params for {n_prompts} prompts")
+        return [at_prompt(i, p.clone) for i, p in enumerate(many)]
 
     def run(
         self,

@@ -79,14 +79,17 @@ IDLE: dict[str, Idle] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen; names and defaults are vLLM's.
 
     temperature 0 is greedy. top_k 0 or -1 keeps all tokens. `logprobs=k` returns the k most likely
     tokens of each step and the sampled one. Without `detokenize` no text is made of them. The noise
     depends on (seed, position) alone, never on the batch; logits differ between batch sizes by
-    rounding. Fields cannot be assigned: `clone(seed=1)` makes params that differ in some.
+    rounding.
+
+    Fields may be assigned, as vLLM's users do; `clone` checks what they hold then. An engine keeps
+    the params that it gets: LLM gives it clones.
 
     Raises:
         InvalidRequest: a value out of range, naming the field and the range.
@@ -153,8 +156,7 @@ class SamplingParams:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         self._check_bias()
         if isinstance(self.structured_outputs, dict):
-            structure = _structure(self.structured_outputs)
-            object.__setattr__(self, "structured_outputs", structure)
+            self.structured_outputs = _structure(self.structured_outputs)
 
     def clone(self, **changes: Any) -> Self:
         """A deep copy, but for these fields."""
@@ -162,7 +164,7 @@ class SamplingParams:
 
     def _check_lists(self):
         if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+            self.stop = (self.stop,)
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             value = getattr(self, name)
             if value is None and name == "allowed_token_ids":
@@ -170,7 +172,7 @@ class SamplingParams:
             value = () if value is None else value
             if not isinstance(value, list | tuple | set | frozenset):
                 raise InvalidRequest(f"{name} must be a list, got {show(value)}", param=name)
-            object.__setattr__(self, name, tuple(value))
+            setattr(self, name, tuple(value))
         _texts("stop", self.stop, MAX_STOP_STRINGS)
         _texts("bad_words", self.bad_words, MAX_BAD_WORDS)
         _token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)

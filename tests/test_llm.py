@@ -208,11 +208,39 @@ def test_number_of_params_must_be_that_of_prompts():
         make_llm().generate([[1], [1], [1]], [GREEDY] * 2)
 
 
+@pytest.mark.parametrize("params", [5, {"temperature": 0.0}, [GREEDY, None], "greedy"])
+def test_what_are_no_params_is_refused(params):
+    with pytest.raises(InvalidRequest, match="are one SamplingParams or one for each prompt, not"):
+        make_llm().generate([[1], [2]], params)
+
+
 def test_params_default_to_the_models():
     llm = make_llm(default_params={"temperature": 0.6, "top_p": 0.9})
     assert llm.get_default_sampling_params() == SamplingParams(temperature=0.6, top_p=0.9)
     [out] = llm.generate([1], use_tqdm=False)
     assert len(out.outputs[0].token_ids) == SamplingParams().max_tokens
+
+
+def test_params_may_be_assigned_and_are_checked_before_any_runs():
+    llm = make_llm()
+    params = llm.get_default_sampling_params()
+    params.max_tokens = 3
+    assert [len(ids) for ids in token_ids(llm.generate([[1]], params, use_tqdm=False))] == [3]
+    params.top_p = 2
+    for many in (params, [GREEDY, params]):
+        with pytest.raises(InvalidRequest, match="top_p must be in"):
+            llm.generate([[1], [2]], many)
+    assert llm.engine.n_submitted == 1
+
+
+def test_a_run_keeps_the_params_that_it_began_with():
+    params = SamplingParams(max_tokens=5, logprobs=1)
+
+    def change(engine):
+        params.max_tokens, params.logprobs = 1, None
+
+    [out] = make_llm(on_step=change).generate([1], params, use_tqdm=False)
+    assert len(out.outputs[0].token_ids) == len(out.outputs[0].logprobs) == 5
 
 
 def test_samples_of_one_prompt_are_in_order():

@@ -1,6 +1,5 @@
 """A value out of range is refused; the message names the field and says what it may be."""
 
-import dataclasses
 import math
 
 import pytest
@@ -149,9 +148,18 @@ def test_limits_themselves_are_allowed():
     )
 
 
-def test_params_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        SamplingParams().n = 2
+def test_what_is_assigned_is_checked_in_a_clone():
+    params = SamplingParams(min_tokens=8)
+    params.stop, params.max_tokens = "x", 4
+    with pytest.raises(InvalidRequest, match="min_tokens=8 exceeds max_tokens=4"):
+        params.clone()
+    params.max_tokens = 40
+    assert params.clone() == SamplingParams(min_tokens=8, stop=("x",), max_tokens=40)
+
+
+def test_only_fields_can_be_assigned():
+    with pytest.raises(AttributeError, match="no attribute 'max_token'"):
+        SamplingParams().max_token = 2
 
 
 def test_a_clone_shares_nothing_and_may_differ_in_some_fields():

@@ -104,6 +104,14 @@ def test_params_for_each_prompt(llm):
     assert outputs[0].outputs[0].text == ""
 
 
+def test_default_params_of_which_some_are_assigned(llm):
+    params = llm.get_default_sampling_params()
+    params.max_tokens = 3
+    params.temperature = 0.0
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert all(len(output.outputs[0].token_ids) <= 3 for output in outputs)
+
+
 def test_chat(llm):
     from vllm import SamplingParams
 
