@@ -14,7 +14,7 @@ from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.sampling_params import StructuredOutputsParams
 
 WHITESPACE = (
-    r" |\n[ \t]{0,24}"  # between JSON's tokens, as people write it; a model may stay in more
+    r" |\n[ \t]{0,12}"  # between JSON's tokens, as people write it; a model may stay in more
 )
 MAX_LEXER_STATES = 10_000  # of 1 to 2 kB
 MAX_GRAMMAR_SIZE = 200_000  # symbols

@@ -198,7 +198,7 @@ class LLM:
         encoded = [ids for _, ids in self.encode_prompts(prompts)]
         longest = SamplingParams(max_tokens=params.max_tokens)
         for i, ids in enumerate(encoded):
-            at_prompt(i, self._check, Request(ids, longest))
+            at_prompt(i, self._request, ids, longest)
         next_token = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2 * params.beam_width)
 
         def likeliest(beams: list[list[int]]) -> list[dict[int, Logprob] | None]:

@@ -37,8 +37,8 @@ class NullRunner:
         n = config.max_num_seqs
         tops = np.zeros((n, MAX_LOGPROBS), np.float32)
         ids = tops.astype(np.int32)
-        tokens = np.ones(n, np.int32)
-        self.result = StepResult(tokens, np.zeros(n, np.float32), np.ones(n, bool), ids, tops)
+        tokens, logprobs, yes = np.ones(n, np.int32), np.zeros(n, np.float32), np.ones(n, bool)
+        self.result = StepResult(tokens, logprobs, yes, yes, ids, tops)
 
     def compile(self, tables, on_done) -> None:
         pass

@@ -54,15 +54,14 @@ class Constraint:
         """Why the grammar cannot go on; empty while it can."""
         return self.matcher.get_error() if self.matcher and self.matcher.is_error() else ""
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the grammar is satisfied and allows nothing more."""
-        return self.matcher is not None and self.matcher.is_stopped() and not self.problem
-
-    def advance(self, token_id: int) -> None:
-        """Takes the sequence's next token; `problem` tells if the grammar does not."""
-        if self.matcher is not None:
-            self.matcher.consume_token(token_id)
+    def advance(self, token_id: int) -> bool:
+        """Takes the sequence's next token; whether another one can follow. If none can, the grammar
+        is complete, or has the `problem`.
+        """
+        if self.matcher is None:
+            return True
+        self.matcher.consume_token(token_id)
+        return not self.matcher.is_stopped()
 
     def narrow(self, mask: np.ndarray, output_ids: list[int]) -> None:
         """Completes the mask that the matcher has made, or all ones, in place."""

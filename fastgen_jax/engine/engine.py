@@ -331,17 +331,22 @@ class Engine:
         batch, launched = self._in_flight
         masks = self._masks.make(batch.sampled, batch.shape.n_seqs)
         for sequence in batch.sampled:
-            self._check_grammar(sequence, outputs)
+            constraint = sequence.constraint
+            if constraint and constraint.problem and not sequence.is_finished:
+                self._end_grammar(sequence, outputs)
         made = time.perf_counter()
         self._in_flight = InFlight(batch, self._runner.draw(batch, launched, masks))
         self.timings["mask"] += made - started
         self.timings["dispatch"] += time.perf_counter() - made
 
-    def _check_grammar(self, sequence: Sequence, outputs: list[Output]) -> None:
-        constraint = sequence.constraint
-        if constraint and constraint.problem and not sequence.is_finished:
-            problem = f"the grammar failed: {constraint.problem}"
-            self._end_with(sequence, "error", problem, outputs)
+    def _end_grammar(self, sequence: Sequence, outputs: list[Output]) -> None:
+        """Ends a sample whose grammar goes no further: it is complete, or it has failed."""
+        assert sequence.constraint is not None
+        problem = sequence.constraint.problem
+        if problem:
+            self._end_with(sequence, "error", f"the grammar failed: {problem}", outputs)
+        else:
+            self._end_with(sequence, "stop", None, outputs)
 
     def _commit(self, step: InFlight, outputs: list[Output]) -> None:
         """Reads a step's tokens; extends the sequences that live, ends those that are done."""
@@ -456,11 +461,13 @@ class Engine:
         self._counters["generated"] += 1
         reason: FinishReason | None = None
         stop_reason = None
+        constraint = sequence.constraint
+        is_over = False
         if token in sequence.ending_ids:
             reason = "stop"
             stop_reason = token if token in sequence.params.stop_token_ids else None
-        elif self._is_complete(sequence, token):
-            reason = "stop"
+        elif constraint is not None and not constraint.advance(token):
+            is_over = True
         elif sequence.n_prompt + n_output == sequence.max_tokens:
             reason = "length"
         output = Output(
@@ -474,15 +481,8 @@ class Engine:
             self._follow(sequence.request_id)
         if reason:
             self._end(sequence, reason)
-        else:
-            self._check_grammar(sequence, outputs)
-
-    def _is_complete(self, sequence: Sequence, token: int) -> bool:
-        """Whether the output with this token satisfies a grammar that allows nothing after it."""
-        if sequence.constraint is None:
-            return False
-        sequence.constraint.advance(token)
-        return sequence.constraint.is_over
+        elif is_over:
+            self._end_grammar(sequence, outputs)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason

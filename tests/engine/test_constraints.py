@@ -105,10 +105,17 @@ def test_every_sample_matches_or_begins_what_matches(engine, tokenizer, regex):
     assert_idle(engine)
 
 
-def test_a_grammar_that_is_over_ends_its_sample_with_the_last_token(engine, tokenizer):
+def test_a_complete_grammar_ends_its_sample_after_a_token_that_counts(engine, tokenizer):
     [outputs] = run(engine, [constrained(1, grammar(tokenizer, "abc"), ignore_eos=True)])
     assert says(tokenizer, outputs) == "abc"
-    assert [o.finish_reason for o in outputs] == [None, None, "stop"]
+    assert [o.finish_reason for o in outputs] == [None, None, None, "stop"]
+    assert outputs[-1].token_id is None
+
+
+def test_a_grammar_complete_with_the_last_token_allowed_has_stopped(engine, tokenizer):
+    [outputs] = run(engine, [constrained(1, grammar(tokenizer, "abc"), max_tokens=3)])
+    assert says(tokenizer, outputs) == "abc"
+    assert outputs[-1].finish_reason == "stop"
 
 
 def test_the_end_waits_for_min_tokens_where_the_grammar_can(engine, tokenizer):
@@ -158,7 +165,7 @@ def test_a_grammar_that_fails_while_running_ends_that_request_alone(engine, toke
 
     def slip(self, token):
         said.append(token)
-        advance(self, 1 if token == 0 and said.count(0) == 3 else token)
+        return advance(self, 1 if token == 0 and said.count(0) == 3 else token)
 
     monkeypatch.setattr(Constraint, "advance", slip)
     first, second = run(engine, [constrained(1, failing), constrained(2, fine)])
