@@ -9,24 +9,32 @@ from __future__ import annotations
 
 import codecs
 import copy
+import functools
 import inspect
 import json
 import logging
 import re
-import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastgen_jax.engine.types import FinishReason, Output
 from fastgen_jax.errors import CheckpointError, InvalidRequest
+from fastgen_jax.history import (
+    Form,
+    Message,
+    best_form,
+    has_calls,
+    plain_messages,
+    plain_tools,
+    shaped,
+)
 from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.vocabulary import BYTE_LEVEL_CODES, longest_token
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 MAX_CHARACTER_BYTES = 4  # of UTF-8
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece vocabularies name a byte
-ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # What a chat template can raise at messages that it was not written for.
 TEMPLATE_ERRORS = (
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
@@ -173,10 +181,11 @@ class Tokenizer:
 
         Args:
             messages: dicts with a role and a content: a string or a list of text parts, and for the
-                assistant possibly None, which templates see as "".
+                assistant possibly None, which templates see as "". Earlier tool_calls are in
+                OpenAI's form, with arguments that are an object or its JSON.
             add_generation_prompt: open an assistant's turn; default: unless continue_final_message.
             continue_final_message: leave the last message open, for the model to continue.
-            tools: JSON schemas of functions, for templates that know them.
+            tools: functions in OpenAI's form, for templates that know them.
             variables: others that the template reads, such as enable_thinking.
 
         Raises:
@@ -189,21 +198,37 @@ class Tokenizer:
                 param="messages",
             )
         self._check_variables(variables)
-        messages = [_plain_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
+        plain = plain_messages(messages)
+        if has_calls(plain):
+            plain = shaped(plain, self._history_form)
+        return self._render(
+            plain,
+            tools=plain_tools(tools) if tools else None,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            sanitize_control_tokens=True,
+            **variables,
+        )
+
+    @functools.cached_property
+    def _history_form(self) -> Form:
+        """How the template wants earlier calls. Found when a first conversation has some."""
+
+        def render(messages: list[Message], tools: list[Message]) -> str | None:
+            try:
+                return self._render(messages, tools=tools, tokenize=False)
+            except InvalidRequest:
+                return None
+
+        return best_form(render)
+
+    def _render(self, messages: list[Message], **options: Any) -> Any:
         import jinja2
 
         try:
-            return self._fast.apply_chat_template(
-                messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                sanitize_control_tokens=True,
-                return_dict=False,
-                **variables,
-            )
+            return self._fast.apply_chat_template(messages, return_dict=False, **options)
         except (jinja2.TemplateError, *TEMPLATE_ERRORS) as error:
             raise InvalidRequest(f"the chat template refused: {error}", param="messages") from error
 
@@ -270,40 +295,6 @@ def _decoder_types(decoder: Any) -> set[str]:
         return set()
     spec: dict[str, Any] = json.loads(decoder.__getstate__())
     return {spec["type"], *(part["type"] for part in spec.get("decoders", ()))}
-
-
-def _plain_message(message: Any, where: str) -> dict[str, Any]:
-    """The message without null keys, and with its content as one string: not every template knows
-    lists of parts.
-    """
-    role = message.get("role") if isinstance(message, dict) else None
-    if not isinstance(role, str) or not ROLE.fullmatch(role):
-        raise InvalidRequest(
-            f"{where} needs a role such as 'user', got {_shown(role)}", param=where
-        )
-    message = {key: value for key, value in message.items() if value is not None}
-    # Beside tool calls an assistant's content is null; templates that add it to strings need one.
-    content = message.get("content", "" if role == "assistant" else None)
-    if isinstance(content, list):
-        content = "\n".join(_part_text(part, where) for part in content)
-    if not isinstance(content, str):
-        raise InvalidRequest(f"{where}.content must be text, got {_shown(content)}", param=where)
-    return {**message, "content": content}
-
-
-def _part_text(part: Any, where: str) -> str:
-    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-    if not isinstance(text, str):
-        raise InvalidRequest(
-            f'{where}.content may hold only {{"type": "text", "text": ...}}, got {_shown(part)}',
-            param=where,
-        )
-    return text
-
-
-def _shown(value: Any) -> str:
-    """A value in an error message, at a cost that does not grow with it."""
-    return f"{reprlib.repr(value):.80}"
 
 
 class TextDelta(NamedTuple):

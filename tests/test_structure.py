@@ -44,7 +44,10 @@ WINGS = {
     "dialects": Wing("how models write calls and thoughts", ("fastgen_jax/dialects",)),
     "tokenizer": Wing(
         "text to ids and back",
-        tuple(f"fastgen_jax/{name}.py" for name in ("tokenizer", "vocabulary", "constrained")),
+        tuple(
+            f"fastgen_jax/{name}.py"
+            for name in ("tokenizer", "history", "vocabulary", "constrained")
+        ),
     ),
     "engine": Wing("token ids in, token ids out", ("fastgen_jax/engine",)),
     "checkpoints": Wing("formats on disk", ("fastgen_jax/checkpoints",)),
@@ -247,7 +250,7 @@ def test_no_user_text_is_a_regular_expression():
 
     found = problems(variable_patterns, "fastgen_jax")
     in_request = ("fastgen_jax/server/", "fastgen_jax/dialects/", "fastgen_jax/engine/",
-                  "fastgen_jax/tokenizer.py",
+                  "fastgen_jax/tokenizer.py", "fastgen_jax/history.py",
                   "fastgen_jax/vocabulary.py", "fastgen_jax/sampling_params.py",
                   "fastgen_jax/llm.py", "fastgen_jax/generation.py",
                   "fastgen_jax/prompts.py")  # fmt: skip
