@@ -14,24 +14,23 @@ from fastgen_jax.dialects.xml_text import Parameters
 
 START, END = "<|python_start|>", "<|python_end|>"
 NAME = re.compile(r"[\w.-]*")
-PLAIN = re.compile(r"""[^'"\\\x00-\x1f]*""")
+PLAIN = {'"': re.compile(r'[^"\\]*'), "'": re.compile(r"[^'\\]*")}
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0"}
 ESCAPES |= {"\\": "\\", "'": "'", '"': '"', "/": "/"}  # the last one is JSON's
 N_DIGITS = {"x": 2, "u": 4, "U": 8}
 
 
 def string(tape: Tape, write: Write) -> Wait:
-    quote = yield from tape.peek()
-    tape.take()
+    quote = yield from tape.read(*PLAIN)
     write('"')
     while True:
-        yield from tape.run(PLAIN.match, write)
-        mark = yield from tape.peek()
-        tape.take()
-        if mark == quote:
+        yield from tape.run(
+            PLAIN[quote].match, lambda text: write(json.dumps(text, ensure_ascii=False)[1:-1])
+        )
+        if (yield from tape.read(quote, "\\")) == quote:
             write('"')
             return
-        write((yield from _escape(tape)) if mark == "\\" else json.dumps(mark)[1:-1])
+        write((yield from _escape(tape)))
 
 
 def _escape(tape: Tape) -> Wait:

@@ -15,7 +15,7 @@ from fastgen_jax.dialects.xml_text import Parameters, read_argument, write_funct
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
-NAME = re.compile(r"[^<>\s]*")
+NAME = re.compile(r"[^<>\n]*")
 
 
 def read(tape: Tape, tools: Sequence[Tool]) -> Wait:

@@ -7,7 +7,7 @@ other text is a string. Where the schema says nothing of types, all are allowed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastgen_jax.dialects.dialect import Tool, alternatives, free_text, json_of
@@ -21,7 +21,10 @@ KINDS_OF = {str: "string", bool: "boolean", int: "number", float: "number", type
 
 
 class Parameters:
-    """What a tool's schema says of its parameters. Remembers what it found."""
+    """What a tool's schema says of its parameters. Remembers what it found.
+
+    The schema is a client's and was not checked: what is not as it should be says nothing.
+    """
 
     def __init__(self, tool: Tool | None):
         self._schema = tool.parameters if tool else {}
@@ -33,8 +36,8 @@ class Parameters:
         return found if isinstance(found, Mapping) else {}
 
     @property
-    def required(self) -> Iterable[str]:
-        return self._schema.get("required") or ()
+    def required(self) -> list[Any]:
+        return _listed(self._schema.get("required"))
 
     def kinds(self, name: str) -> frozenset[str]:
         """JSON's types that a parameter may have; none: the schema does not say."""
@@ -51,12 +54,11 @@ class Parameters:
             if not isinstance(schema, Mapping) or id(schema) in seen:
                 continue
             seen.add(id(schema))
-            types = schema.get("type", [])
-            found.update([types] if isinstance(types, str) else types)
-            values = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
-            found.update(KINDS_OF.get(type(value), "object") for value in values)
+            types = schema.get("type")
+            found.update(kind for kind in [types, *_listed(types)] if isinstance(kind, str))
+            found.update(KINDS_OF.get(type(value), "object") for value in _values(schema))
             for key in ("anyOf", "oneOf", "allOf"):
-                unseen += schema.get(key, ())
+                unseen += _listed(schema.get(key))
             unseen.append(self._referred(schema.get("$ref")))
         return frozenset("number" if kind == "integer" else kind for kind in found)
 
@@ -82,12 +84,20 @@ class Parameters:
         """
         schema = self.schema(name)
         kinds = self.kinds(name)
-        values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-        if values and kinds == STRING:
-            return "(" + " | ".join(json.dumps(value) for value in values) + ")"
+        if kinds == STRING and (values := _values(schema)):
+            return f"({' | '.join(json.dumps(value) for value in values)})"
         if not kinds or "string" in kinds:
             return None
         return json_of(schema)
+
+
+def _values(schema: Mapping[str, Any]) -> list[Any]:
+    """All values that a schema allows, if it lists them."""
+    return [schema["const"]] if "const" in schema else _listed(schema.get("enum"))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def read_argument(tape: Tape, kinds: frozenset[str], closings: tuple[str, ...]) -> Wait:

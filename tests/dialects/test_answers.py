@@ -2,8 +2,8 @@
 
 import pytest
 
-from fastgen_jax.dialects import DIALECTS, CallPart, CallStart, Text, Thought, make_reader
-from tests.dialects.written import TOOLS, read
+from fastgen_jax.dialects import DIALECTS, CallPart, CallStart, Text, Thought, Tool, make_reader
+from tests.dialects.written import TOOLS, WRITERS, calls_of, read
 
 
 def call(name: str, arguments: str = "{}", index: int = 0) -> list:
@@ -157,3 +157,30 @@ def test_arguments_are_passed_on_while_they_come():
     reader.feed('<tool_call>{"name": "f", "arguments": {"a": "one ')
     assert reader.feed("two") == [CallPart(0, "two")]
     assert reader.feed(' three"') == [CallPart(0, ' three"')]
+
+
+ODD = [
+    {"type": 3}, {"type": [["string"]]}, {"enum": 3}, {"anyOf": 3}, {"anyOf": ["string"]}, True,
+    {"$ref": 3}, {"$ref": "#/$defs/a"}, {"$ref": "#/nowhere/at/all"}, {"const": []}, "string",
+    {"allOf": [{"$ref": "#/properties/a"}] * 9},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("schema", ODD, ids=repr)
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm45"])
+def test_a_schema_that_is_none_does_not_keep_an_answer_from_being_read(name, schema):
+    parameters = {"properties": {"a": schema}, "required": 3, "$defs": {"a": {"anyOf": [schema]}}}
+    tool = Tool("f", parameters)
+    text = WRITERS[name]([("f", {"a": "x y"})])
+    assert calls_of(read(make_reader(DIALECTS[name], tools=[tool]), text)) == [("f", {"a": "x y"})]
+    assert DIALECTS[name].grammar([tool])
+    assert calls_of(read(make_reader(DIALECTS[name], tools=[Tool("f", {"properties": 3})]), text))
+
+
+def test_a_parameter_may_have_several_types():
+    kinds = {"anyOf": [{"$ref": "#/$defs/number"}, {"type": "string"}]}
+    tool = Tool("f", {"properties": {"a": kinds}, "$defs": {"number": {"type": "integer"}}})
+    for value in ("x", 5, "null", "[1]"):
+        text = WRITERS["qwen3_coder"]([("f", {"a": value})])
+        events = read(make_reader(DIALECTS["qwen3_coder"], tools=[tool]), text)
+        assert calls_of(events) == [("f", {"a": value})]

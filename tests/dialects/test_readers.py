@@ -82,12 +82,11 @@ def test_text_without_calls_passes_unchanged(name, text, data):
 
 
 @ALL
-def test_text_is_passed_on_at_once(name):
+def test_only_what_may_begin_a_tag_is_held_back(name):
     reader = reader_of(name)
-    for word in ("Hel", "lo,", " a", " 1", " <", " b"):
-        events = reader.feed(word)
-        held = "" if events else word
-        assert events or word == " <", held
+    assert [text_of(reader.feed(word)) for word in ("Hel", "lo, ", "all")] == ["Hel", "lo,", " all"]
+    for tag in DIALECTS[name].markers:
+        assert text_of([*reader.feed(tag[:3]), *reader.feed("!")]) == f"{tag[:3]}!"
 
 
 @ALL
@@ -102,11 +101,11 @@ def test_nothing_of_a_half_tag_leaks(name):
 
 
 @ALL
-@pytest.mark.parametrize("filling", ["a", "<", "\n", "{", '"', "<tool_call>", "\\", '{"name": "'])
+@pytest.mark.parametrize("filling", ["<", "\n", '"', "<tool_call>", "\\", '{"name": "'])
 def test_a_long_adversarial_answer_takes_linear_time(name, filling):
     call = WRITERS[name]([("get_weather", {"city": "x"})])
     for start in ("", call[: call.index("x")], call[: len(call) // 2]):
-        for n_feeds, n_characters in ((1, 2**17), (2**13, 4)):
+        for n_feeds, n_characters in ((1, 2**16), (2**13, 4)):
             reader = reader_of(name)
             piece = (filling * n_characters)[:n_characters]
             started = time.perf_counter()
