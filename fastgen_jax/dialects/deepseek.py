@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from fastgen_jax.dialects.dialect import Dialect, Literal, Tool, alternatives, json_of
+from fastgen_jax.dialects.dialect import Dialect, Literal, Tool, alternatives, arguments_of
 from fastgen_jax.dialects.json_text import value
 from fastgen_jax.dialects.tape import SPACES, Malformed, Tape, Wait
 
@@ -60,7 +60,7 @@ def _read_call(tape: Tape) -> Wait:
 def write_v3(tools: Sequence[Tool], parallel: bool, literal: Literal) -> str:
     heads = [json.dumps(f"{tool.name}\n{FENCE}json\n") for tool in tools]
     calls = [
-        f'{literal(CALL)} "function" {literal(SEPARATOR)} {head} {json_of(tool.parameters)} '
+        f'{literal(CALL)} "function" {literal(SEPARATOR)} {head} {arguments_of(tool)} '
         f'"\\n{FENCE}" {literal(CALL_END)}'
         for head, tool in zip(heads, tools, strict=True)
     ]
@@ -70,7 +70,7 @@ def write_v3(tools: Sequence[Tool], parallel: bool, literal: Literal) -> str:
 def write_v31(tools: Sequence[Tool], parallel: bool, literal: Literal) -> str:
     calls = [
         f"{literal(CALL)} {json.dumps(tool.name)} {literal(SEPARATOR)} "
-        f"{json_of(tool.parameters)} {literal(CALL_END)}"
+        f"{arguments_of(tool)} {literal(CALL_END)}"
         for tool in tools
     ]
     return _between(literal, calls, " call*" if parallel else "")

@@ -11,6 +11,8 @@ from fastgen_jax.dialects.tape import Tape, Wait
 from fastgen_jax.errors import InvalidRequest
 
 Literal = Callable[[str], str]
+# What may allow members beside those that a schema lists itself.
+OPEN = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -99,3 +101,13 @@ def free_text(name: str, end: str) -> str:
 def json_of(schema: Mapping[str, Any]) -> str:
     """Lark for JSON that the schema allows, compact, as chat templates write it."""
     return f"%json {json.dumps({**schema, 'x-guidance': COMPACT})}"
+
+
+def arguments_of(tool: Tool) -> str:
+    """Lark for the tool's arguments as one object. Where the schema lists members and says nothing
+    of others there are none: models that are forced to call invent them.
+    """
+    closed = {"additionalProperties": False} if "properties" in tool.parameters else {}
+    if OPEN & tool.parameters.keys():
+        closed = {}
+    return json_of({"type": "object", **tool.parameters, **closed})

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from fastgen_jax.dialects.dialect import Dialect, Literal, Tool, alternatives, json_of
+from fastgen_jax.dialects.dialect import Dialect, Literal, Tool, alternatives, arguments_of
 from fastgen_jax.dialects.events import Text, Thought
 from fastgen_jax.dialects.json_text import value
 from fastgen_jax.dialects.tape import Malformed, Tape, Wait
@@ -56,7 +56,7 @@ def write(tools: Sequence[Tool], parallel: bool, literal: Literal) -> str:
     """The format ends an answer at its first call."""
     calls = (
         f"{literal(CHANNEL)} {json.dumps(f'commentary to=functions.{tool.name} ')} "
-        f'{literal(CONSTRAIN)} "json" {literal(MESSAGE)} {json_of(tool.parameters)}'
+        f'{literal(CONSTRAIN)} "json" {literal(MESSAGE)} {arguments_of(tool)}'
         for tool in tools
     )
     return alternatives("calls", calls)

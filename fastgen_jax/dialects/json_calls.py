@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 
-from fastgen_jax.dialects.dialect import Tool, alternatives, json_of
+from fastgen_jax.dialects.dialect import Tool, alternatives, arguments_of
 from fastgen_jax.dialects.json_text import collect, colon, json_in, string, value
 from fastgen_jax.dialects.tape import Malformed, Tape, Wait
 
@@ -78,7 +78,7 @@ def write_call(tools: Sequence[Tool], arguments: str = "arguments") -> str:
     """Lark rules of `object`, a call of one of the tools."""
     heads = [f'{{"name": {json.dumps(tool.name)}, "{arguments}": ' for tool in tools]
     objects = [
-        f'{json.dumps(head)} {json_of(tool.parameters)} "}}"'
+        f'{json.dumps(head)} {arguments_of(tool)} "}}"'
         for head, tool in zip(heads, tools, strict=True)
     ]
     return alternatives("object", objects)

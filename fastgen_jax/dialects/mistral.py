@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from fastgen_jax.dialects.dialect import Dialect, Literal, Tool, alternatives, json_of
+from fastgen_jax.dialects.dialect import Dialect, Literal, Tool, alternatives, arguments_of
 from fastgen_jax.dialects.json_calls import read_calls, write_calls
 from fastgen_jax.dialects.json_text import collect, value
 from fastgen_jax.dialects.tape import Malformed, Tape, Wait
@@ -53,7 +53,7 @@ def write_list(tools: Sequence[Tool], parallel: bool, literal: Literal) -> str:
 
 def write_each(tools: Sequence[Tool], parallel: bool, literal: Literal) -> str:
     calls = (
-        f"{literal(CALLS)} {json.dumps(tool.name)} {literal(ARGUMENTS)} {json_of(tool.parameters)}"
+        f"{literal(CALLS)} {json.dumps(tool.name)} {literal(ARGUMENTS)} {arguments_of(tool)}"
         for tool in tools
     )
     return f"calls: call{'+' if parallel else ''}\n{alternatives('call', calls)}"

@@ -27,4 +27,4 @@ def after(name: str, *tags: str) -> Dialect:
 
 
 GRANITE = after("granite", "<|tool_call|>", "<tool_call>")
-PHI4_MINI = after("phi4_mini_json", "functools")
+PHI4_MINI = after("phi4_mini_json", "functools", "<|tool_call|>")

@@ -99,6 +99,7 @@ ANSWERS = {
     ],
     "phi4_mini_json": [
         ('functools[{"name": "ping", "arguments": {}}]', call("ping")),
+        ('<|tool_call|>[{"name": "ping", "arguments": {}}]', call("ping")),
         ("Use functools for it.", [Text("Use functools for it.")]),
     ],
     "deepseek_v3": [

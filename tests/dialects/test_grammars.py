@@ -34,7 +34,6 @@ LATER = Tool(
     {
         "type": "object",
         "properties": {"a": {"type": "integer"}, "b": {"type": "boolean"}, "c": {"type": "null"}},
-        "additionalProperties": False,
     },
 )
 TOOLS = (SEARCH, PING._replace(parameters={**PING.parameters, "additionalProperties": False}),
@@ -107,6 +106,17 @@ def test_names_with_quotes_and_braces_make_valid_grammars(name):
     odd = Tool('a"\\{}\n', {"type": "object", "properties": {'b"\\{}': {"type": "string"}}})
     grammar = DIALECTS[name].grammar([odd], parallel=True)
     assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar), BYTES) == ""
+
+
+@FORMATS
+@SEEDS
+@pytest.mark.parametrize("closing", [{}, {"type": "object"}], ids=repr)
+def test_arguments_are_an_object_of_the_members_that_a_schema_lists(name, seed, closing):
+    tool = Tool("f", {"properties": {"a": {"type": "integer"}}, **closing})
+    dialect = DIALECTS[name]
+    events = read(make_reader(dialect, tools=[tool]), walk(dialect.grammar([tool]), seed))
+    [(_, arguments)] = calls_of(events)
+    assert arguments.keys() <= {"a"}
 
 
 class Special:

@@ -96,6 +96,7 @@ TEMPLATES = [
     ('"[TOOL_CALLS]" + name + "[ARGS]" + arguments [THINK]', "mistral_args", "mistral"),
     ("<|tool_call|>Here is my thought process:", "granite", "granite"),
     ("functools[", "phi4_mini_json", None),
+    ("'<|tool|>' + message['tools'] + '<|/tool|>'", "phi4_mini_json", None),
     ("<|start_header_id|>'{\"name\": \"' '\"parameters\": '", "llama3_json", None),
     ("<|python_tag|>", "llama3_json", None),
     ("<|header_start|>[func_name1(params_name1=params_value1)]", "pythonic", None),
