@@ -18,6 +18,7 @@ from fastgen_jax.server.gate import Gate
 from fastgen_jax.server.generation import Generation
 from fastgen_jax.server.metrics import CONTENT_TYPE
 from fastgen_jax.server.protocol import ChatRequest, CompletionRequest
+from fastgen_jax.server.protocol_responses import ResponsesRequest
 from fastgen_jax.server.reader import Ask, Reader
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.stream import EventStream, Refusal, cancelled_by_disconnect, read_json
@@ -48,10 +49,17 @@ def create_app(service: Service, config: ServerConfig) -> Gate:
     for path, handler, body in (
         ("/v1/completions", routes.completions, CompletionRequest),
         ("/v1/chat/completions", routes.chat, ChatRequest),
+        ("/v1/responses", routes.responses, ResponsesRequest),
         ("/tokenize", routes.tokenize, protocol.TokenizeRequest),
         ("/detokenize", routes.detokenize, protocol.DetokenizeRequest),
     ):
         app.add_api_route(path, handler, methods=["POST"], openapi_extra=_body_schema(body))
+    app.add_api_route(
+        "/v1/responses/{response_id}",
+        routes.response,
+        methods=["GET", "HEAD", "DELETE"],
+        include_in_schema=False,  # which would want an operation for each method
+    )
     return Gate(app, service, config)
 
 
@@ -99,6 +107,21 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         return await self._generate(request, self.reader.chat)
+
+    async def responses(self, request: Request) -> Response:
+        owner = request.scope["state"]["owner"]
+        return await self._generate(request, lambda body: self.reader.response(body, owner))
+
+    async def response(self, request: Request, response_id: str) -> Response:
+        """A response that was kept for this client, or, deleted, what is left of it."""
+        kept, owner = self.reader.kept, request.scope["state"]["owner"]
+        if request.method == "DELETE" and kept.delete(owner, response_id):
+            return _json({"id": response_id, "object": "response.deleted", "deleted": True})
+        entry = kept.get(owner, response_id)
+        if entry is None:
+            message = f"there is no response {response_id!r:.80}, or none any more"
+            raise ApiError(404, message, param="response_id", code="response_not_found")
+        return Response(entry.response, media_type="application/json")
 
     async def tokenize(self, request: Request) -> Response:
         return await self._convert(request, self.reader.tokens)

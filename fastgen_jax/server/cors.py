@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 ANSWER = {"access-control-expose-headers": "x-request-id, retry-after"}
 # A star stands for every header but Authorization.
 PREFLIGHT = {
-    "access-control-allow-methods": "GET, HEAD, POST",
+    "access-control-allow-methods": "GET, HEAD, POST, DELETE",
     "access-control-allow-headers": "authorization, content-type, x-request-id, *",
     "access-control-max-age": "600",
 }

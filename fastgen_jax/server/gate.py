@@ -25,7 +25,7 @@ from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
 
 OPEN_PATHS = frozenset({"/livez", "/health/live", "/health", "/ready", "/health/ready", "/ping"})
-QUEUEING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+QUEUEING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
 PASSED = "fastgen.passed"  # in the scope: the Gate that lets the request pass
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 HOST_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
@@ -63,7 +63,8 @@ class Gate:
         added = {"x-request-id": request_id}
         added |= self.cors.answer(headers, is_preflight=is_preflight)
         scope["state"] = {
-            "request_id": request_id, "tenant": b"", "is_preflight": is_preflight, "headers": added,
+            "request_id": request_id, "tenant": b"", "owner": b"", "is_preflight": is_preflight,
+            "headers": added,
         }  # fmt: skip
         try:
             self._check(scope, headers)
@@ -80,8 +81,9 @@ class Gate:
         if scope["state"]["is_preflight"]:
             return
         if self.key_digests and scope["path"] not in OPEN_PATHS:
-            tenant = self._check_key(headers.get("authorization", ""))
-            scope["state"]["tenant"] = b"" if self.shares_prefixes else tenant
+            owner = self._check_key(headers.get("authorization", ""))
+            scope["state"]["owner"] = owner
+            scope["state"]["tenant"] = b"" if self.shares_prefixes else owner
         refusal = self.service.refusal()
         if scope["method"] != "POST":
             return

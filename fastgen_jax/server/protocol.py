@@ -334,7 +334,15 @@ def parse(model: type[Model], body: bytes | bytearray) -> Model:
     Raises:
         ApiError: malformed JSON, or a field of a wrong type or with too many entries.
     """
-    values = json_body.load(body)
+    return validated(model, json_body.load(body))
+
+
+def validated(model: type[Model], values: dict[str, Any]) -> Model:
+    """The values as a `model`.
+
+    Raises:
+        ApiError: a field of a wrong type or with too many entries.
+    """
     for name, most in MAX_ENTRIES.items():
         value = values.get(name)
         if isinstance(value, list | dict) and len(value) > most:

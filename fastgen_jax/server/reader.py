@@ -6,7 +6,7 @@ here touches what another thread may change.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -19,8 +19,11 @@ from fastgen_jax.server.errors import ApiError, invalid
 from fastgen_jax.server.formats.chat import ChatFormat
 from fastgen_jax.server.formats.completion import CompletionFormat
 from fastgen_jax.server.formats.format import Format
+from fastgen_jax.server.formats.responses import ResponsesFormat
 from fastgen_jax.server.generation import PLAIN, SILENT, Voice
+from fastgen_jax.server.kept import Kept
 from fastgen_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from fastgen_jax.server.protocol_responses import ResponsesRequest, named_as_in_responses
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.speech import Speech, speech_of
 from fastgen_jax.server.tools import Tools
@@ -51,6 +54,7 @@ class Reader:
     def __init__(self, service: Service, config: ServerConfig):
         self.service = service
         self.config = config
+        self.kept = Kept()
 
     @functools.cached_property
     def speech(self) -> Speech:
@@ -75,22 +79,46 @@ class Reader:
     def chat(self, body: Body) -> Ask:
         """What POST /v1/chat/completions asks for."""
         self.service.check_queue()
-        spec = protocol.parse(ChatRequest, body)
+
+        def make_format(shared: dict[str, Any], params: SamplingParams, tools: Tools) -> Format:
+            return ChatFormat(is_named=tools.named is not None, **shared)
+
+        return self._conversation(protocol.parse(ChatRequest, body), make_format, "messages")
+
+    def response(self, body: Body, owner: bytes) -> Ask:
+        """What POST /v1/responses asks for, on behalf of the client `owner`."""
+        self.service.check_queue()
+        spec = protocol.parse(ResponsesRequest, body)
+        spec.check_supported()
+        messages = [*self.kept.messages(owner, spec.previous_response_id), *spec.messages()]
+
+        def make_format(shared: dict[str, Any], params: SamplingParams, tools: Tools) -> Format:
+            keep = functools.partial(self.kept.put, owner, messages) if spec.is_kept else None
+            return ResponsesFormat(spec.echoed(params), model=shared["model"], keep=keep)
+
+        with named_as_in_responses():
+            return self._conversation(spec.to_chat(messages), make_format, "input")
+
+    def _conversation(
+        self,
+        spec: ChatRequest,
+        make_format: Callable[[dict[str, Any], SamplingParams, Tools], Format],
+        param: str,
+    ) -> Ask:
+        """What a conversation asks for, which came in the field `param`."""
         params = self._params(spec)
         self._check_choices(1, params.n)
         tools = self.speech.usable(spec.toolbox())
         messages = protocol.parse_messages(spec.messages)
         if spec.truncate_prompt_tokens is None:
-            self._check_texts(["".join(protocol.texts_of(messages))], "messages")
+            self._check_texts(["".join(protocol.texts_of(messages))], param)
         ids = self._rendered(messages, spec.template_kwargs(), tools)
-        prompt = self._checked(ids, spec, "messages")
+        prompt = self._checked(ids, spec, param)
         form = self.speech.form(spec.structure(), tools, prompt)
         params = dataclasses.replace(params, structured_outputs=form)
-        format = ChatFormat(
-            is_named=tools.named is not None, **self._shared(spec, params, [prompt])
-        )
+        format = make_format(self._shared(spec, params, [prompt]), params, tools)
         voice = self.speech.voice(tools, prompt)
-        return Ask([prompt], params, format, bool(spec.stream), "messages", spec.cache_salt, voice)
+        return Ask([prompt], params, format, bool(spec.stream), param, spec.cache_salt, voice)
 
     def tokens(self, body: Body) -> bytes:
         """The answer to POST /tokenize."""
