@@ -80,6 +80,7 @@ def run(argv: Sequence[str]) -> int:
         server_config,
         model_names=names,
         model_aliases=[engine_config.model],
+        hub_id=hub_id(engine_config.model),
         on_phase=lambda *phase: report.phase(service, *phase),
     )
     service.start()
@@ -200,6 +201,11 @@ def model_names(model: str, config: ServerConfig) -> list[str]:
         return [DEMO_NAME]
     name = path.resolve().name if path.is_dir() else model
     return [name.encode(errors="replace").decode()]
+
+
+def hub_id(model: str) -> str | None:
+    """None for a directory of this machine, whose path is nobody's business."""
+    return None if Path(model).is_dir() else model
 
 
 def exit_at_once(*_: Any):

@@ -216,6 +216,7 @@ class TestFlags:
         assert serve.model_names(str(serve.DEMO), config) == ["fastgen-demo"]
         named = ServerConfig(served_model_name=("a", "b"))
         assert serve.model_names(str(tmp_path), named) == ["a", "b"]
+        assert (serve.hub_id(str(tmp_path)), serve.hub_id("org/name")) == (None, "org/name")
 
     def test_a_directory_whose_name_is_no_text_has_a_name_that_json_holds(self, tmp_path):
         path = tmp_path / "model\udcff"

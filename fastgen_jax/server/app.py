@@ -155,7 +155,7 @@ class Routes:
     def _model_object(self, name: str) -> dict[str, Any]:
         backend = self.service.backend
         longest = backend.engine.max_total_tokens if backend else None
-        return responses.model_object(name, self.service.created, longest)
+        return responses.model_object(name, self.service.created, longest, self.service.hub_id)
 
     async def _convert(self, request: Request, read: Callable[[bytearray], bytes]) -> Response:
         with self.service.uploads.open() as upload:

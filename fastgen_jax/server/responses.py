@@ -23,13 +23,15 @@ async def send_error(error: ApiError, send: Send, *, more_body: bool = False):
     await send({"type": "http.response.body", "body": body, "more_body": more_body})
 
 
-def model_object(name: str, created: int, max_model_len: int | None) -> dict[str, Any]:
+def model_object(
+    name: str, created: int, max_model_len: int | None, root: str | None
+) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "fastgen_jax",
-        "root": name,
+        "root": root or name,
         "parent": None,
         "max_model_len": max_model_len,
         "permission": [PERMISSION | {"id": f"modelperm-{name}", "created": created}],

@@ -68,6 +68,7 @@ class Service:
         load: makes the backend; called in the engine's thread with a callback for its progress.
         model_names: what clients see; the first is the answer's `model` where a request names none.
         model_aliases: further names that requests may use.
+        hub_id: where clients find the model, and its tokenizer, if it has such a place.
         on_phase: called at each change of phase, in the thread where it happens.
     """
 
@@ -78,10 +79,12 @@ class Service:
         *,
         model_names: Sequence[str],
         model_aliases: Sequence[str] = (),
+        hub_id: str | None = None,
         on_phase: OnPhase = lambda name, done, total: None,
     ):
         self.config = config
         self.model_names = list(model_names)
+        self.hub_id = hub_id
         self.accepted_models = frozenset((*model_names, *model_aliases))
         self.metrics = Metrics(self.model_names[0], METRICS_PREFIXES[config.metrics_prefix])
         self.backend: Backend | None = None

@@ -26,6 +26,11 @@ class TestOtherRoutes:
             client.models.retrieve("org/other")
         assert caught.value.code == "model_not_found"
 
+    def test_a_model_of_the_hub_says_where_its_tokenizer_is(self, up, client, monkeypatch):
+        monkeypatch.setattr(up.service, "hub_id", "org/name")
+        (model,) = client.models.list().data
+        assert (model.id, model.model_dump()["root"]) == ("fake", "org/name")
+
     def test_an_unknown_model_is_a_404_and_an_alias_is_not(self, client):
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             client.completions.create(model="other", prompt="x")
