@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -60,6 +61,8 @@ def create_app(service: Service, config: ServerConfig) -> Gate:
         methods=["GET", "HEAD", "DELETE"],
         include_in_schema=False,  # which would want an operation for each method
     )
+    routed = [route for route in app.routes if isinstance(route, APIRoute)]
+    service.metrics.expect([r.path for r in routed if "POST" in (r.methods or ())])
     return Gate(app, service, config)
 
 

@@ -13,6 +13,7 @@ import ipaddress
 import random
 import re
 import socket
+import time
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.cors import Cors
-from fastgen_jax.server.errors import ApiError
+from fastgen_jax.server.errors import CLIENT_GONE, ApiError
 from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
 
@@ -70,6 +71,8 @@ class Gate:
             self._check(scope, headers)
         except ApiError as error:
             error.headers |= added
+            if scope["method"] == "POST":
+                self.service.metrics.answered(scope["path"], error.status)
             return error
         scope[PASSED] = self
         return None
@@ -96,8 +99,12 @@ class Gate:
         fields = scope["state"]["headers"].items()
         added = [(name.encode(), value.encode()) for name, value in fields]
 
+        started, status = time.monotonic(), CLIENT_GONE
+
         async def send_with_headers(message: Message):
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 message["headers"] = [*message["headers"], *added]
             await send(message)
 
@@ -108,6 +115,8 @@ class Gate:
             await app(scope, receive, send_with_headers)
         finally:
             self.service.n_inflight -= is_post
+            if is_post:
+                self.service.metrics.answered(scope["path"], status, time.monotonic() - started)
 
     def _check_key(self, authorization: str) -> bytes:
         """The digest of the request's key. Raises ApiError if it is none of ours."""

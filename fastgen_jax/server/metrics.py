@@ -30,6 +30,7 @@ REQUEST_BUCKETS = (
 )  # fmt: skip
 SIZE_BUCKETS = (*(m * 10**e for e in range(6) for m in (1, 2, 5)), 10**6)
 N_BUCKETS = (1, 2, 5, 10, 20)
+STATUSES = ("2xx", "3xx", "4xx", "5xx")
 FINISH_REASONS = ("stop", "length", "abort", "error")
 GAUGES = (
     ("num_requests_running", "Sequences in the running batch", "n_running"),
@@ -77,8 +78,8 @@ class Family(NamedTuple):
     text: str
     rows: list[str]
 
-    def shown(self, prefix: str) -> str:
-        name = f"{prefix}:{self.name}"
+    def shown(self, prefix: str = "") -> str:
+        name = prefix + self.name
         lines = [f"# HELP {name} {self.text}", f"# TYPE {name} {self.kind}"]
         return "\n".join([*lines, *(name + row for row in self.rows), ""])
 
@@ -107,10 +108,24 @@ class Metrics:
     def __init__(self, model_name: str, prefixes: tuple[str, ...]):
         self.finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         self.histograms = {name: Histogram(buckets) for name, _, buckets in HISTOGRAMS}
+        self.answers: dict[tuple[str, str], int] = {}  # by path and kind of status
+        self.answer_seconds: dict[str, float] = {}  # by path
         self.cache = ""  # labels of cache_config_info, once there is an engine
         self._labels = f'engine="0",model_name="{escaped(model_name)}"'
         self.prefixes = prefixes
         self._process = ProcessCollector(registry=None)
+
+    def expect(self, paths: Sequence[str]):
+        """Names the paths whose answers are counted; others are not."""
+        self.answers = dict.fromkeys(itertools.product(paths, STATUSES), 0)
+        self.answer_seconds = dict.fromkeys(paths, 0.0)
+
+    def answered(self, path: str, status: int, seconds: float = 0.0):
+        """One more answer, which took so long to its end."""
+        key = path, f"{status // 100}xx"
+        if key in self.answers:
+            self.answers[key] += 1
+            self.answer_seconds[path] += seconds
 
     def observe(self, name: str, value: float):
         """One more value of a histogram; none is negative, or its sum would fall."""
@@ -146,7 +161,8 @@ class Metrics:
     def render(self, stats: Stats | None) -> bytes:
         """The exposition text; before the engine exists its values are zero."""
         families = list(self._families(stats))
-        shown = [family.shown(prefix) for prefix in self.prefixes for family in families]
+        shown = [family.shown(f"{prefix}:") for prefix in self.prefixes for family in families]
+        shown += [family.shown() for family in self._http_families()]
         return generate_latest(self._process) + "".join(shown).encode()
 
     def _families(self, stats: Stats | None) -> Iterator[Family]:
@@ -161,6 +177,12 @@ class Metrics:
         yield self._family("counter", "request_success_total", "Samples finished", n_ended)
         waiting = {',reason="capacity"': value("n_waiting"), ',reason="deferred"': 0}
         yield self._family("gauge", "num_requests_waiting_by_reason", "Why they wait", waiting)
+        n_prompt = self.histograms["request_prompt_tokens"].sum
+        n_computed = self.histograms["request_prefill_kv_computed_tokens"].sum
+        sources = {',source="local_compute"': n_computed,
+                   ',source="local_cache_hit"': n_prompt - n_computed}  # fmt: skip
+        text = "Prompt tokens of samples that ended"
+        yield self._family("counter", "prompt_tokens_by_source_total", text, sources)
         if self.cache:
             yield self._family("gauge", "cache_config_info", "The KV cache", {self.cache: 1})
         for name, text, _ in HISTOGRAMS:
@@ -169,6 +191,23 @@ class Metrics:
         n_steps = stats.steps_by_size if stats else [0] * len(STEP_EDGES)
         name, text = "iteration_tokens_total", "Tokens of a step"
         yield self._histogram(name, text, STEP_EDGES, n_steps, value("n_step_tokens"))
+
+    def _http_families(self) -> Iterator[Family]:
+        """Without a prefix, as the middleware that vLLM uses names them."""
+        n_answers = dict.fromkeys(self.answer_seconds, 0)
+        for (path, _), n in self.answers.items():
+            n_answers[path] += n
+        rows = [
+            f'{{handler="{path}",method="POST",status="{status}"}} {n}'
+            for (path, status), n in self.answers.items()
+        ]
+        yield Family("counter", "http_requests_total", "Answers by route", rows)
+        rows = []
+        for path, seconds in self.answer_seconds.items():
+            labels, n = f'handler="{path}",method="POST"', n_answers[path]
+            rows += [f'_bucket{{{labels},le="+Inf"}} {n}', f"_count{{{labels}}} {n}"]
+            rows += [f"_sum{{{labels}}} {seconds}"]
+        yield Family("histogram", "http_request_duration_seconds", "Their time, streams too", rows)
 
     def _family(self, kind: str, name: str, text: str, values: Mapping[str, float]) -> Family:
         """Gauges or counters by their further labels."""

@@ -11,7 +11,8 @@ from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.metrics import Metrics
 from tests.server.running import TEXT, Running, serving, wait_until
 
-# What vLLM's Grafana dashboards query: samples, and the labels by which they are chosen or grouped.
+# What vLLM's Grafana dashboards query of a server without speculation, adapters, images and remote
+# caches: samples, and the labels by which they are chosen or grouped.
 TIMES = ("time_to_first_token_seconds", "inter_token_latency_seconds",
          "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
          "request_queue_time_seconds", "request_prefill_time_seconds",
@@ -31,6 +32,7 @@ QUERIED = {
     "prefix_cache_queries_total": {},
     "prefix_cache_hits_total": {},
     "request_success_total": {"finished_reason": "length"},
+    "prompt_tokens_by_source_total": {"source": "local_compute"},
     "cache_config_info": {"block_size": "16", "num_gpu_blocks": "256"},
     **{f"{name}_sum": {} for name in TIMES + SIZES},
     **{f"{name}_count": {} for name in TIMES + SIZES},
@@ -135,7 +137,7 @@ def test_a_request_that_waits_has_queued(tokenizer):
 def test_buckets_of_every_histogram_only_grow(used):
     buckets: dict[str, list[float]] = {}
     for sample in samples(used):
-        if sample.name.endswith("_bucket"):
+        if sample.name.endswith("_bucket") and ":" in sample.name:
             buckets.setdefault(sample.name.removesuffix("_bucket"), []).append(sample.value)
     counts = {s.name: s.value for s in samples(used) if s.name.endswith("_count")}
     assert len(buckets) == 2 * len(TIMES + SIZES)
@@ -165,7 +167,7 @@ def test_every_family_is_told_apart_and_explained(used):
 ])  # fmt: skip
 def test_names_begin_as_asked(tokenizer, prefix, shown):
     with serving(tokenizer, metrics_prefix=prefix) as up:
-        names = {s.name for s in samples(up) if not s.name.startswith("process_")}
+        names = {s.name for s in samples(up) if s.name.startswith(("fastgen:", "vllm:"))}
     by_prefix = {p: {name for name in names if name.startswith(f"{p}:")} for p in shown}
     assert set.union(*by_prefix.values()) == names
     assert len({len(own) for own in by_prefix.values()}) == 1
@@ -174,6 +176,41 @@ def test_names_begin_as_asked(tokenizer, prefix, shown):
 def test_another_prefix_is_refused():
     with pytest.raises(ConfigError, match="one of both, fastgen, vllm, got 'sglang'"):
         ServerConfig(metrics_prefix="sglang")
+
+
+def http(up: Running, name: str) -> dict[tuple[str, ...], float]:
+    """Values by path and, where there is one, kind of status."""
+    found = [sample for sample in samples(up) if sample.name == f"http_{name}"]
+    return {tuple(s.labels[k] for k in ("handler", "status") if k in s.labels): s.value
+            for s in found}  # fmt: skip
+
+
+def test_answers_are_counted_by_route_and_kind_of_status(tokenizer, monkeypatch):
+    path = "/v1/completions"
+    with serving(tokenizer) as up:
+        up.engine.step_time = 0.02
+        up.post(path, {"prompt": "a b", "stream": True, "max_tokens": 3, "ignore_eos": True})
+        up.post(path, {"prompt": 5.5})
+        up.post("/nowhere", {})
+        up.get(path)
+        monkeypatch.setattr(up.service, "submit", lambda *args, **kwargs: 1 / 0)
+        up.post(path, {"prompt": "a"})
+        counted = http(up, "requests_total")
+        seconds = http(up, "request_duration_seconds_sum")[(path,)]
+        n_timed = http(up, "request_duration_seconds_count")[(path,)]
+    assert {kind: n for (where, kind), n in counted.items() if where == path} == {
+        "2xx": 1, "3xx": 0, "4xx": 1, "5xx": 1,
+    }  # fmt: skip
+    assert sum(counted.values()) == n_timed == 3
+    assert seconds > 3 * 0.02
+
+
+def test_refusals_at_the_gate_are_counted(used):
+    before = http(used, "requests_total")
+    reply = used.post("/v1/completions", {"prompt": "a"}, headers={"host": "evil.example"})
+    assert reply.status_code == 403
+    after = http(used, "requests_total")
+    assert after[("/v1/completions", "4xx")] == before[("/v1/completions", "4xx")] + 1
 
 
 def test_the_process_is_measured(used):
