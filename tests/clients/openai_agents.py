@@ -1,0 +1,109 @@
+"""openai-agents, over Responses, its default, and over chat."""
+
+import asyncio
+from typing import Literal
+
+import pydantic
+from agents import (
+    Agent,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    function_tool,
+)
+from openai import AsyncOpenAI
+
+from tests.clients.scenario import KEY, MODEL, TALE, main
+
+
+class Weather(pydantic.BaseModel):
+    city: Literal["Paris", "Oslo"]
+    days: int = pydantic.Field(ge=1, le=9)
+
+
+@function_tool
+def weather(days: int) -> str:
+    """The weather of some days."""
+    return f"Snow for {days} days."
+
+
+def run(url: str, kind: type, *, settings: ModelSettings | None = None, **fields):
+    async def answer():
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+            agent = Agent(
+                "Anna",
+                model=kind(model=MODEL, openai_client=client),
+                model_settings=settings or ModelSettings(max_tokens=200),
+                **fields,
+            )
+            return await Runner.run(agent, TALE)
+
+    return asyncio.run(answer())
+
+
+def stream(url: str, kind: type) -> list[str]:
+    async def parts() -> list[str]:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
+            agent = Agent("Anna", model=kind(model=MODEL, openai_client=client))
+            answer = Runner.run_streamed(agent, TALE)
+            events = [event async for event in answer.stream_events()]
+        raw = [event.data for event in events if event.type == "raw_response_event"]
+        return [event.delta for event in raw if event.type == "response.output_text.delta"]
+
+    return asyncio.run(parts())
+
+
+def runs_over_chat(url: str) -> None:
+    assert run(url, OpenAIChatCompletionsModel, instructions="Be brief.").final_output
+
+
+def streams_over_chat(url: str) -> None:
+    assert len(stream(url, OpenAIChatCompletionsModel)) > 4
+
+
+def calls_a_tool_over_chat(url: str) -> None:
+    calls_a_tool(url, OpenAIChatCompletionsModel)
+
+
+def answers_in_structure_over_chat(url: str) -> None:
+    answer = run(url, OpenAIChatCompletionsModel, output_type=Weather)
+    assert isinstance(answer.final_output, Weather)
+
+
+def runs_over_responses(url: str) -> None:
+    assert run(url, OpenAIResponsesModel, instructions="Be brief.").final_output
+
+
+def streams_over_responses(url: str) -> None:
+    assert len(stream(url, OpenAIResponsesModel)) > 4
+
+
+def calls_a_tool_over_responses(url: str) -> None:
+    calls_a_tool(url, OpenAIResponsesModel)
+
+
+def answers_in_structure_over_responses(url: str) -> None:
+    answer = run(url, OpenAIResponsesModel, output_type=Weather)
+    assert isinstance(answer.final_output, Weather)
+
+
+def calls_a_tool(url: str, kind: type) -> None:
+    """The first turn must call it; the second gets what it found, and may call what it likes."""
+    settings = ModelSettings(tool_choice="required", max_tokens=200)
+    answer = run(url, kind, settings=settings, tools=[weather], reset_tool_choice=True)
+    assert [item.output for item in answer.new_items if item.type == "tool_call_output_item"]
+    assert answer.final_output
+
+
+if __name__ == "__main__":
+    main(
+        runs_over_chat,
+        streams_over_chat,
+        calls_a_tool_over_chat,
+        answers_in_structure_over_chat,
+        runs_over_responses,
+        streams_over_responses,
+        calls_a_tool_over_responses,
+        answers_in_structure_over_responses,
+    )
