@@ -1,9 +1,9 @@
 """What a request's params say in words of what its output may be, in terms of tokens."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fastgen_jax.grammar import GrammarCompiler, grammar_text
+from fastgen_jax.grammar import Grammar, GrammarCompiler, grammar_text
 from fastgen_jax.sampling_params import SamplingParams, StructuredOutputsParams
 from fastgen_jax.tokenizer import Tokenizer
 
@@ -11,7 +11,7 @@ from fastgen_jax.tokenizer import Tokenizer
 class Constraints(NamedTuple):
     """Fields of a Request."""
 
-    grammar: Any = None
+    grammar: Grammar | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
 
 

@@ -8,7 +8,7 @@ import functools
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.sampling_params import StructuredOutputsParams
@@ -153,12 +153,23 @@ def _refusal(problem: str) -> InvalidRequest:
     )
 
 
+class Grammar(NamedTuple):
+    """A compiled grammar.
+
+    matcher: an llguidance matcher at its start, which nobody may move: take copies (`deep_copy`).
+    n_tokens: bits of its masks.
+    """
+
+    matcher: Any
+    n_tokens: int
+
+
 class GrammarCompiler:
-    """Makes matchers for one vocabulary; thread-safe. The newest grammars are kept.
+    """Makes grammars for one vocabulary; thread-safe. The newest are kept.
 
     Args:
         tokenizer_json: gives what tokenizer.json says; called when first needed.
-        vocab_size: of the model, which may be padded.
+        vocab_size: of the model; the tokenizer's may be smaller, or larger.
         eos_token_ids: tokens that stand for the end of the output.
     """
 
@@ -169,41 +180,43 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
         self._tokenizer: Any = None
-        self._kept: dict[str, Any] = {}
+        self._kept: dict[str, Grammar] = {}
         self._lock = threading.Lock()
 
-    def compile(self, grammar: str) -> Any:
-        """A matcher at its start, which nobody may move: take copies (`deep_copy`).
-
-        Args:
-            grammar: of `grammar_text`.
+    def compile(self, text: str) -> Grammar:
+        """The grammar of this text, which `grammar_text` gave.
 
         Raises:
             InvalidRequest: it is too large, or allows only the empty text.
         """
         with self._lock:
-            matcher = self._kept.pop(grammar, None) or self._matcher(grammar)
-            self._kept[grammar] = matcher
+            grammar = self._kept.pop(text, None) or self._grammar(text)
+            self._kept[text] = grammar
             while len(self._kept) > MAX_KEPT:
                 del self._kept[next(iter(self._kept))]
-        return matcher
+        return grammar
 
-    def _matcher(self, grammar: str) -> Any:
-        from llguidance import LLMatcher, LLTokenizer
+    def _grammar(self, text: str) -> Grammar:
+        from llguidance import LLMatcher
 
         if self._tokenizer is None:
             try:
-                self._tokenizer = LLTokenizer(
-                    self._tokenizer_json(),
-                    n_vocab=self._vocab_size,
-                    eos_token=self._eos_token_ids or None,
-                )
+                self._tokenizer = self._make_tokenizer()
             except ValueError as error:
                 raise _refusal(f"this model's tokenizer does not support it: {error}") from None
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits())
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=_limits())
         matcher.compute_bitmask()  # finds grammars that nothing satisfies
         if matcher.is_error():
             raise _refusal(matcher.get_error())
         if matcher.is_stopped():
             raise _refusal("it allows the empty text only")
-        return matcher
+        return Grammar(matcher, self._tokenizer.vocab_size)
+
+    def _make_tokenizer(self) -> Any:
+        from llguidance import LLTokenizer
+
+        spec, eos = self._tokenizer_json(), self._eos_token_ids or None
+        tokenizer = LLTokenizer(spec, eos_token=eos)
+        if tokenizer.vocab_size >= self._vocab_size:
+            return tokenizer
+        return LLTokenizer(spec, n_vocab=self._vocab_size, eos_token=eos)

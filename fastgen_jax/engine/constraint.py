@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from fastgen_jax.grammar import Grammar
+
 WORD = 32  # tokens per element of a mask
 
 
@@ -26,7 +28,7 @@ class Constraint:
     that ended it.
 
     Args:
-        grammar: an llguidance matcher at its start, which is copied; None: no grammar.
+        grammar: None allows every text.
         allowed_token_ids: what may be said at all; None: everything.
         bad_words: runs of token ids that may not be completed.
         ending_ids: tokens that end the sequence, possible where the grammar may end.
@@ -36,14 +38,16 @@ class Constraint:
     def __init__(
         self,
         *,
-        grammar: Any,
+        grammar: Grammar | None,
         allowed_token_ids: Collection[int] | None,
         bad_words: Collection[tuple[int, ...]],
         ending_ids: Collection[int],
         eos_token_ids: Collection[int],
         vocab_size: int,
     ):
-        self.matcher = grammar.deep_copy() if grammar is not None else None
+        self.matcher: Any = None
+        if grammar is not None:
+            self.matcher, self.n_tokens = grammar.matcher.deep_copy(), grammar.n_tokens
         self._allowed = None if allowed_token_ids is None else bits(allowed_token_ids, vocab_size)
         self._bad_words = bad_words
         self._ending = bits(ending_ids, vocab_size)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgen_jax.engine.constraint import mask_width
+from fastgen_jax.engine.constraint import Constraint, mask_width
 from fastgen_jax.engine.types import Sequence
 
 
@@ -31,18 +31,23 @@ class MaskMaker:
             for i, sequence in enumerate(sequences)
             if sequence.constraint is not None and not sequence.is_finished
         ]
-        matchers = [(c.matcher, i) for i, c, _ in constrained if c.matcher is not None]
-        if matchers:
-            self._fill(matchers, masks)
+        with_grammar = [(i, c) for i, c, _ in constrained if c.matcher is not None]
+        if with_grammar:
+            rows, constraints = zip(*with_grammar, strict=True)
+            masks[list(rows)] = self._of_grammars(constraints)[:, : self._width]
         for i, constraint, output_ids in constrained:
             constraint.narrow(masks[i], output_ids)
         return masks
 
-    def _fill(self, matchers: list[tuple[Any, int]], masks: np.ndarray) -> None:
+    def _of_grammars(self, constraints: tuple[Constraint, ...]) -> np.ndarray:
+        """Their matchers' masks, which are as wide as the tokenizer's vocabulary wants them."""
         from llguidance import LLExecutor
 
         if self._threads is None:
             self._threads = LLExecutor()
-        n_rows, width = masks.shape
-        address, line_size = masks.ctypes.data, width * masks.itemsize
-        self._threads.unsafe_compute_mask_ptr(matchers, address, line_size, n_rows)
+        width = mask_width(constraints[0].n_tokens)
+        masks = np.zeros((len(constraints), width), np.int32)
+        matchers = [(constraint.matcher, i) for i, constraint in enumerate(constraints)]
+        line_size = width * masks.itemsize
+        self._threads.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, line_size, len(masks))
+        return masks

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from fastgen_jax.engine.constraint import Constraint
+from fastgen_jax.grammar import Grammar
 from fastgen_jax.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -34,7 +35,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     cache_salt: bytes = b""
-    grammar: Any = None
+    grammar: Grammar | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
 
 

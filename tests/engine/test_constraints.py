@@ -13,6 +13,7 @@ from fastgen_jax.engine.constraint import Constraint, bits
 from fastgen_jax.engine.sampling import is_allowed, sample
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import InvalidRequest
+from fastgen_jax.grammar import Grammar
 from fastgen_jax.sampling_params import SamplingParams
 from tests.engine.test_engine import assert_idle
 from tests.engine.test_sampling import S, V, arguments, random_logits
@@ -45,10 +46,10 @@ def tokenizer() -> LLTokenizer:
     return LLTokenizer(backend.to_str(), n_vocab=VOCAB_SIZE, eos_token=[EOS])
 
 
-def grammar(tokenizer: LLTokenizer, regex: str) -> LLMatcher:
+def grammar(tokenizer: LLTokenizer, regex: str) -> Grammar:
     matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_regex(regex))
     assert not matcher.is_error(), matcher.get_error()
-    return matcher
+    return Grammar(matcher, tokenizer.vocab_size)
 
 
 def says(tokenizer: LLTokenizer, outputs) -> str:
@@ -59,9 +60,9 @@ def sample_of(outputs, index: int) -> list[int]:
     return tokens([o for o in outputs if o.index == index])
 
 
-def constrained(seed: int, matcher: LLMatcher, **params) -> Request:
+def constrained(seed: int, grammar: Grammar, **params) -> Request:
     params = {"max_tokens": 24, "temperature": 1.0, "seed": seed} | params
-    return Request([1, seed], SamplingParams(**params), grammar=matcher)
+    return Request([1, seed], SamplingParams(**params), grammar=grammar)
 
 
 def test_masks_bits_are_the_tokens_that_they_name():
@@ -94,11 +95,11 @@ def test_a_row_that_may_say_nothing_is_told_apart_from_one_that_is_not_finite():
 
 @pytest.mark.parametrize("regex", ["[ab]{3,9}", "(ab|cd)+e", "x{20}", "[0-9]+[.][0-9]{2}"])
 def test_every_sample_matches_or_begins_what_matches(engine, tokenizer, regex):
-    matcher = grammar(tokenizer, regex)
-    [outputs] = run(engine, [constrained(3, matcher, n=8)])
+    allowed = grammar(tokenizer, regex)
+    [outputs] = run(engine, [constrained(3, allowed, n=8)])
     for index in range(8):
         sample = [o for o in outputs if o.index == index]
-        copy = matcher.deep_copy()
+        copy = allowed.matcher.deep_copy()
         said = [id for id in tokens(sample) if id != EOS]
         assert copy.consume_tokens(said)
         assert sample[-1].finish_reason == ("stop" if copy.is_accepting() else "length")

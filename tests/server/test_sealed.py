@@ -1,5 +1,5 @@
-"""A serving process listens where it was told to, connects to nobody, starts nothing and reads no
-model but its own: seen from outside, and by an audit hook within.
+"""A serving process listens where it was told to, connects to nobody, starts nothing but the trial
+of grammars and reads no model but its own: seen from outside, and by an audit hook within.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from tests.server.running import wait_until
 ROOT = Path(__file__).parents[2]
 FLAGS = "--port 0 --max-model-len 256 --max-num-seqs 2 --max-num-batched-tokens 32 --block-size 16"
 CACHE = str(ROOT / ".pytest_cache/xla")
+TRIAL = "'-m', 'fastgen_jax.server.trial']"
 LISTEN = "0A"  # a state in /proc/net/tcp
 # The real command with the demo model. A line on stdin says that it is ready; it tells at its end
 # which files it has opened until then, and what it has done since that a server has no need of.
@@ -140,6 +141,7 @@ def bodies(url: str) -> Iterator[tuple[str, dict]]:
             path,
             body | {"response_format": {"type": "json_schema", "json_schema": {"$ref": url}}},
         )
+        yield path, body | {"structured_outputs": {"json": {"$ref": url}}}
         yield path, body | {"tools": [{"type": "mcp", "server_url": url}]}
     for kind in ("image_url", "video_url", "audio_url"):
         part = {"type": kind, kind: {"url": url}}
@@ -165,7 +167,8 @@ def test_nothing_listens_but_the_port_asked_for_nor_connects_anywhere(sealed):
         assert statuses == {200, 400, 404}
         assert not select.select([canary], [], [], 0)[0], "somebody came for what the URL names"
     ended = sealed.finish()
-    assert ended["done"] == []
+    [tried] = ended["done"]  # clients' grammars, in one process
+    assert TRIAL in tried
     endings = (".json", ".safetensors", ".jinja", ".model", ".bin", ".pt", ".txt", ".gguf")
     models = [Path(name) for name in ended["read"] if name.endswith(endings)]
     assert {path.name for path in models if path.parent == DEMO} >= {"config.json"}
