@@ -1,6 +1,7 @@
 """A script for vLLM runs as it is: only the package that its imports name is another."""
 
 import dataclasses
+import re
 import sys
 from unittest import mock
 
@@ -9,7 +10,6 @@ import pytest
 import fastgen_jax
 import fastgen_jax.sampling_params
 from fastgen_jax.engine import startup
-from fastgen_jax.errors import InvalidRequest
 from tests import tiny, tiny_tokenizers
 
 PROMPTS = ["Anna has three apples", "The code of Anna is", {"prompt": "What is"}]
@@ -31,7 +31,7 @@ def vllm(monkeypatch):
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
     model = tmp_path_factory.mktemp("model")
-    tiny.write_config(model, vocab_size=336)
+    tiny.write_config(model, vocab_size=336, eos_token_id=1)
     tiny_tokenizers.byte_level(model)
     one_program = dataclasses.replace(startup.BACKENDS["cpu"], smallest_batch=2**31)
     with (
@@ -142,14 +142,26 @@ def test_chat(llm):
     assert outputs[0].outputs[0].token_ids == prompted.outputs[0].token_ids
 
 
-def test_structured_outputs_have_vllms_names(llm):
+def test_structured_outputs(llm):
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
-    assert params.structured_outputs.choice == ("yes", "no")
-    with pytest.raises(InvalidRequest, match="structured_outputs is not supported yet"):
-        llm.generate(PROMPTS, params)
+    choice = StructuredOutputsParams(choice=["Positive", "Negative"])
+    number = StructuredOutputsParams(regex=r"\d{2}")
+    params = [SamplingParams(structured_outputs=form, seed=1) for form in (choice, number)]
+    outputs = llm.generate(PROMPTS[:2], params, use_tqdm=False)
+    texts = [output.outputs[0].text for output in outputs]
+    assert texts[0] in ("Positive", "Negative")
+    assert re.fullmatch(r"\d{2}", texts[1])
+
+
+def test_tokens_that_may_be_said_and_words_that_may_not(llm):
+    from vllm import SamplingParams
+
+    ids = llm.get_tokenizer().encode("abc", add_special_tokens=False)
+    params = SamplingParams(allowed_token_ids=ids, bad_words=["c"], max_tokens=8)
+    [output] = llm.generate("Anna", params, use_tqdm=False)
+    assert re.fullmatch("[ab]{8}", output.outputs[0].text)
 
 
 def test_beam_search(llm):
