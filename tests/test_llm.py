@@ -1,5 +1,7 @@
 """The offline API against an engine that plays a script."""
 
+import dataclasses
+import inspect
 import io
 import math
 import signal
@@ -12,6 +14,7 @@ import pytest
 from tqdm import tqdm
 
 import fastgen_jax
+from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.types import Output, TokenLogprobs
 from fastgen_jax.errors import (
     ConfigError,
@@ -20,11 +23,12 @@ from fastgen_jax.errors import (
     InvalidRequest,
     QueueFull,
 )
-from fastgen_jax.llm import LLM
+from fastgen_jax.llm import LLM, TEMPLATE_OPTIONS
 from fastgen_jax.mii import Pipeline
 from fastgen_jax.results import Logprob
 from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.tokenizer import Tokenizer
+from fastgen_jax.vllm_options import CHATTING, INSTEAD, LOADING
 from tests import tiny, tiny_tokenizers
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -441,6 +445,12 @@ def test_other_options_are_refused(says, options, message):
 def test_other_values_of_vllms_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         LLM("some-model", **options)
+
+
+def test_no_option_that_acts_is_among_those_that_change_nothing():
+    assert not LOADING.keys() & {option.name for option in dataclasses.fields(EngineConfig)}
+    assert not CHATTING.keys() & {*inspect.signature(LLM.chat).parameters, *TEMPLATE_OPTIONS}
+    assert INSTEAD.keys() <= LOADING.keys() | CHATTING.keys()
 
 
 @pytest.mark.parametrize(
