@@ -84,6 +84,7 @@ class Tokenizer:
         other = copy.copy(self)
         other._fast = copy.copy(self._fast)
         other._fast.chat_template = chat_template
+        vars(other).pop("_history_form", None)  # which that of the old template had
         return other
 
     def for_transformers(self) -> Any:

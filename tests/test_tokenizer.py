@@ -414,6 +414,20 @@ def test_operator_may_choose_the_template(tmp_path):
 # --- files
 
 
+def test_another_template_may_want_earlier_calls_in_another_form(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": "one"}'}}
+    history = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    arguments = "{% set a = messages[1].tool_calls[0].function.arguments if messages[1] else '' %}"
+    wants_object, wants_text = arguments + "{{ a.x | upper }}", arguments + "{{ a + '!' }}"
+    first = Tokenizer(tiny_tokenizers.byte_level(tmp_path, wants_object))
+    assert first.decode(first.apply_chat_template(history)) == "ONE"
+    other = first.with_template(wants_text)
+    assert other.decode(other.apply_chat_template(history)) == '{"x": "one"}!'
+
+
 def test_special_tokens_of_old_llama_files_are_special(tmp_path):
     path = tiny_tokenizers.sentencepiece(tmp_path)
     added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
