@@ -22,12 +22,11 @@ BOS_ID, EOS_ID, END_ID = 0, 1, 5
 SPLIT = Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 # Tools as Hermes has them: https://github.com/NousResearch/Hermes-Function-Calling
+# Of tools the names alone: what some clients offer with every chat is longer than the context.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
-    "{% if tools %}{{ '<|system|>Tools:\\n<tools>\\n' }}"
-    "{% for tool in tools %}{{ tool | tojson }}{{ '\\n' }}{% endfor %}"
-    '{{ \'</tools>\\nCall one as <tool_call>\\n{"name": ..., "arguments": {...}}\\n\' }}'
-    "{{ '</tool_call><|end|>' }}{% endif %}"
+    "{% if tools %}{{ '<|system|>Tools: ' }}"
+    "{{ tools | map(attribute='function.name') | join(', ') + '.<|end|>' }}{% endif %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'tool' %}"
     "{{ '<|user|><tool_response>\\n' + message['content'] + '\\n</tool_response><|end|>' }}"
