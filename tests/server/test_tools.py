@@ -13,6 +13,7 @@ from fastgen_jax.server import speech
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.tokenizer import Tokenizer
 from tests import tiny_tokenizers
+from tests.server.fake_engine import FakeEngine
 from tests.server.running import CHAT, events_of, serving, wait_until
 
 TEMPLATE = (
@@ -59,7 +60,10 @@ def directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def talking(directory):
-    with serving(Tokenizer(str(directory))) as running:
+    tokenizer = Tokenizer(str(directory))
+    engine = FakeEngine(tokenizer.eos_token_id or 0)
+    engine.model_config.vocab_size = tokenizer.vocab_size
+    with serving(tokenizer, engine) as running:
         yield running
 
 
@@ -425,4 +429,4 @@ def test_events_of_a_stream_have_one_role_and_end_with_done(up):
     *chunks, usage, done = events_of(up.post("/v1/chat/completions", body).text)
     assert (done, usage["choices"]) == ("[DONE]", [])
     assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
-    assert chunks[-1]["choices"][0]["delta"] == {}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
