@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from fastgen_jax.constrained import Constraints
 from fastgen_jax.server import protocol, responses
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import ApiError, internal
@@ -177,7 +178,7 @@ class Routes:
         """The request in the engine's queue. INVARIANT: the body is counted as long as it lives."""
         with self.service.uploads.open() as upload:
             ask = await self._read(request, read, upload)
-            constraints = await self.service.constraints(ask.params)
+            constraints = await self._constraints(ask)
             generation = self.service.submit(
                 ask.prompts,
                 ask.params,
@@ -188,6 +189,16 @@ class Routes:
                 constraints=constraints,
             )
             return generation, ask
+
+    async def _constraints(self, ask: Ask) -> Constraints:
+        """What the params constrain. Raises ApiError that names the field which asked for it."""
+        try:
+            return await self.service.constraints(ask.params)
+        except ApiError as error:
+            if error.param == "structured_outputs" and ask.form_param:
+                error.param = ask.form_param
+                error.message = error.message.replace("structured_outputs", ask.form_param, 1)
+            raise
 
     async def _generate(self, request: Request, read: Callable[[bytearray], Ask]) -> Response:
         generation, ask = await self._submit(request, read)

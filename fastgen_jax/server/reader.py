@@ -23,7 +23,7 @@ from fastgen_jax.server.formats.responses import ResponsesFormat
 from fastgen_jax.server.generation import PLAIN, SILENT, Voice
 from fastgen_jax.server.kept import Kept
 from fastgen_jax.server.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from fastgen_jax.server.protocol_responses import ResponsesRequest, named_as_in_responses
+from fastgen_jax.server.protocol_responses import NAMES, ResponsesRequest, named_as_in_responses
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.speech import Speech, speech_of
 from fastgen_jax.server.tools import Tools
@@ -46,6 +46,7 @@ class Ask(NamedTuple):
     param: str  # the field that held the prompts
     cache_salt: str | None
     voice: Voice = PLAIN
+    form_param: str | None = None  # the field that asked for a form of the output
 
 
 class Reader:
@@ -74,7 +75,8 @@ class Reader:
         echo = self._echo(entries, params.n) if spec.echo else None
         format = CompletionFormat(echo=echo, **self._shared(spec, params, prompts))
         voice = SILENT if spec.is_echo_alone else PLAIN
-        return Ask(prompts, params, format, bool(spec.stream), "prompt", spec.cache_salt, voice)
+        asker, stream, salt = spec.structure().field, bool(spec.stream), spec.cache_salt
+        return Ask(prompts, params, format, stream, "prompt", salt, voice, asker)
 
     def chat(self, body: Body) -> Ask:
         """What POST /v1/chat/completions asks for."""
@@ -97,7 +99,8 @@ class Reader:
             return ResponsesFormat(spec.echoed(params), model=shared["model"], keep=keep)
 
         with named_as_in_responses():
-            return self._conversation(spec.to_chat(messages), make_format, "input")
+            ask = self._conversation(spec.to_chat(messages), make_format, "input")
+        return ask._replace(form_param=NAMES.get(ask.form_param or "", ask.form_param))
 
     def _conversation(
         self,
@@ -114,11 +117,14 @@ class Reader:
             self._check_texts(["".join(protocol.texts_of(messages))], param)
         ids = self._rendered(messages, spec.template_kwargs(), tools)
         prompt = self._checked(ids, spec, param)
-        form = self.speech.form(spec.structure(), tools, prompt)
+        structure = spec.structure()
+        form = self.speech.form(structure, tools, prompt)
         params = dataclasses.replace(params, structured_outputs=form)
         format = make_format(self._shared(spec, params, [prompt]), params, tools)
         voice = self.speech.voice(tools, prompt)
-        return Ask([prompt], params, format, bool(spec.stream), param, spec.cache_salt, voice)
+        asker = "tools" if tools.must_call else structure.field
+        stream, salt = bool(spec.stream), spec.cache_salt
+        return Ask([prompt], params, format, stream, param, salt, voice, asker)
 
     def tokens(self, body: Body) -> bytes:
         """The answer to POST /tokenize."""

@@ -16,6 +16,7 @@ from fastgen_jax.tokenizer import Tokenizer
 
 log = logging.getLogger("fastgen_jax.server")
 
+COLON_COLON_EQUALS = r":\u003a="  # in texts and patterns the same; the bare sign tells of GBNF
 N_LAST = 16  # tokens of a prompt that show whether it ends inside of a thought
 
 
@@ -100,7 +101,8 @@ class Speech:
                 is_open=self.is_thinking(prompt), is_call="form" not in rules, literal=self._literal
             )
         lines = [first.replace("@answer", "answer"), f"answer: {' | '.join(rules)}"]
-        return StructuredOutputsParams(grammar="\n".join([*lines, *rules.values()]))
+        grammar = "\n".join([*lines, *rules.values()])
+        return StructuredOutputsParams(grammar=grammar.replace("::=", COLON_COLON_EQUALS))
 
     def is_thinking(self, prompt: list[int]) -> bool:
         """Whether the prompt has begun a thought, which the answer goes on with."""

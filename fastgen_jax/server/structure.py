@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from fastgen_jax.errors import InvalidRequest
+from fastgen_jax.grammar import WHITESPACE
 from fastgen_jax.sampling_params import SamplingParams, StructuredOutputsParams
 from fastgen_jax.server.errors import ApiError, invalid
 
@@ -74,13 +75,10 @@ def _in_slashes(part: re.Match) -> str:
 def _schema_of(params: StructuredOutputsParams) -> dict[str, Any]:
     schema = {"type": "object"} if params.json_object else params.json
     schema = json.loads(schema) if isinstance(schema, str) else schema
-    guidance: Form = {}
-    if params.whitespace_pattern is not None:
-        guidance["whitespace_pattern"] = params.whitespace_pattern
+    guidance: Form = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
     if params.disable_any_whitespace:
-        guidance["whitespace_flexible"] = False
-    schema = schema if isinstance(schema, dict) else {}
-    return schema | {"x-guidance": guidance} if guidance else schema
+        guidance = {"whitespace_flexible": False}
+    return (schema if isinstance(schema, dict) else {}) | {"x-guidance": guidance}
 
 
 def _of_response_format(given: dict[str, Any] | None) -> Form:
@@ -114,6 +112,11 @@ def _with_spaces(field: str | None, form: Form, spaces: Any) -> Form:
 
 
 def _checked(field: str, form: Form) -> StructuredOutputsParams | None:
+    try:
+        if isinstance(form.get("json"), str):
+            json.loads(form["json"])
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{field}: the schema is not JSON: {error}", field) from None
     try:
         return SamplingParams(structured_outputs=form).structured_outputs  # type: ignore[arg-type]
     except InvalidRequest as error:

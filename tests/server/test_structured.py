@@ -37,6 +37,8 @@ BAD = [
      "response_format", "json_schema.schema must"),
     ({"structured_outputs": {"xml": "a"}}, "structured_outputs", "has no field 'xml'"),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one"),
+    ({"guided_json": "{"}, "guided_json", "the schema is not JSON"),
+    ({"guided_json": "[" * 100_000}, "guided_json", "the schema is not JSON"),
     ({"guided_choice": []}, "guided_choice", "at least one text"),
     ({"guided_choice": [1]}, "guided_choice", "at least one text"),
     ({"guided_regex": {}}, "guided_regex", "regex has the wrong type"),
@@ -98,3 +100,24 @@ def test_the_client_parses_into_a_model(client, up):
     assert answer.choices[0].message.parsed == Person(age=7)
     schema = up.engine.submitted[-1].params.structured_outputs.json
     assert schema["properties"]["age"]["type"] == "integer"
+
+
+WRONG = {"type": "objekt"}
+WRONG_TOOL = {"type": "function", "function": {"name": "f", "parameters": WRONG}}
+
+
+@pytest.mark.parametrize(("path", "body", "param"), [
+    ("completions", {"guided_json": WRONG}, "guided_json"),
+    ("completions", {"structured_outputs": {"json": WRONG}}, "structured_outputs"),
+    ("chat/completions", {"response_format": {"type": "json_schema", "json_schema":
+                          {"name": "x", "schema": WRONG}}}, "response_format"),
+    ("chat/completions", {"tools": [WRONG_TOOL], "tool_choice": "required"}, "tools"),
+    ("responses", {"text": {"format": {"type": "json_schema", "name": "x", "schema": WRONG}}},
+     "text"),
+])  # fmt: skip
+def test_what_cannot_be_compiled_is_refused_under_the_name_that_it_came_by(up, path, body, param):
+    asked = (PATHS | {"responses": {"input": "a"}})[path]
+    answer = up.post(f"/v1/{path}", asked | body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert f"{param} cannot be compiled" in answer.json()["error"]["message"]
+    assert "objekt" in answer.json()["error"]["message"]

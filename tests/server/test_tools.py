@@ -366,6 +366,7 @@ class TestGrammar:
         ({"response_format": {"type": "json_object"}}, '{"a": 1}'),
         ({"guided_regex": r"[0-9]+/\/[a-z]"}, "12//b"), ({"guided_choice": ["yes", "no"]}, "no"),
         ({"structured_outputs": {"json": True, "disable_any_whitespace": True}}, '{"a":1}'),
+        ({"guided_json": {"const": "a::=b"}}, '"a::=b"'), ({"guided_regex": "::=c"}, "::=c"),
     ])  # fmt: skip
     def test_a_form_may_have_thoughts_before_it_and_calls_beside_it(
         self, up, client, takes, form, text
