@@ -14,6 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.sampling_params import (
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_STOP_STRINGS,
@@ -54,8 +56,6 @@ IGNORED = {
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
     "prompt_logprobs": (None,),
-    "allowed_token_ids": (None, []),
-    "bad_words": (None, []),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1, 1.0),
     "functions": (None, []),
@@ -78,6 +78,8 @@ SAMPLING_FIELDS = (
 MAX_ENTRIES = {
     "stop": MAX_STOP_STRINGS,
     "stop_token_ids": MAX_STOP_TOKEN_IDS,
+    "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
+    "bad_words": MAX_BAD_WORDS,
     "logit_bias": MAX_LOGIT_BIAS,
 }
 
@@ -124,6 +126,8 @@ class GenerationRequest(BaseModel):
     seed: Integer | None = None
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
+    allowed_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
+    bad_words: Annotated[list[str], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -190,6 +194,10 @@ class GenerationRequest(BaseModel):
                 logprobs=logprobs,
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
                 stop_token_ids=tuple(self.stop_token_ids or ()),
+                allowed_token_ids=None
+                if self.allowed_token_ids is None
+                else tuple(self.allowed_token_ids),
+                bad_words=tuple(self.bad_words or ()),
                 logit_bias=_logit_bias(self.logit_bias),
                 structured_outputs=self.structure().params,
             )

@@ -66,6 +66,10 @@ BAD = [
     ("completions", {"stop": [1]}, "stop"),
     ("completions", {"stop": 5}, "stop"),
     ("completions", {"stop_token_ids": [-1]}, "stop_token_ids"),
+    ("completions", {"allowed_token_ids": []}, "allowed_token_ids"),
+    ("completions", {"allowed_token_ids": ["a"]}, "allowed_token_ids"),
+    ("completions", {"bad_words": ["a"] * 129}, "bad_words"),
+    ("completions", {"bad_words": [""]}, "bad_words"),
     ("completions", {"logit_bias": {"x": 1}}, "logit_bias"),
     ("completions", {"cache_salt": "a" * 257}, "cache_salt"),
     ("completions", {"cache_salt": 1}, "cache_salt"),
@@ -263,12 +267,14 @@ class TestBadInput:
         extras = {
             "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True,
             "min_tokens": 2, "stop_token_ids": [7], "skip_special_tokens": False, "seed": 3,
+            "bad_words": ["x y"], "allowed_token_ids": [5, 7],
             "temperature": 0.5, "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": 0.2,
         }  # fmt: skip
         body = PATHS["completions"] | extras | {"logit_bias": {"9": -100}, "stop": None}
         assert up.post("/v1/completions", body).status_code == 200
         params = up.engine.submitted[-1].params
         expected = extras | {"stop_token_ids": (7,)}
+        expected |= {"bad_words": ("x y",), "allowed_token_ids": (5, 7)}
         assert {name: getattr(params, name) for name in expected} == expected
         assert (params.logit_bias, params.stop) == ({9: -100.0}, ())
 

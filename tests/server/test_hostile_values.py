@@ -102,6 +102,7 @@ def strict(tokenizer):
             super()._check(request)
             check_ids("stop_token_ids", request.params.stop_token_ids, VOCAB_SIZE)
             check_ids("logit_bias", request.params.logit_bias or (), VOCAB_SIZE)
+            check_ids("allowed_token_ids", request.params.allowed_token_ids or (), VOCAB_SIZE)
 
     with serving(tokenizer, Strict(tokenizer.eos_token_id)) as up:
         yield up
