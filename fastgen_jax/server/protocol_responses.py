@@ -29,6 +29,7 @@ PASSED = (*SAMPLING_FIELDS[1:], "stop", "stop_token_ids", "logit_bias", "cache_s
 PASSED += ("allowed_token_ids", "bad_words")
 PASSED += ("truncate_prompt_tokens", "chat_template_kwargs", *structure.FIELDS[1:])
 UNSUPPORTED = {"background": (None, False), "conversation": (None,), "prompt": (None,)}
+LOGPROBS = "message.output_text.logprobs"
 # Fields of the chat, as they are called here.
 NAMES = {
     "max_tokens": "max_output_tokens",
@@ -78,6 +79,8 @@ class ResponsesRequest(BaseModel):
                 )
         if len(self.metadata or ()) > MAX_METADATA:
             raise invalid(f"metadata has more than {MAX_METADATA} entries", "metadata")
+        if LOGPROBS in (self.include or ()):  # the others ask for what no answer here has
+            raise unsupported("include", f"leave {LOGPROBS} out; chat completions have logprobs")
         extras = {k: v for k, v in (self.model_extra or {}).items() if k not in PASSED}
         for name, nothing in UNSUPPORTED.items():
             if extras.pop(name, None) not in nothing:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.server.running import CHAT, TEXT
+from tests.server.running import CHAT, TEXT, serving
 
 
 class TestChat:
@@ -41,6 +41,16 @@ class TestChat:
             model="fake", messages=[*CHAT, called, result, *CHAT]
         )
         assert answer.choices[0].message.content.strip() == TEXT
+
+    @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+    def test_earlier_thoughts_reach_the_template_under_one_name(self, tokenizer, name):
+        template = "{{ messages[1].reasoning_content }}{{ messages[1].reasoning }}"
+        thought = {"role": "assistant", "content": "Yes.", name: "Well."}
+        with serving(tokenizer.with_template(template)) as up:
+            up.post("/v1/chat/completions", {"messages": [*CHAT, thought, *CHAT]})
+        assert up.engine.submitted[-1].prompt_token_ids == tokenizer.encode(
+            "Well.", add_special_tokens=False
+        )
 
     def test_max_completion_tokens_limits_the_answer(self, client):
         answer = client.chat.completions.create(

@@ -113,6 +113,11 @@ class TestAnswer:
         grammar = up.engine.submitted[-1].params.structured_outputs.grammar
         assert '"age"' in grammar
 
+    def test_hints_that_change_nothing_here_are_taken(self, client):
+        hints = {"include": ["reasoning.encrypted_content"], "truncation": "auto", "user": "me"}
+        answer = ask(client, **hints, service_tier="auto", prompt_cache_key="k")
+        assert (answer.status, answer.truncation) == ("completed", "auto")
+
     def test_parameters_reach_the_engine(self, up, client):
         extra = {"top_k": 5, "seed": 3, "stop": ["zzz"]}
         answer = ask(client, temperature=0.5, top_p=0.9, max_output_tokens=7, extra_body=extra)
@@ -175,6 +180,7 @@ class TestInput:
         ({"tools": [{"type": "web_search"}]}, "tools", 'tools[0].type must be "function"'),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"truncation": "middle"}, "truncation", "auto or disabled"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "have logprobs"),
         ({"metadata": {"a": "b" * 513}}, "metadata", "more than 512"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata", "more than 16"),
         ({"background": True}, "background", "not supported"),
