@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastgen_jax.errors import InvalidRequest
@@ -55,6 +55,39 @@ PROBE = [
 ]
 
 
+class Control:
+    """The control tokens of a vocabulary, which keys of what a client sends may not spell.
+
+    transformers encodes as text what strings spell, and leaves keys as they are.
+    """
+
+    def __init__(self, tokens: Iterable[str]):
+        self._tokens = tuple(tokens)
+
+    def spelled_in_keys(self, value: Any) -> str | None:
+        """A control token that is in a key, however deep."""
+        keys = "\n".join({*_keys(value)})
+        return next((token for token in self._tokens if token in keys), None)
+
+    def check_keys(self, value: Any, param: str) -> None:
+        if (token := self.spelled_in_keys(value)) is not None:
+            raise InvalidRequest(
+                f"a key in {param} spells the control token {token!r}; give it another name",
+                param=param,
+            )
+
+
+def _keys(value: Any) -> Iterator[str]:
+    unseen = [value]
+    while unseen:
+        value = unseen.pop()
+        if isinstance(value, Mapping):
+            yield from map(str, value)
+            unseen += value.values()
+        elif isinstance(value, list | tuple):
+            unseen += value
+
+
 def best_form(render: Callable[[list[Message], list[Message]], str | None]) -> Form:
     """The first form in which a template shows a call with its arguments as JSON, or else the first
     that it takes.
@@ -62,7 +95,7 @@ def best_form(render: Callable[[list[Message], list[Message]], str | None]) -> F
     Args:
         render: the text of messages with tools; None: the template refuses them.
     """
-    shown = {form: render(shaped(PROBE, form), [PROBE_TOOL]) for form in FORMS}
+    shown = {form: render(shaped(PROBE, form, Control(())), [PROBE_TOOL]) for form in FORMS}
     well = [form for form, text in shown.items() if text is not None and _shows_call(text)]
     taken = [form for form, text in shown.items() if text is not None]
     return [*well, *taken, *FORMS][0]
@@ -77,22 +110,25 @@ def has_calls(messages: Sequence[Message]) -> bool:
     return any("tool_calls" in message or "tool_call_id" in message for message in messages)
 
 
-def shaped(messages: Sequence[Message], form: Form) -> list[Message]:
+def shaped(messages: Sequence[Message], form: Form, control: Control) -> list[Message]:
     """The messages with their calls in this form."""
-    return [_shaped(message, form) for message in messages]
+    return [_shaped(message, form, control) for message in messages]
 
 
-def _shaped(message: Message, form: Form) -> Message:
+def _shaped(message: Message, form: Form, control: Control) -> Message:
     if "tool_call_id" in message and form.has_short_ids:
         message = {**message, "tool_call_id": _short(message["tool_call_id"])}
     if "tool_calls" not in message:
         return message
-    return {**message, "tool_calls": [_shaped_call(call, form) for call in message["tool_calls"]]}
+    calls = [_shaped_call(call, form, control) for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
 
 
-def _shaped_call(call: dict[str, Any], form: Form) -> dict[str, Any]:
+def _shaped_call(call: dict[str, Any], form: Form, control: Control) -> dict[str, Any]:
     function = call["function"]
     arguments = _object_of(function.get("arguments"))
+    if control.spelled_in_keys(arguments):
+        arguments = {"arguments": _json(arguments)}
     if form.has_text_arguments:
         own = function.get("arguments")
         arguments = own if isinstance(own, str) and own.strip() else _json(arguments)

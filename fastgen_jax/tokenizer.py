@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from fastgen_jax.engine.types import FinishReason, Output
 from fastgen_jax.errors import CheckpointError, InvalidRequest
 from fastgen_jax.history import (
+    Control,
     Form,
     Message,
     best_form,
@@ -203,7 +204,10 @@ class Tokenizer:
             add_generation_prompt = not continue_final_message
         plain = plain_messages(messages)
         if has_calls(plain):
-            plain = shaped(plain, self._history_form)
+            plain = shaped(plain, self._history_form, self._control)
+        self._control.check_keys(plain, "messages")
+        self._control.check_keys(tools, "tools")
+        self._control.check_keys(variables, "chat_template_kwargs")
         return self._render(
             plain,
             tools=plain_tools(tools) if tools else None,
@@ -212,6 +216,13 @@ class Tokenizer:
             sanitize_control_tokens=True,
             **variables,
         )
+
+    @functools.cached_property
+    def _control(self) -> Control:
+        template = str(self._fast.chat_template)
+        added = self._backend.get_added_tokens_decoder().values()
+        texts = [(token.content, token.special) for token in added if token.content.strip()]
+        return Control(text for text, is_special in texts if is_special or text in template)
 
     @functools.cached_property
     def _history_form(self) -> Form:
