@@ -2,7 +2,8 @@
 
 Clients send the arguments of earlier calls as the text of a JSON object. Most templates iterate
 over the object or write it as JSON, some join the text to other text; some take only short ids.
-Which form a template shows well, it shows itself: a made-up conversation is rendered in each.
+Which form a template shows well, it shows itself: a made-up conversation is rendered in each. Where
+it shows none, calls are part of the content, lest the model be told nothing of them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ Message = dict[str, Any]
 
 
 class Form(NamedTuple):
-    """How a history's calls are given to a template."""
+    """How a history's calls are given to a template. is_content: as text, which all templates show,
+    written as Hermes does.
+    """
 
-    has_text_arguments: bool
-    has_short_ids: bool
+    has_text_arguments: bool = False
+    has_short_ids: bool = False
+    is_content: bool = False
 
 
-FORMS = (Form(False, False), Form(True, False), Form(False, True), Form(True, True))
+FORMS = (Form(), Form(True), Form(False, True), Form(True, True), Form(is_content=True))
 KEY, NAME, VALUE, ID = "probe_key", "probe_name", "probe_value", "call_0123456789abcdef01234567"
 PROBE_TOOL = {
     "type": "function",
@@ -121,7 +125,11 @@ def _shaped(message: Message, form: Form, control: Control) -> Message:
     if "tool_calls" not in message:
         return message
     calls = [_shaped_call(call, form, control) for call in message["tool_calls"]]
-    return {**message, "tool_calls": calls}
+    if not form.is_content:
+        return {**message, "tool_calls": calls}
+    others = {key: value for key, value in message.items() if key != "tool_calls"}
+    written = [f"<tool_call>\n{_json(call['function'])}\n</tool_call>" for call in calls]
+    return {**others, "content": "\n".join(filter(None, [message["content"], *written]))}
 
 
 def _shaped_call(call: dict[str, Any], form: Form, control: Control) -> dict[str, Any]:

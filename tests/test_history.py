@@ -281,6 +281,20 @@ def test_arguments_that_are_no_object_are_shown_too(tokenizers, name, arguments)
     assert "sunny" in text
 
 
+@pytest.mark.parametrize("content", [None, "So:"])
+def test_a_template_that_shows_no_calls_has_them_as_content(tmp_path, content):
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]"
+        "{% if m['role'] == 'assistant' and m['content'] is none %}{{ m['tool_calls'] | tojson }}"
+        "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    tokenizer = Tokenizer(tiny_tokenizers.byte_level(tmp_path), chat_template=template)
+    text = shown(tokenizer, history(json.dumps(OBJECT), content=content))
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Róma"}}\n</tool_call>'
+    before = f"{content}\n" if content else ""
+    assert text == f"[user]hi[assistant]{before}{call}[tool]sunny"
+
+
 @ALL
 def test_keys_of_arguments_forge_no_control_tokens(tokenizers, name):
     tokenizer = tokenizers[name]

@@ -355,19 +355,21 @@ TURNS = {
     "defined": "[{% if m.content is defined and m.content is string %}{{ m.content }}{% endif %}]",
     "cut": "[{{ m['content'].strip() }}]",
 }
-CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 
 
 @pytest.mark.parametrize("turn", TURNS.values(), ids=TURNS)
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=repr)
 def test_tool_calls_may_have_no_content(tmp_path, turn, content):
-    template = "{% for m in messages %}" + turn + "{{ m.tool_calls is defined }}{% endfor %}"
+    template = "{% for m in messages %}" + turn + "{{ m.tool_calls | tojson if m.tool_calls }}"
+    template += "{% endfor %}"
     tokenizer = Tokenizer(tiny_tokenizers.byte_level(tmp_path), chat_template=template)
     messages = [
         {"role": "user", "content": "hi", "tool_calls": None},
         {"role": "assistant", "tool_calls": [CALL], **content},
     ]
-    assert shown(tokenizer, tokenizer.apply_chat_template(messages)) == "[hi]False[]True"
+    text = shown(tokenizer, tokenizer.apply_chat_template(messages))
+    assert text == f"[hi][]{json.dumps([CALL])}"
 
 
 @pytest.mark.parametrize(
