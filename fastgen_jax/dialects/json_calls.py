@@ -24,7 +24,7 @@ def read_call(tape: Tape, names: Collection[str] | None = None) -> Wait:
         yield from tape.skip_spaces()
         if key == "name" and not name:
             name = json.loads((yield from collect(tape, string)))
-            if not name or (names is not None and name not in names):
+            if not name.isprintable() or (names is not None and name not in names):
                 raise Malformed
         elif key in ("arguments", "parameters") and not is_started:
             if name and (yield from tape.peek()) == "{":

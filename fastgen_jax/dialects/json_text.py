@@ -15,8 +15,8 @@ from fastgen_jax.dialects.tape import Malformed, Tape, Wait, Write
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
 WORD = re.compile(r"[-+.0-9A-Za-z_]*")
 MAX_NUMBER_LENGTH = 400  # Python refuses to read integers of 4,300 digits
-PLAIN = re.compile(r'([^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*')
-CONTROL = re.compile(r"[\x00-\x1f]*")
+PLAIN = re.compile(r'([^"\\\x00-\x1f\ud800-\udfff]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*')
+CONTROL = re.compile(r"[\x00-\x1f\ud800-\udfff]*")  # and halves of pairs, of escapes in escapes
 HEXADECIMAL = frozenset("0123456789abcdefABCDEF")
 
 

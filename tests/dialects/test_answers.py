@@ -160,6 +160,24 @@ def test_arguments_are_passed_on_while_they_come():
     assert reader.feed(' three"') == [CallPart(0, ' three"')]
 
 
+HALF = r"\ud800"  # of a pair: JSON can spell it, and UTF-8 cannot
+
+
+@pytest.mark.parametrize(
+    ("answer", "events"),
+    [
+        (f'{{"name": "f", "arguments": {{"a": "{HALF}"}}}}', call("f", f'{{"a":"{HALF}"}}')),
+        (rf'{{"name": "f", "arguments": "{{\"a\": \"{HALF}\"}}"}}', call("f", f'{{"a":"{HALF}"}}')),
+        (f'{{"name": "{HALF}"}}', [Text(f'<tool_call>{{"name": "{HALF}"}}</tool_call>')]),
+        ('{"name": ""}', [Text('<tool_call>{"name": ""}</tool_call>')]),
+    ],
+)
+def test_what_is_read_can_be_sent(answer, events):
+    found = read(make_reader(DIALECTS["hermes"]), f"<tool_call>{answer}</tool_call>")
+    assert found == events
+    assert all(text.encode() for event in found for text in event if isinstance(text, str))
+
+
 ODD = [
     {"type": 3}, {"type": [["string"]]}, {"enum": 3}, {"anyOf": 3}, {"anyOf": ["string"]}, True,
     {"$ref": 3}, {"$ref": "#/$defs/a"}, {"$ref": "#/nowhere/at/all"}, {"const": []}, "string",
