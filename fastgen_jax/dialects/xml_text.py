@@ -13,7 +13,10 @@ from typing import Any
 from fastgen_jax.dialects.dialect import Tool, alternatives, free_text, json_of
 from fastgen_jax.dialects.json_text import json_in
 from fastgen_jax.dialects.tape import SPACES, Malformed, Tape, Wait
+from fastgen_jax.errors import InvalidRequest
 
+MAX_COPIED = 1_000_000  # characters of definitions in the grammar of one tool
+MAX_LOOKED = 100_000  # schemas that are asked for a type, in one tool; after that nothing is known
 STRING = frozenset({"string"})
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 KINDS = {'"': "string", "{": "object", "[": "array", "t": "boolean", "f": "boolean", "n": "null"}
@@ -29,6 +32,8 @@ class Parameters:
     def __init__(self, tool: Tool | None):
         self._schema = tool.parameters if tool else {}
         self._kinds: dict[str, frozenset[str]] = {}
+        self._n_copied = 0
+        self._n_looked = 0
 
     @property
     def properties(self) -> Mapping[str, Any]:
@@ -50,6 +55,9 @@ class Parameters:
         seen: set[int] = set()
         unseen = [schema]
         while unseen:
+            self._n_looked += 1
+            if self._n_looked > MAX_LOOKED:
+                return frozenset()
             schema = unseen.pop()
             if not isinstance(schema, Mapping) or id(schema) in seen:
                 continue
@@ -72,10 +80,24 @@ class Parameters:
         return found
 
     def schema(self, name: str) -> Mapping[str, Any]:
-        """The schema of one parameter, with the definitions that it may refer to."""
-        shared = {key: self._schema[key] for key in ("$defs", "definitions") if key in self._schema}
+        """The schema of one parameter, with the definitions that it may refer to.
+
+        Raises:
+            InvalidRequest: copied for each parameter, the definitions would become too long.
+        """
         own = self.properties[name]
-        return {**shared, **own} if isinstance(own, Mapping) else shared
+        own = own if isinstance(own, Mapping) else {}
+        if '"$ref"' not in json.dumps(own):
+            return own
+        shared = {key: self._schema[key] for key in ("$defs", "definitions") if key in self._schema}
+        self._n_copied += len(json.dumps(shared))
+        if self._n_copied > MAX_COPIED:
+            raise InvalidRequest(
+                f"the definitions of a tool's parameters, repeated for each parameter that refers "
+                f"to them, exceed {MAX_COPIED} characters; write schemas in place of some $ref",
+                param="tools",
+            )
+        return {**shared, **own}
 
     def grammar(self, name: str) -> str | None:
         """Lark for what may stand between a parameter's tags; None: any text.

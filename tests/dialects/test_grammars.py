@@ -2,12 +2,14 @@
 
 import json
 import random
+import time
 
 import jsonschema
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from fastgen_jax.dialects import DIALECTS, THINKING, Tool, make_reader
+from fastgen_jax.dialects.xml_text import Parameters
 from fastgen_jax.errors import InvalidRequest
 from tests.dialects.written import PING, WRITERS, calls_of, read, text_of, thought_of
 
@@ -117,6 +119,24 @@ def test_arguments_are_an_object_of_the_members_that_a_schema_lists(name, seed, 
     events = read(make_reader(dialect, tools=[tool]), walk(dialect.grammar([tool]), seed))
     [(_, arguments)] = calls_of(events)
     assert arguments.keys() <= {"a"}
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm45", "pythonic"])
+def test_definitions_are_not_repeated_without_end(name):
+    properties = {str(i): {"$ref": "#/$defs/a"} for i in range(1000)}
+    tool = Tool("f", {"properties": properties, "$defs": {"a": {"enum": ["a" * 100_000]}}})
+    with pytest.raises(InvalidRequest, match="exceed 1000000 characters; write schemas in place"):
+        DIALECTS[name].grammar([tool])
+
+
+def test_types_are_not_looked_for_without_end():
+    loop = {"anyOf": [{"$ref": f"#/$defs/{i}"} for i in range(3000)]}
+    definitions = {str(i): loop for i in range(3000)}
+    properties = {str(i): {"$ref": "#/$defs/0"} for i in range(3000)}
+    parameters = Parameters(Tool("f", {"properties": properties, "$defs": definitions}))
+    started = time.perf_counter()
+    assert {kind for name in properties for kind in parameters.kinds(name)} == set()
+    assert time.perf_counter() - started < 3
 
 
 class Special:
