@@ -38,11 +38,15 @@ class Missing(Exception):
 
 
 class Environment(NamedTuple):
-    """Packages that live together: of Python, with what they need or `alone`, or of node."""
+    """Packages that live together: of Python, with what they need or `alone`, or of node.
+
+    `without` names what packages ask for and these tools do without.
+    """
 
     name: str
     packages: tuple[str, ...] = ()
     alone: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
 
     @property
@@ -87,7 +91,9 @@ class Environment(NamedTuple):
             "--exclude-newer-package",
             "torch=false",
         ]
-        fetch([*into, *self.packages])
+        left_out = self.folder / "without"
+        left_out.write_text("".join(f"{name}; python_version < '3'\n" for name in self.without))
+        fetch([*into, "--override", left_out, *self.packages])
         if self.alone:
             fetch([*into, "--no-deps", *self.alone])
 
