@@ -1,8 +1,10 @@
 """DSPy's predictors: its own format, and the JSON one to which it falls back."""
 
+import json
 from typing import Literal
 
 import dspy
+import litellm
 
 from tests.clients.scenario import KEY, TALE, main
 
@@ -16,10 +18,10 @@ class Weather(dspy.Signature):
 
 
 def model(url: str) -> dspy.LM:
-    return dspy.LM(
-        "openai/fastgen-demo", api_base=f"{url}/v1", api_key=KEY, cache=False, max_tokens=200,
-        num_retries=0,
-    )  # fmt: skip
+    """A model whose schemas DSPy trusts; of one that it does not know it asks for JSON alone."""
+    litellm.register_model({"openai/fastgen-demo": {"supports_response_schema": True}})
+    account = {"api_base": f"{url}/v1", "api_key": KEY, "engine": "litellm"}
+    return dspy.LM("openai/fastgen-demo", **account, cache=False, max_tokens=300, num_retries=0)
 
 
 def completes(url: str) -> None:
@@ -27,7 +29,12 @@ def completes(url: str) -> None:
     assert answer
 
 
-def predicts_as_json(url: str) -> None:
+def answers_in_json(url: str) -> None:
+    (answer,) = model(url)(TALE, response_format={"type": "json_object"})
+    assert isinstance(json.loads(answer), dict)
+
+
+def predicts_by_schema(url: str) -> None:
     with dspy.context(lm=model(url), adapter=dspy.JSONAdapter()):
         answer = dspy.Predict(Weather)(question=TALE)
     assert answer.city in ("Paris", "Oslo")
@@ -42,4 +49,4 @@ def falls_back_from_its_own_format(url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(completes, predicts_as_json, falls_back_from_its_own_format)
+    main(completes, answers_in_json, predicts_by_schema, falls_back_from_its_own_format)

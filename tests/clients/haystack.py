@@ -34,12 +34,14 @@ def streams(url: str) -> None:
     parts = []
     reply = chat(url, lambda chunk: parts.append(chunk.content), max_completion_tokens=12)
     assert "".join(parts) == reply.text
-    assert len(parts) > 4
+    assert len(parts) > 1
 
 
 def must_call_a_tool(url: str) -> None:
     for callback in (None, lambda chunk: None):
-        reply = chat(url, callback, tools=[WEATHER_TOOL], tool_choice="required")
+        reply = chat(
+            url, callback, tools=[WEATHER_TOOL], tool_choice="required", parallel_tool_calls=False
+        )
         (call,) = reply.tool_calls
         assert call.tool_name == "weather"
         assert 1 <= call.arguments["days"] <= 9

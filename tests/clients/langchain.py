@@ -21,6 +21,9 @@ def weather(days: int) -> str:
     return f"Snow for {days} days."
 
 
+ONE = {"parallel_tool_calls": False}  # call: a toy does not know when to stop
+
+
 def chat(url: str, **fields) -> ChatOpenAI:
     return ChatOpenAI(model=MODEL, base_url=f"{url}/v1", api_key=KEY, max_retries=0, **fields)
 
@@ -39,7 +42,7 @@ def batches(url: str) -> None:
 
 def streams(url: str) -> None:
     chunks = list(chat(url, max_tokens=12, stream_usage=True).stream(TALE))
-    assert sum(bool(chunk.content) for chunk in chunks) > 4
+    assert sum(bool(chunk.content) for chunk in chunks) > 1
     assert sum((chunk.usage_metadata or {}).get("output_tokens", 0) for chunk in chunks) == 12
 
 
@@ -50,7 +53,7 @@ def completes(url: str) -> None:
 
 def binds_tools_that_must_be_called(url: str) -> None:
     for choice in ("any", "weather"):
-        answer = chat(url).bind_tools([weather], tool_choice=choice).invoke(TALE)
+        answer = chat(url).bind_tools([weather], **ONE, tool_choice=choice).invoke(TALE)
         (call,) = answer.tool_calls
         assert call["name"] == "weather"
         assert isinstance(call["args"]["days"], int)
@@ -58,7 +61,7 @@ def binds_tools_that_must_be_called(url: str) -> None:
 
 
 def streams_the_call_of_a_tool(url: str) -> None:
-    chunks = list(chat(url).bind_tools([weather], tool_choice="any").stream(TALE))
+    chunks = list(chat(url).bind_tools([weather], **ONE, tool_choice="any").stream(TALE))
     whole = chunks[0]
     for chunk in chunks[1:]:
         whole += chunk
@@ -81,8 +84,9 @@ def answers_in_structure(url: str) -> None:
     for method in ("json_schema", "function_calling"):
         answer = chat(url).with_structured_output(Weather, method=method).invoke(TALE)
         assert isinstance(answer, Weather), method
-    anything = chat(url, max_tokens=200).with_structured_output(WEATHER, method="json_schema")
-    assert anything.invoke(TALE)["city"] in ("Paris", "Oslo")
+    described = {"title": "weather", "description": "The weather.", **WEATHER}
+    answer = chat(url).with_structured_output(described, method="json_schema").invoke(TALE)
+    assert answer["city"] in ("Paris", "Oslo")
 
 
 def responds(url: str) -> None:

@@ -31,7 +31,7 @@ def streams(url: str) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(litellm.completion(messages=HISTORY, max_tokens=12, **options, **fields(url)))
     texts = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
-    assert sum(bool(text) for text in texts) > 4
+    assert sum(bool(text) for text in texts) > 1
     assert chunks[-1].usage.completion_tokens == 12
 
 
@@ -42,7 +42,11 @@ def completes(url: str) -> None:
 
 def must_call_a_tool(url: str) -> None:
     answer = litellm.completion(
-        messages=HISTORY, tools=[TOOL], tool_choice="required", **fields(url)
+        messages=HISTORY,
+        tools=[TOOL],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        **fields(url),
     )
     (call,) = answer.choices[0].message.tool_calls
     Weather.model_validate_json(call.function.arguments)
@@ -66,7 +70,7 @@ def responds(url: str) -> None:
         asked = {"input": TALE, "max_output_tokens": 16, **fields(url, model)}
         assert litellm.responses(**asked).output[0].content[0].text
         kinds = [part.type for part in litellm.responses(stream=True, **asked)]
-        assert kinds.count("response.output_text.delta") > 4
+        assert kinds.count("response.output_text.delta") > 1
 
 
 def embeds(url: str) -> None:

@@ -33,7 +33,7 @@ def chats(url: str) -> None:
 
 def streams(url: str) -> None:
     parts = [part.delta for part in model(url).stream_chat([ChatMessage(TALE)])]
-    assert sum(bool(part) for part in parts) > 4
+    assert sum(bool(part) for part in parts) > 1
 
 
 def completes(url: str) -> None:
@@ -43,7 +43,9 @@ def completes(url: str) -> None:
 def must_call_a_tool(url: str) -> None:
     llm = model(url, is_function_calling_model=True, max_tokens=200)
     tools = [FunctionTool.from_defaults(weather)]
-    answer = llm.chat_with_tools(tools, user_msg=TALE, tool_required=True)
+    answer = llm.chat_with_tools(
+        tools, user_msg=TALE, tool_required=True, allow_parallel_tool_calls=False
+    )
     (call,) = llm.get_tool_calls_from_response(answer)
     assert call.tool_name == "weather"
     assert isinstance(call.tool_kwargs["days"], int)

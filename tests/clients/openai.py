@@ -57,7 +57,7 @@ def streams_what_it_answers_at_once(url: str) -> None:
     assert "".join(parts) == whole.choices[0].message.content
     assert last.choices == []
     assert last.usage.completion_tokens == 24
-    assert len(parts) > 8
+    assert len(parts) > 1
 
 
 def streams_to_many_at_once(url: str) -> None:
@@ -93,7 +93,11 @@ def refusal(url: str, **fields) -> openai.APIStatusError:
 def must_call_a_tool(url: str) -> None:
     for choice in ("required", NAMED):
         answer = client(url).chat.completions.create(
-            model=MODEL, messages=HISTORY, tools=[TOOL], tool_choice=choice
+            model=MODEL,
+            messages=HISTORY,
+            tools=[TOOL],
+            tool_choice=choice,
+            parallel_tool_calls=False,
         )
         (call,) = answer.choices[0].message.tool_calls
         assert call.function.name == "weather"
@@ -107,6 +111,7 @@ def streams_the_call_of_a_tool(url: str) -> None:
         messages=HISTORY,
         tools=[openai.pydantic_function_tool(Weather)],
         tool_choice="required",
+        parallel_tool_calls=False,
     ) as stream:
         events = [event.type for event in stream]
         (call,) = stream.get_final_completion().choices[0].message.tool_calls
@@ -150,7 +155,7 @@ def responds(url: str) -> None:
 
 def streams_responses(url: str) -> None:
     with client(url).responses.stream(
-        model=MODEL, input=HISTORY[0]["content"], max_output_tokens=16
+        model=MODEL, input=HISTORY[0]["content"], temperature=0
     ) as stream:
         parts = [event.delta for event in stream if event.type == "response.output_text.delta"]
         last = stream.get_final_response()
@@ -167,6 +172,7 @@ def responds_with_structure_and_calls(url: str) -> None:
         input=HISTORY[0]["content"],
         tools=[{"type": "function", "strict": True, **TOOL["function"]}],
         tool_choice="required",
+        parallel_tool_calls=False,
     )
     (call,) = [item for item in answer.output if item.type == "function_call"]
     Weather.model_validate_json(call.arguments)

@@ -34,7 +34,7 @@ def run(url: str, kind: type, *, settings: ModelSettings | None = None, **fields
             agent = Agent(
                 "Anna",
                 model=kind(model=MODEL, openai_client=client),
-                model_settings=settings or ModelSettings(max_tokens=200),
+                model_settings=settings or ModelSettings(temperature=0),
                 **fields,
             )
             return await Runner.run(agent, TALE)
@@ -45,7 +45,11 @@ def run(url: str, kind: type, *, settings: ModelSettings | None = None, **fields
 def stream(url: str, kind: type) -> list[str]:
     async def parts() -> list[str]:
         async with AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-            agent = Agent("Anna", model=kind(model=MODEL, openai_client=client))
+            agent = Agent(
+                "Anna",
+                model=kind(model=MODEL, openai_client=client),
+                model_settings=ModelSettings(temperature=0),
+            )
             answer = Runner.run_streamed(agent, TALE)
             events = [event async for event in answer.stream_events()]
         raw = [event.data for event in events if event.type == "raw_response_event"]
@@ -59,7 +63,7 @@ def runs_over_chat(url: str) -> None:
 
 
 def streams_over_chat(url: str) -> None:
-    assert len(stream(url, OpenAIChatCompletionsModel)) > 4
+    assert len(stream(url, OpenAIChatCompletionsModel)) > 1
 
 
 def calls_a_tool_over_chat(url: str) -> None:
@@ -76,7 +80,7 @@ def runs_over_responses(url: str) -> None:
 
 
 def streams_over_responses(url: str) -> None:
-    assert len(stream(url, OpenAIResponsesModel)) > 4
+    assert len(stream(url, OpenAIResponsesModel)) > 1
 
 
 def calls_a_tool_over_responses(url: str) -> None:
@@ -90,7 +94,7 @@ def answers_in_structure_over_responses(url: str) -> None:
 
 def calls_a_tool(url: str, kind: type) -> None:
     """The first turn must call it; the second gets what it found, and may call what it likes."""
-    settings = ModelSettings(tool_choice="required", max_tokens=200)
+    settings = ModelSettings(tool_choice="required", parallel_tool_calls=False)
     answer = run(url, kind, settings=settings, tools=[weather], reset_tool_choice=True)
     assert [item.output for item in answer.new_items if item.type == "tool_call_output_item"]
     assert answer.final_output

@@ -33,7 +33,7 @@ def streams(url: str) -> None:
         async with agent(url).run_stream(TALE) as answer:
             return [part async for part in answer.stream_text(delta=True, debounce_by=None)]
 
-    assert len(asyncio.run(parts())) > 4
+    assert len(asyncio.run(parts())) > 1
 
 
 def offers_a_tool(url: str) -> None:

@@ -29,7 +29,7 @@ async function streams_text(url) {
   const parts = [];
   const answer = streamText({ ...limits, model: provider(url)(MODEL), prompt: TALE });
   for await (const part of answer.textStream) parts.push(part);
-  assert.ok(parts.length > 4);
+  assert.ok(parts.length > 1);
   assert.ok(["stop", "length"].includes(await answer.finishReason));
 }
 
