@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.sampling_params import StructuredOutputsParams
 
-WHITESPACE = (
-    r" |\n[ \t]{0,12}"  # between JSON's tokens, as people write it; a model may stay in more
-)
+WHITESPACE = " "  # at most one, between JSON's tokens: a small model may stay in more
 MAX_LEXER_STATES = 10_000  # of 1 to 2 kB
 MAX_GRAMMAR_SIZE = 200_000  # symbols
 MAX_KEPT = 64  # compiled grammars
@@ -25,6 +23,9 @@ DEFINITIONS = ("$defs", "definitions")
 SUBSCHEMAS = ("items", "additionalProperties", "contains")  # hold one schema
 SUBSCHEMA_MAPS = (*DEFINITIONS, "properties", "patternProperties")
 SUBSCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+# Beside these, "properties" are not all that an object may have.
+OPENING = {"additionalProperties", "unevaluatedProperties", "patternProperties", "$ref"}
+OPENING |= {"anyOf", "oneOf", "allOf", "if", "dependentSchemas"}
 
 
 def grammar_text(structure: StructuredOutputsParams) -> str:
@@ -63,11 +64,37 @@ def _json_grammar(structure: StructuredOutputsParams) -> str:
     if structure.disable_any_whitespace:
         options = {"whitespace_flexible": False}
     to_grammar = functools.partial(_schema_grammar, options=options)
-    problem = _problem(to_grammar(schema))
-    if problem:
+    grammar = to_grammar(_closed(schema))
+    if not _problem(grammar):
+        return grammar
+    grammar = to_grammar(schema)
+    if problem := _problem(grammar):
         place, problem = _fault(schema, to_grammar, problem)
         raise _refusal(f"the schema at {place}: {problem}")
-    return to_grammar(schema)
+    return grammar
+
+
+def _closed(schema: Any, *, is_part: bool = False) -> Any:
+    """The schema with objects that list their members having no others, unless it says that they
+    may: what has it so is valid by the schema too, and a model does not run on in members.
+
+    is_part: of a larger one, whose other parts may list more.
+    """
+    if not _is_map(schema):
+        return schema
+    closed = dict(schema)
+    for key in schema.keys() & {*SUBSCHEMAS}:
+        closed[key] = _closed(schema[key])
+    for key in schema.keys() & {*SUBSCHEMA_MAPS}:
+        if _is_map(schema[key]):
+            closed[key] = {name: _closed(part) for name, part in schema[key].items()}
+    for key in schema.keys() & {*SUBSCHEMA_LISTS}:
+        if isinstance(schema[key], list):
+            are_parts = key == "allOf" or (key != "prefixItems" and "properties" in schema)
+            closed[key] = [_closed(part, is_part=are_parts) for part in schema[key]]
+    if "properties" in schema and not is_part and not OPENING & schema.keys():
+        closed["additionalProperties"] = False
+    return closed
 
 
 def _schema_grammar(schema: Any, options: Any) -> str:
