@@ -6,6 +6,7 @@ Without the tag, a list is calls only if the answer begins with it and it names 
 import json
 import re
 from collections.abc import Collection, Sequence
+from itertools import chain
 
 from fastgen_jax.dialects.dialect import Dialect, Literal, Tool, alternatives, json_of
 from fastgen_jax.dialects.json_text import JSON, Notation, collect, hexadecimal, value
@@ -114,30 +115,25 @@ def _read_arguments(tape: Tape) -> Wait:
 
 def write(tools: Sequence[Tool], parallel: bool, literal: Literal) -> str:
     again = ' (", " call)*' if parallel else ""
-    calls = alternatives("call", map(_write_call, tools))
-    return f'calls: "[" call{again} "]"\n{calls}'
+    calls, rules = zip(*map(_write_call, range(len(tools)), tools), strict=True)
+    lines = [f'calls: "[" call{again} "]"', alternatives("call", calls), *chain(*rules)]
+    return "\n".join(lines)
 
 
-def _write_call(tool: Tool) -> str:
-    """Lark for a call of the tool, with the arguments in the schema's order, required ones first:
-    so each optional one has its comma before it, unless there are no required ones.
+def _write_call(index: int, tool: Tool) -> tuple[str, list[str]]:
+    """Lark for a call of the tool, and the rules of its arguments: the required ones, and then, in
+    the schema's order, as many of the others as the model likes.
     """
     parameters = Parameters(tool)
-    required = [name for name in parameters.properties if name in parameters.required]
-    optional = [name for name in parameters.properties if name not in parameters.required]
-    written = {name: _write_argument(parameters, name) for name in parameters.properties}
-    if required:
-        text = ' ", " '.join(written[name] for name in required)
-        text += "".join(f' (", " {written[name]})?' for name in optional)
-    else:  # after one that is left out none is given
-        text = ""
-        for name in reversed(optional):
-            text = f'({written[name]} (", " {text})?)?' if text else f"({written[name]})?"
-    return f'{json.dumps(tool.name + "(")} {text} ")"'
-
-
-def _write_argument(parameters: Parameters, name: str) -> str:
-    return f"{json.dumps(name + '=')} {json_of(parameters.schema(name))}"
+    names = sorted(parameters.properties, key=lambda name: name not in parameters.required)
+    n_required = sum(name in parameters.required for name in names)
+    rules = []
+    for i, name in enumerate(names):
+        argument = f"{json.dumps(f'{name}=')} {json_of(parameters.schema(name))}"
+        next_one = f'(", " argument_{index}_{i + 1}){"" if i + 1 < n_required else "?"}'
+        rules.append(f"argument_{index}_{i}: {argument} {next_one if i + 1 < len(names) else ''}")
+    first = f"argument_{index}_0{'' if n_required else '?'}" if names else ""
+    return f'{json.dumps(tool.name + "(")} {first} ")"', rules
 
 
 PYTHONIC = Dialect(name="pythonic", markers=(START, END), read=read, write=write)

@@ -31,18 +31,13 @@ class Parameters:
 
     def __init__(self, tool: Tool | None):
         self._schema = tool.parameters if tool else {}
+        properties = self._schema.get("properties")
+        self.properties: Mapping[str, Any] = properties if isinstance(properties, Mapping) else {}
+        required = _listed(self._schema.get("required"))
+        self.required = frozenset(name for name in required if isinstance(name, str))
         self._kinds: dict[str, frozenset[str]] = {}
         self._n_copied = 0
         self._n_looked = 0
-
-    @property
-    def properties(self) -> Mapping[str, Any]:
-        found = self._schema.get("properties")
-        return found if isinstance(found, Mapping) else {}
-
-    @property
-    def required(self) -> list[Any]:
-        return _listed(self._schema.get("required"))
 
     def kinds(self, name: str) -> frozenset[str]:
         """JSON's types that a parameter may have; none: the schema does not say."""

@@ -129,6 +129,14 @@ def test_definitions_are_not_repeated_without_end(name):
         DIALECTS[name].grammar([tool])
 
 
+@FORMATS
+def test_a_thousand_parameters_make_a_grammar_that_compiles(name):
+    properties = {f"p{i}": {"type": "integer"} for i in range(1000)}
+    grammar = DIALECTS[name].grammar([Tool("f", {"properties": properties})])
+    assert len(grammar) < 300_000
+    assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar), BYTES) == ""
+
+
 def test_types_are_not_looked_for_without_end():
     loop = {"anyOf": [{"$ref": f"#/$defs/{i}"} for i in range(3000)]}
     definitions = {str(i): loop for i in range(3000)}
