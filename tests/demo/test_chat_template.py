@@ -16,7 +16,7 @@ TOKENIZER = Tokenizer(str(CHECKPOINT))
 ASKED = {"role": "user", "content": "Weather?"}
 PLAIN = st.fixed_dictionaries({
     "role": st.sampled_from(["system", "user", "assistant"]),
-    "content": st.text(st.characters(exclude_characters="<|>")),
+    "content": st.text(st.characters(codec="utf-8", exclude_characters="<|>")),
 })  # fmt: skip
 
 
