@@ -17,6 +17,7 @@ from pallas_kernels import PlanSizes
 
 UNKNOWN = -1  # a token id that only the device knows yet
 MAX_EOS = 16
+SMALLEST_MASKED = 16  # rows
 MAX_BANNED = MAX_STOP_TOKEN_IDS + MAX_EOS
 
 # One line per row: float32 parameters as their bits.
@@ -46,6 +47,14 @@ class Shape(NamedTuple):
     plan: PlanSizes | None = None
 
     @property
+    def n_hidden(self) -> int:
+        """Hidden states that a step leaves: of few sizes, for each is a program that draws."""
+        size = SMALLEST_MASKED
+        while size < self.n_seqs:
+            size *= 4
+        return size
+
+    @property
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the parts of a batch's packed array, in order."""
         t, s, p, plan = self
@@ -66,9 +75,9 @@ class Shape(NamedTuple):
 
 
 class MaskedShape(NamedTuple):
-    """Sizes of the program that draws the tokens of a constrained batch."""
+    """Sizes of a program that draws the tokens of constrained batches."""
 
-    n_seqs: int
+    n_hidden: int
     mask_width: int
 
     @property
@@ -251,15 +260,24 @@ def pack(chunks: list[Chunk], tables: HostTables, shape: Shape, block_size: int)
     return batch
 
 
-def pack_masked(batch: Batch, masks: np.ndarray) -> np.ndarray:
-    """What draws the tokens of a constrained batch; masks i32[n_seqs, W]."""
+def pack_masked(batch: Batch, masks: np.ndarray, n_rows: int) -> np.ndarray:
+    """What draws the tokens of a constrained batch.
+
+    Args:
+        masks: i32[n_hidden, W].
+        n_rows: of the host tables; padding draws for that row, which is scratch.
+    """
     part = unpack(batch.packed, batch.shape)
     shape = MaskedShape(*masks.shape)
     packed = np.empty(packed_size(shape), np.int32)
     drawn = unpack(packed, shape)
-    drawn["rows"][:] = part["sample_rows"]
-    drawn["n_tokens"][:] = part["positions"][part["sample_tokens"]] + 1
-    drawn["params"][:] = part["sample_params"]
+    n = len(batch.sampled)
+    drawn["rows"][:n] = part["sample_rows"][:n]
+    drawn["rows"][n:] = n_rows
+    drawn["n_tokens"][:n] = part["positions"][part["sample_tokens"][:n]] + 1
+    drawn["n_tokens"][n:] = 0
+    drawn["params"][:n] = part["sample_params"][:n]
+    drawn["params"][n:] = NO_PARAMS
     drawn["masks"][:] = masks
-    drawn["n_samples"][:] = len(batch.sampled)
+    drawn["n_samples"][:] = n
     return packed

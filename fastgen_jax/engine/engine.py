@@ -329,7 +329,7 @@ class Engine:
         assert self._in_flight is not None
         started = time.perf_counter()
         batch, launched = self._in_flight
-        masks = self._masks.make(batch.sampled, batch.shape.n_seqs)
+        masks = self._masks.make(batch.sampled, batch.shape.n_hidden)
         for sequence in batch.sampled:
             constraint = sequence.constraint
             if constraint and constraint.problem and not sequence.is_finished:

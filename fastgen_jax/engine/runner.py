@@ -62,7 +62,7 @@ class DeviceState(NamedTuple):
 class Launched(NamedTuple):
     """What a dispatched step leaves on the device; row i belongs to `Batch.sampled[i]`."""
 
-    hidden: Float[Array, "S D"]
+    hidden: Float[Array, "n_hidden D"]
     result: Int[Array, "S {RESULT_SIZE}"]
 
 
@@ -147,7 +147,8 @@ def step(
 
     model = program.model(leaves)
     hidden, caches = model(token_ids, positions, state.caches, attend)
-    hidden = hidden[part["sample_tokens"]]
+    sample_tokens = jnp.pad(part["sample_tokens"], (0, shape.n_hidden - shape.n_seqs))
+    hidden = hidden[sample_tokens]
     hidden = lax.with_sharding_constraint(hidden, replicated(program.mesh))
     drawn = Drawn(
         RowParams.unpack(part["sample_params"]),
@@ -155,7 +156,9 @@ def step(
         positions[part["sample_tokens"]] + 1,
     )
     tables = RowTables(known, *row_tables)
-    known, result = draw_rows(model.unembed, hidden, drawn, tables, n_samples, program.sample_tile)
+    known, result = draw_rows(
+        model.unembed, hidden[: shape.n_seqs], drawn, tables, n_samples, program.sample_tile
+    )
     return DeviceState(caches, known), Launched(hidden, result)
 
 
@@ -309,7 +312,7 @@ class Runner:
     def compile(self, tables: HostTables, on_done: Callable[[int, int], None]) -> None:
         """Compiles every shape, the largest first, on as many threads as help."""
         self._upload_tables(tables)
-        masked = {MaskedShape(shape.n_seqs, self._mask_width): None for shape in self.shapes}
+        masked = {MaskedShape(shape.n_hidden, self._mask_width): None for shape in self.shapes}
         with ThreadPoolExecutor(2) as pool:
             jobs = [
                 pool.submit(self._compile, shape) for shape in [*reversed(self.shapes), *masked]
@@ -340,7 +343,7 @@ class Runner:
                 self.leaves, self.state, packed, self._row_tables
             )
         one_shape = partial(masked_step, program=self.program, shape=shape)
-        hidden = self._absent((shape.n_seqs, self._hidden_size), self._hidden_dtype)
+        hidden = self._absent((shape.n_hidden, self._hidden_size), self._hidden_dtype)
         return jax.jit(one_shape, donate_argnames="known").lower(
             self.leaves, self.state.token_ids, hidden, packed, self._row_tables
         )
@@ -362,8 +365,9 @@ class Runner:
         return launched
 
     def draw(self, batch: Batch, launched: Launched, masks: np.ndarray) -> Launched:
-        """Starts to draw the tokens of a constrained batch; masks i32[n_seqs, W]."""
-        packed = jax.device_put(pack_masked(batch, masks), replicated(self.mesh))
+        """Starts to draw the tokens of a constrained batch; masks i32[n_hidden, W]."""
+        packed = pack_masked(batch, masks, n_rows=self._state_shape[0] - 1)
+        packed = jax.device_put(packed, replicated(self.mesh))
         run = self._steps[MaskedShape(*masks.shape)]
         known, result = run(
             self.leaves, self.state.token_ids, launched.hidden, packed, self._row_tables

@@ -192,7 +192,7 @@ class FakeRunner:
 
     def draw(self, batch: Batch, launched: Launched, masks: np.ndarray) -> Launched:
         assert list(self.in_flight) == [launched], "a token that comes before is not known yet"
-        assert masks.shape == (batch.shape.n_seqs, mask_width(VOCAB_SIZE))
+        assert masks.shape == (batch.shape.n_hidden, mask_width(VOCAB_SIZE))
         if self._fails("draw", batch):
             raise RuntimeError("the draw failed")
         self.n_drawn += 1

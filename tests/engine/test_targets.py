@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from fastgen_jax.checkpoints.loading import abstract_model, flat_params
-from fastgen_jax.engine.batch import MAX_BANNED, Shape, packed_size
-from fastgen_jax.engine.runner import DeviceState, Program, step
+from fastgen_jax.engine.batch import MAX_BANNED, MaskedShape, Shape, packed_size
+from fastgen_jax.engine.constraint import mask_width
+from fastgen_jax.engine.runner import DeviceState, Program, masked_step, step
 from fastgen_jax.engine.startup import BACKENDS
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import Policy
@@ -41,6 +42,11 @@ LLAMA_2_7B = dataclasses.replace(
 )
 SMALL = dataclasses.replace(LLAMA_2_7B, hidden_size=1024, n_layers=2, n_heads=8, n_kv_heads=4)
 N_TOKENS, N_SEQS = 768, 256
+ROW_TABLES = (
+    jax.ShapeDtypeStruct((N_SEQS, MAX_LOGIT_BIAS), jnp.int32),
+    jax.ShapeDtypeStruct((N_SEQS, MAX_LOGIT_BIAS), jnp.float32),
+    jax.ShapeDtypeStruct((N_SEQS, MAX_BANNED), jnp.int32),
+)
 
 
 def make_target(chip: str, n_devices: int = 1) -> targets.Target:
@@ -100,14 +106,37 @@ def compile_step(
             jax.ShapeDtypeStruct((N_SEQS + 1, config.max_position), jnp.int32),
         ),
         jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32),
-        (
-            jax.ShapeDtypeStruct((N_SEQS, MAX_LOGIT_BIAS), jnp.int32),
-            jax.ShapeDtypeStruct((N_SEQS, MAX_LOGIT_BIAS), jnp.float32),
-            jax.ShapeDtypeStruct((N_SEQS, MAX_BANNED), jnp.int32),
-        ),
+        ROW_TABLES,
         donate_argnums=(1,),
     )
     return compiled, own[0] * block_bytes
+
+
+@pytest.mark.parametrize(("chip", "n_devices"), [("h100", 1), ("v6e", 1), ("h100", 4)])
+def test_drawing_with_masks_needs_little_memory_beside_the_logits(chip, n_devices):
+    target, config = make_target(chip, n_devices), SMALL
+    model = abstract_model(config, Policy("bfloat16", "bfloat16", target.mesh))
+    leaves, treedef = jax.tree.flatten(model)
+    placed = tuple(
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(path, target.mesh))
+        for path, leaf in zip(flat_params(model), leaves, strict=True)
+    )
+    backend = BACKENDS["gpu" if target.platform == "cuda" else "tpu"]
+    program = Program(treedef, backend.attention, target.mesh, backend.sample_tile)
+    shape = MaskedShape(N_SEQS, mask_width(config.vocab_size))
+    compiled = target.compile(
+        functools.partial(masked_step, program=program, shape=shape),
+        placed,
+        jax.ShapeDtypeStruct((N_SEQS + 1, config.max_position), jnp.int32),
+        jax.ShapeDtypeStruct((N_SEQS, config.hidden_size), jnp.bfloat16),
+        jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32),
+        ROW_TABLES,
+        donate_argnums=(1,),
+    )
+    memory = compiled.memory_analysis()
+    logits = N_SEQS * config.vocab_size * 4
+    assert memory.alias_size_in_bytes >= (N_SEQS + 1) * config.max_position * 4
+    assert memory.temp_size_in_bytes < 12 * logits
 
 
 # Model, chip, devices, GiB of cache on each: as a user would serve it.
