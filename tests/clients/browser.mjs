@@ -9,7 +9,7 @@ const FOREIGN = "http://localhost:3001";
 
 // What a page of that origin gets from a function that runs in it. No server answers for the page itself.
 async function visit(origin, asks, ...given) {
-  const page = await browser.newPage();
+  const page = await user.newPage();
   try {
     await page.route(`${origin}/`, (route) =>
       route.fulfill({ contentType: "text/html", body: "<title>page</title>" }));
@@ -57,6 +57,8 @@ const browser = await driver.launch({
   executablePath: await chromium.executablePath(),
   args: ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"],
 });
+// Chromium asks its user whether a page may turn to this machine at all.
+const user = await browser.newContext({ permissions: ["local-network-access"] });
 await main([
   a_page_of_an_allowed_origin_streams_a_chat,
   it_can_read_why_it_was_refused,

@@ -1,5 +1,7 @@
 """LangChain's ChatOpenAI and OpenAI, as chains and agents use them."""
 
+from typing import Annotated
+
 import pydantic
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
@@ -16,7 +18,7 @@ class Weather(pydantic.BaseModel):
 
 
 @tool
-def weather(days: int) -> str:
+def weather(days: Annotated[int, pydantic.Field(ge=1, le=9)]) -> str:
     """The weather of some days."""
     return f"Snow for {days} days."
 

@@ -1,6 +1,6 @@
 """LlamaIndex's OpenAILike."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 from llama_index.core.llms import ChatMessage
@@ -17,7 +17,7 @@ class Weather(pydantic.BaseModel):
     days: int = pydantic.Field(ge=1, le=9)
 
 
-def weather(days: int) -> str:
+def weather(days: Annotated[int, pydantic.Field(ge=1, le=9)]) -> str:
     """The weather of some days."""
     return f"Snow for {days} days."
 

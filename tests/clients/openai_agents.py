@@ -1,7 +1,7 @@
 """openai-agents, over Responses, its default, and over chat."""
 
 import asyncio
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 from agents import (
@@ -23,12 +23,12 @@ class Weather(pydantic.BaseModel):
 
 
 @function_tool
-def weather(days: int) -> str:
+def weather(days: Annotated[int, pydantic.Field(ge=1, le=9)]) -> str:
     """The weather of some days."""
     return f"Snow for {days} days."
 
 
-def run(url: str, kind: type, *, settings: ModelSettings | None = None, **fields):
+def run(url: str, kind: type, asked=TALE, *, settings: ModelSettings | None = None, **fields):
     async def answer():
         async with AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
             agent = Agent(
@@ -37,7 +37,7 @@ def run(url: str, kind: type, *, settings: ModelSettings | None = None, **fields
                 model_settings=settings or ModelSettings(temperature=0),
                 **fields,
             )
-            return await Runner.run(agent, TALE)
+            return await Runner.run(agent, asked)
 
     return asyncio.run(answer())
 
@@ -93,11 +93,13 @@ def answers_in_structure_over_responses(url: str) -> None:
 
 
 def calls_a_tool(url: str, kind: type) -> None:
-    """The first turn must call it; the second gets what it found, and may call what it likes."""
-    settings = ModelSettings(tool_choice="required", parallel_tool_calls=False)
-    answer = run(url, kind, settings=settings, tools=[weather], reset_tool_choice=True)
-    assert [item.output for item in answer.new_items if item.type == "tool_call_output_item"]
-    assert answer.final_output
+    """And goes on in another turn, whose history has the call and what came of it."""
+    one = ModelSettings(tool_choice="required", parallel_tool_calls=False)
+    answer = run(url, kind, settings=one, tools=[weather], tool_use_behavior="stop_on_first_tool")
+    assert answer.final_output.startswith("Snow for ")
+    history = answer.to_input_list()
+    assert history[-1]["output"] == answer.final_output
+    assert run(url, kind, [*history, {"role": "user", "content": TALE}]).final_output
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ const TOOL = {
   type: "function",
   function: {
     name: "weather",
-    parameters: { type: "object", properties: { days: { type: "integer" } }, required: ["days"] },
+    parameters: { type: "object", properties: { days: { type: "integer", minimum: 1, maximum: 9 } }, required: ["days"] },
   },
 };
 const client = (url) => new OpenAI({ baseURL: `${url}/v1`, apiKey: KEY, maxRetries: 0 });

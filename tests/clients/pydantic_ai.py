@@ -1,7 +1,7 @@
 """pydantic-ai's agents, over chat and over Responses."""
 
 import asyncio
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic_ai import Agent, NativeOutput, ToolOutput
@@ -40,7 +40,7 @@ def offers_a_tool(url: str) -> None:
     asked = agent(url)
 
     @asked.tool_plain
-    def weather(days: int) -> str:
+    def weather(days: Annotated[int, pydantic.Field(ge=1, le=9)]) -> str:
         """The weather of some days."""
         return f"Snow for {days} days."
 

@@ -14,7 +14,7 @@ from tests.clients.environments import ROOT
 
 START_TIMEOUT = 300.0  # seconds; compiling included
 STOP_TIMEOUT = 40.0
-FLAGS = ["--port", "0"]
+FLAGS = ["--port", "0", "--allowed-origin", "http://localhost:3000"]  # as a page is developed
 
 
 @contextlib.contextmanager
