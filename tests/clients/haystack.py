@@ -32,7 +32,7 @@ def chats(url: str) -> None:
 
 def streams(url: str) -> None:
     parts = []
-    reply = chat(url, lambda chunk: parts.append(chunk.content), max_completion_tokens=12)
+    reply = chat(url, lambda chunk: parts.append(chunk.content), max_completion_tokens=100)
     assert "".join(parts) == reply.text
     assert len(parts) > 1
 

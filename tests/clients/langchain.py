@@ -43,9 +43,9 @@ def batches(url: str) -> None:
 
 
 def streams(url: str) -> None:
-    chunks = list(chat(url, max_tokens=12, stream_usage=True).stream(TALE))
+    chunks = list(chat(url, max_tokens=100, stream_usage=True).stream(TALE))
     assert sum(bool(chunk.content) for chunk in chunks) > 1
-    assert sum((chunk.usage_metadata or {}).get("output_tokens", 0) for chunk in chunks) == 12
+    assert sum((chunk.usage_metadata or {}).get("output_tokens", 0) for chunk in chunks) == 100
 
 
 def completes(url: str) -> None:

@@ -1,6 +1,6 @@
 """LlamaIndex's OpenAILike."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import pydantic
 from llama_index.core.llms import ChatMessage
@@ -17,9 +17,8 @@ class Weather(pydantic.BaseModel):
     days: int = pydantic.Field(ge=1, le=9)
 
 
-def weather(days: Annotated[int, pydantic.Field(ge=1, le=9)]) -> str:
-    """The weather of some days."""
-    return f"Snow for {days} days."
+def weather(city: str, days: int) -> str:
+    return f"Snow in {city} for {days} days."
 
 
 def model(url: str, **fields) -> OpenAILike:
@@ -32,7 +31,7 @@ def chats(url: str) -> None:
 
 
 def streams(url: str) -> None:
-    parts = [part.delta for part in model(url).stream_chat([ChatMessage(TALE)])]
+    parts = [part.delta for part in model(url, max_tokens=100).stream_chat([ChatMessage(TALE)])]
     assert sum(bool(part) for part in parts) > 1
 
 
@@ -42,7 +41,7 @@ def completes(url: str) -> None:
 
 def must_call_a_tool(url: str) -> None:
     llm = model(url, is_function_calling_model=True, max_tokens=200)
-    tools = [FunctionTool.from_defaults(weather)]
+    tools = [FunctionTool.from_defaults(weather, fn_schema=Weather)]
     answer = llm.chat_with_tools(
         tools, user_msg=TALE, tool_required=True, allow_parallel_tool_calls=False
     )
