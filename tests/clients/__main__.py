@@ -1,13 +1,15 @@
 """Points the tools that people use at a real server, and prints a table of what they could do.
 
     python -m tests.clients                  # all but the heavy ones; exit code 1 if any failed
-    python -m tests.clients openai aider     # these
+    python -m tests.clients open-webui       # by name
     python -m tests.clients --fetch          # only installs, below build/clients/
 
-A tool that cannot be had here is NOT RUN, with the reason; `--all` makes that a failure.
+tools.toml lists them; a tool's scenarios are in the file of its name. One that cannot be had here
+is NOT RUN, with the reason; `--all` makes that a failure.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -20,6 +22,7 @@ from typing import NamedTuple
 
 from tests.clients.environments import (
     BUILD,
+    HOME,
     LIST,
     ROOT,
     SCRATCH,
@@ -75,12 +78,14 @@ def main() -> int:
     options = parse()
     places = environments()
     tools = [tool for tool in all_tools(places) if tool.is_wanted(options.names)]
-    LOGS.mkdir(parents=True, exist_ok=True)
-    missing = fetch({tool.environment for tool in tools if tool.environment})
+    missing = make({tool.environment for tool in tools if tool.environment})
     if options.fetch:
         for name, why in missing.items():
             print(f"not fetched: {name}: {why}")
         return 0
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    for folder in (SCRATCH, HOME, LOGS):
+        folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with serving(LOGS / "server.log") as url, ThreadPoolExecutor(N_AT_ONCE) as pool:
         verdicts = list(pool.map(lambda tool: judge(tool, url, missing), tools))
@@ -90,10 +95,13 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="tests.clients")
-    parser.add_argument("names", nargs="*", choices=[*LIST["tools"], []], metavar="TOOL")
+    parser.add_argument("names", nargs="*", metavar="TOOL")
     parser.add_argument("--fetch", action="store_true", help="only install")
     parser.add_argument("--all", action="store_true", help="fail when a tool was not run")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := {*options.names} - LIST["tools"].keys():
+        parser.error(f"there is no tool {', '.join(unknown)}; there are {', '.join(LIST['tools'])}")
+    return options
 
 
 def all_tools(places: dict[str, Environment]) -> list[Tool]:
@@ -102,17 +110,17 @@ def all_tools(places: dict[str, Environment]) -> list[Tool]:
             name,
             places.get(table.get("environment", "")),
             table.get("package", name),
-            table.get("seconds", 90),
+            table.get("seconds", 120),
             table.get("heavy", False),
         )
         for name, table in LIST["tools"].items()
     ]
 
 
-def fetch(wanted: set[Environment]) -> dict[str, str]:
+def make(wanted: set[Environment]) -> dict[str, str]:
     """Makes environments, side by side; those that cannot be made, with the reason."""
 
-    def make(environment: Environment) -> str:
+    def reason_against(environment: Environment) -> str:
         try:
             environment.make()
         except Missing as reason:
@@ -120,7 +128,7 @@ def fetch(wanted: set[Environment]) -> dict[str, str]:
         return ""
 
     with ThreadPoolExecutor() as pool:
-        reasons = dict(zip(wanted, pool.map(make, wanted), strict=True))
+        reasons = dict(zip(wanted, pool.map(reason_against, wanted), strict=True))
     return {environment.name: why for environment, why in reasons.items() if why}
 
 
@@ -151,9 +159,10 @@ def run(tool: Tool, url: str, calls_out: Path) -> tuple[str, str]:
         status = process.wait(tool.seconds)
         ending = f"exit status {status}" if status else ""
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         ending = f"took more than {tool.seconds} s"
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     return ending, log.read_text(errors="replace")
 
 

@@ -1,4 +1,4 @@
-"""Makes what tools are installed in, below build/clients/, and runs what is in it.
+"""Makes what tools are installed in, below build/clients/, and says in what surroundings they run.
 
 An environment is made again when its pins change. What is not there and cannot be fetched is
 Missing, with the reason: its tools do not run, and the table says so.
@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "clients"
 LIST = tomllib.loads((Path(__file__).parent / "tools.toml").read_text())
-SCRATCH = BUILD / "scratch"
+SCRATCH, HOME = BUILD / "scratch", BUILD / "home"
+UV_LOCK = threading.Lock()
 SEALED = Path(__file__).parent / "sealed"
 # Tools tell their makers how they are used, and look for news of themselves, unless told otherwise.
 QUIET = {
@@ -84,13 +86,13 @@ class Environment(NamedTuple):
         uv = [get_uv(), "--quiet"]
         fetch([*uv, "venv", "--python", sys.executable, "--clear", self.folder])
         # A torch for CPU, which PyPI lacks, is where pip is told to look, and has no date.
-        into = [*uv, "pip", "install", "--python", self.python]
-        into += [
+        dates = [
             "--exclude-newer",
             LIST["uploaded_before"],
             "--exclude-newer-package",
             "torch=false",
         ]
+        into = [*uv, "pip", "install", "--python", self.python, *dates]
         left_out = self.folder / "without"
         left_out.write_text("".join(f"{name}; python_version < '3'\n" for name in self.without))
         fetch([*into, "--override", left_out, *self.packages])
@@ -117,14 +119,15 @@ def environments() -> dict[str, Environment]:
 
 def get_uv() -> Path:
     folder = BUILD / f"uv-{LIST['uv']}"
-    if not (folder / "bin" / "uv").is_file():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", folder]
-        fetch([*pip, f"uv=={LIST['uv']}"])
+    with UV_LOCK:
+        if not (folder / "bin" / "uv").is_file():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder]
+            fetch([*pip, f"uv=={LIST['uv']}"])
     return folder / "bin" / "uv"
 
 
 def fetch(command: list) -> None:
-    """Raises Missing with the last line of what the command says."""
+    """Raises Missing with the end of what a command says that fails."""
     found = os.environ.get("PIP_FIND_LINKS")
     settings = {**os.environ, **({"UV_FIND_LINKS": found} if found else {})}
     done = subprocess.run(
@@ -137,12 +140,9 @@ def fetch(command: list) -> None:
 
 def settings_of_a_tool(calls_out: Path) -> dict[str, str]:
     """Environment variables: a home of its own, no talk, and no way out."""
-    home = BUILD / "home"
-    for folder in (home, SCRATCH):
-        folder.mkdir(parents=True, exist_ok=True)
     return QUIET | {
         "PATH": os.environ["PATH"],
-        "HOME": str(home),
+        "HOME": str(HOME),
         "TMPDIR": str(SCRATCH),
         "PYTHONPATH": f"{SEALED}{os.pathsep}{ROOT}",
         "NODE_OPTIONS": f"--import={(SEALED / 'seal.mjs').as_uri()}",

@@ -34,7 +34,7 @@ def main(*scenarios: Callable[[str], None]) -> None:
     sys.exit(bool(failed))
 
 
-def run_command(*words: object, seconds: float = 100, **variables: str) -> str:
+def run_command(*words: object, seconds: float = 240, **variables: str) -> str:
     """What a command of the tool prints; one that fails says why."""
     done = subprocess.run(
         [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
