@@ -6,6 +6,7 @@ the time that building takes is not: see server/trial.py. Imported lazily, for f
 
 import functools
 import json
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ MAX_GRAMMAR_SIZE = 200_000  # symbols
 MAX_KEPT = 64  # compiled grammars
 MAX_PLACES = 200  # parts of a schema that are tried, to name the one at fault
 MAX_SHOWN = 300  # characters of llguidance's messages
+GBNF_RULE = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 DEFINITIONS = ("$defs", "definitions")
 SUBSCHEMAS = ("items", "additionalProperties", "contains")  # hold one schema
 SUBSCHEMA_MAPS = (*DEFINITIONS, "properties", "patternProperties")
@@ -146,8 +148,8 @@ def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _as_lark(grammar: str) -> str:
-    """GBNF, known by its arrows, as Lark."""
-    if "::=" not in grammar:
+    """GBNF, known by how its rules begin, as Lark."""
+    if not GBNF_RULE.search(grammar):
         return grammar
     from llguidance.gbnf_to_lark import gbnf_to_lark
 

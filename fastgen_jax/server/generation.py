@@ -23,12 +23,14 @@ class Voice(NamedTuple):
         make_reader: makes the reader of one sample; None: all of it is text.
         shown_ids: special tokens that the reader must see.
         max_calls: so many calls of tools are told, and no more; None: all.
+        tells_text: not so where a grammar forces calls: text is then a call that was cut.
         is_silent: nothing is told; the engine's one token is dropped, for none was asked for.
     """
 
     make_reader: Callable[[], Reader] | None = None
     shown_ids: frozenset[int] = frozenset()
     max_calls: int | None = None
+    tells_text: bool = True
     is_silent: bool = False
 
 
@@ -52,9 +54,25 @@ class Choice:
     """One sample: what it says, and tokens not taken yet. Finished once finish_reason is set."""
 
     __slots__ = (
-        "_is_silent", "_max_calls", "_n_unassigned", "_reader", "finish_reason", "first_time",
-        "index", "last_time", "n_calls", "n_reused", "n_thought_tokens", "n_tokens",
-        "pending_events", "pending_ids", "pending_logprobs", "start_time", "stop_reason", "stream",
+        "_is_silent",
+        "_max_calls",
+        "_n_unassigned",
+        "_reader",
+        "_tells_text",
+        "finish_reason",
+        "first_time",
+        "index",
+        "last_time",
+        "n_calls",
+        "n_reused",
+        "n_thought_tokens",
+        "n_tokens",
+        "pending_events",
+        "pending_ids",
+        "pending_logprobs",
+        "start_time",
+        "stop_reason",
+        "stream",
         "wants_logprobs",
     )  # fmt: skip
 
@@ -74,7 +92,7 @@ class Choice:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._reader = voice.make_reader() if voice.make_reader else None
-        self._max_calls = voice.max_calls
+        self._max_calls, self._tells_text = voice.max_calls, voice.tells_text
         self._is_silent = voice.is_silent
         self._n_unassigned = 0  # newest tokens that may yet turn out to be of a thought
 
@@ -104,7 +122,7 @@ class Choice:
 
     def _is_told(self, event: Event) -> bool:
         if not isinstance(event, CallStart | CallPart):
-            return True
+            return self._tells_text or not isinstance(event, Text)
         is_told = self._max_calls is None or event.index < self._max_calls
         self.n_calls += is_told and isinstance(event, CallStart)
         return is_told

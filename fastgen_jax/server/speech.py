@@ -16,7 +16,6 @@ from fastgen_jax.tokenizer import Tokenizer
 
 log = logging.getLogger("fastgen_jax.server")
 
-COLON_COLON_EQUALS = r":\u003a="  # in texts and patterns the same; the bare sign tells of GBNF
 N_LAST = 16  # tokens of a prompt that show whether it ends inside of a thought
 
 
@@ -48,7 +47,8 @@ class Speech:
             tools=tools.offered,
             is_thinking=self.is_thinking(prompt),
         )
-        return Voice(make, frozenset(shown_ids), None if tools.is_parallel else 1)
+        max_calls = None if tools.is_parallel else 1
+        return Voice(make, frozenset(shown_ids), max_calls, tells_text=not tools.must_call)
 
     def usable(self, tools: Tools) -> Tools:
         """The tools that a request offers, unless the model may not choose or would not see them;
@@ -101,8 +101,7 @@ class Speech:
                 is_open=self.is_thinking(prompt), is_call="form" not in rules, literal=self._literal
             )
         lines = [first.replace("@answer", "answer"), f"answer: {' | '.join(rules)}"]
-        grammar = "\n".join([*lines, *rules.values()])
-        return StructuredOutputsParams(grammar=grammar.replace("::=", COLON_COLON_EQUALS))
+        return StructuredOutputsParams(grammar="\n".join([*lines, *rules.values()]))
 
     def is_thinking(self, prompt: list[int]) -> bool:
         """Whether the prompt has begun a thought, which the answer goes on with."""

@@ -110,6 +110,11 @@ class TestCalls:
         message = ask(client, tools=TOOLS).choices[0].message
         assert (message.content, len(message.tool_calls)) == ("I look.", 1)
 
+    def test_a_forced_call_that_was_cut_leaves_no_text(self, up, client):
+        say(up, f"{CALL}\n<tool_c")
+        message = ask(client, tools=TOOLS, tool_choice="required").choices[0].message
+        assert (message.content, len(message.tool_calls)) == (None, 1)
+
     def test_plain_text_beside_tools_stays_text(self, up, client):
         say(up, "No tool needed.")
         choice = ask(client, tools=TOOLS).choices[0]
