@@ -80,7 +80,7 @@ class LLM:
     def _set(self, engine: Engine, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self._open_engine: Engine | None = engine
-        self._known_constrainer: Constrainer | None = None
+        self._constrainer: Constrainer | None = None
         self._lock = threading.Lock()  # one generate at a time: it steps the engine
 
     @property
@@ -198,7 +198,7 @@ class LLM:
         encoded = [ids for _, ids in self.encode_prompts(prompts)]
         longest = SamplingParams(max_tokens=params.max_tokens)
         for i, ids in enumerate(encoded):
-            at_prompt(i, self._request, ids, longest)
+            at_prompt(i, self._request, ids, longest, {})
         next_token = SamplingParams(max_tokens=1, temperature=0.0, logprobs=2 * params.beam_width)
 
         def likeliest(beams: list[list[int]]) -> list[dict[int, Logprob] | None]:
@@ -257,31 +257,37 @@ class LLM:
         use_tqdm: bool | Callable[..., Any],
     ) -> list[RequestOutput]:
         """`generate` of encoded prompts, each with its params."""
-        pairs = zip(prompts, params, strict=True)
-        requests = [at_prompt(i, self._request, ids, p) for i, ((_, ids), p) in enumerate(pairs)]
+        known: dict[int, Constraints] = {}  # of params that several prompts share
+        requests = [
+            at_prompt(i, self._request, ids, p, known)
+            for i, ((_, ids), p) in enumerate(zip(prompts, params, strict=True))
+        ]
         with self._lock:
             generation = Generation(self.engine, self.tokenizer, requests)
             run(generation, use_tqdm)
         texts = [text for text, _ in prompts]
         return [job.result(text) for job, text in zip(generation.jobs, texts, strict=True)]
 
-    def _request(self, ids: list[int], params: SamplingParams) -> Request:
+    def _request(
+        self, ids: list[int], params: SamplingParams, known: dict[int, Constraints]
+    ) -> Request:
         """What the engine is asked. Raises InvalidRequest if it can never be served."""
-        constraints = Constraints()
-        if params.structured_outputs or params.bad_words:
-            constraints = self._constrainer().constraints(params)
-        request = Request(ids, params, **constraints._asdict())
+        if id(params) not in known:
+            known[id(params)] = self._constraints(params)
+        request = Request(ids, params, **known[id(params)]._asdict())
         self.engine.check(request)
         if params.stop:
             self._text_tokenizer("a stop string")
         return request
 
-    def _constrainer(self) -> Constrainer:
-        if self._known_constrainer is None:
+    def _constraints(self, params: SamplingParams) -> Constraints:
+        if params.structured_outputs is None and not params.bad_words:
+            return Constraints()
+        if self._constrainer is None:
             tokenizer = self._text_tokenizer("a form of the output, or bad_words,")
             vocab_size = self.engine.model_config.vocab_size
-            self._known_constrainer = Constrainer(tokenizer, vocab_size, self.engine.eos_token_ids)
-        return self._known_constrainer
+            self._constrainer = Constrainer(tokenizer, vocab_size, self.engine.eos_token_ids)
+        return self._constrainer.constraints(params)
 
 
 def _path(name: str, value: Any) -> str:
