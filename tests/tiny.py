@@ -133,18 +133,26 @@ class Naive:
     def _prepare(self, make_model, leaves, n_layers: int, length: int) -> None:
         self.leaves, self.length = leaves, length
 
-        def logits(leaves, token_ids):
-            model = make_model(leaves)
+        def hidden(leaves, token_ids):
             positions = jnp.arange(length, dtype=jnp.int32)
-            hidden, _ = model(token_ids, positions, (None,) * n_layers, dense_attend)
-            return model.unembed(hidden)
+            return make_model(leaves)(token_ids, positions, (None,) * n_layers, dense_attend)[0]
 
-        self._logits = jax.jit(logits)
+        def logits(leaves, token_ids):
+            return make_model(leaves).unembed(hidden(leaves, token_ids))
+
+        self._hidden, self._logits = jax.jit(hidden), jax.jit(logits)
 
     def logits(self, token_ids: list[int]) -> np.ndarray:
+        return self._of_each_token(self._logits, token_ids)
+
+    def hidden(self, token_ids: list[int]) -> np.ndarray:
+        """The final hidden states."""
+        return self._of_each_token(self._hidden, token_ids)
+
+    def _of_each_token(self, function, token_ids: list[int]) -> np.ndarray:
         padded = np.zeros(self.length, np.int32)
         padded[: len(token_ids)] = token_ids
-        return np.asarray(self._logits(self.leaves, padded))[: len(token_ids)]
+        return np.asarray(function(self.leaves, padded))[: len(token_ids)]
 
     def greedy(self, prompt: list[int], n: int) -> list[int]:
         known = list(prompt)

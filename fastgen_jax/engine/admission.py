@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgen_jax.engine.pooling import POOLINGS
 from fastgen_jax.engine.scheduler import servable_tokens
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
@@ -59,7 +60,10 @@ class Admission:
         p, prompt = request.params, request.prompt_token_ids
         if not prompt:
             raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
+        if request.pooling is not None:
+            check_embedding(request)
         wanted = 1 if p.max_tokens is None else p.max_tokens
+        wanted = wanted if request.pooling is None else 0
         if len(prompt) + wanted > self.max_total_tokens:
             raise ContextLengthExceeded(self._too_long(len(prompt), wanted), param="prompt")
         self._check_samples(p.n)
@@ -122,17 +126,34 @@ class Admission:
 
     def _too_long(self, n_prompt: int, n_output: int) -> str:
         bound = self.max_total_tokens
-        text = (
-            f"This model's maximum context length is {bound} tokens. However, you requested "
-            f"{n_prompt + n_output} tokens ({n_prompt} in the prompt, {n_output} in the "
-            "completion). Please reduce the length of the prompt or completion."
-        )
+        text = f"This model's maximum context length is {bound} tokens. However, "
+        if n_output:
+            text += (
+                f"you requested {n_prompt + n_output} tokens ({n_prompt} in the prompt, {n_output} "
+                "in the completion). Please reduce the length of the prompt or completion."
+            )
+        else:
+            text += f"the prompt has {n_prompt} tokens. Please shorten it."
         if bound < self._max_model_len:
             text += (
                 f" (The KV cache of {self._n_blocks} blocks holds {bound} tokens; raise "
                 "--num-kv-blocks or --memory-fraction.)"
             )
         return text
+
+
+def check_embedding(request: Request) -> None:
+    """Raises InvalidRequest unless a request with a pooling is one that Request.to_embed makes."""
+    pooling = request.pooling
+    if pooling not in POOLINGS:
+        known = " or ".join(POOLINGS)
+        raise InvalidRequest(f"pooling must be {known}, got {pooling!r:.40}", param="pooling")
+    if request != Request.to_embed(request.prompt_token_ids, pooling, request.cache_salt):
+        raise InvalidRequest(
+            "an embedding samples nothing, so that its request takes no params, grammar or "
+            "bad_words; make it with Request.to_embed",
+            param="pooling",
+        )
 
 
 def check_ids(name: str, ids: Collection[Any], vocab_size: int) -> None:

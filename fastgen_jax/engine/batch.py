@@ -69,6 +69,9 @@ class Shape(NamedTuple):
             "cu_q_lens": (s + 1,),
             "sample_tokens": (s,),  # which token's hidden state each sample comes from
             "sample_rows": (s,),
+            "pooled_from": (
+                s,
+            ),  # each chunk's first token whose hidden state is summed, or its end
             "sample_params": (s, N_PARAMS),
             "counts": (3,),  # n_seqs, n_single, n_samples: none if masks come first
         }
@@ -105,6 +108,17 @@ class Batch(NamedTuple):
     def is_constrained(self) -> bool:
         """Whether masks must be made before its tokens can be drawn."""
         return any(sequence.constraint is not None for sequence in self.sampled)
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether sums of hidden states are to be read."""
+        return any(sequence.pooled is not None for sequence in self.sequences)
+
+    def starts(self) -> list[int]:
+        """The position of each sequence's first token in the step."""
+        part = unpack(self.packed, self.shape)
+        firsts = part["cu_q_lens"][: len(self.sequences)]
+        return part["positions"][firsts].tolist()
 
     def reached(self) -> list[tuple[Sequence, int]]:
         """Each sequence, with the tokens that it has in the cache after the step."""
@@ -240,6 +254,10 @@ def pack(chunks: list[Chunk], tables: HostTables, shape: Shape, block_size: int)
     part["seq_lens"][:n] = starts + lengths
     part["cu_q_lens"][1 : n + 1] = ends
     part["cu_q_lens"][n + 1 :] = total
+    part["pooled_from"][:] = part["cu_q_lens"][1:]
+    for i, (sequence, n_new, _) in enumerate(chunks):
+        if sequence.pooled is not None:
+            part["pooled_from"][i] += sequence.pooled.n_left_out(n_new) - n_new
     if shape.plan is not None:
         plan = shape.plan.make(part["seq_lens"], part["cu_q_lens"], n)
         for name, lines in plan._asdict().items():

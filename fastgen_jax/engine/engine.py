@@ -16,6 +16,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.admission import Admission
 from fastgen_jax.engine.batch import Batch
@@ -39,6 +41,7 @@ from fastgen_jax.errors import EngineStopped
 from fastgen_jax.sampling_params import SamplingParams
 
 CLOSED = "the engine is closed; make a new one"
+NOT_FINITE = "the model produced non-finite logits"
 NOTHING_ALLOWED = "no token is allowed by all of what constrains the output"
 
 
@@ -352,6 +355,8 @@ class Engine:
         """Reads a step's tokens; extends the sequences that live, ends those that are done."""
         started = time.perf_counter()
         result = self._runner.fetch(step.launched)
+        if step.batch.is_pooled:
+            self._pool(step)
         fetched = time.perf_counter()
         tokens, is_finite = result.token_ids.tolist(), result.is_finite.tolist()
         is_possible = result.is_possible.tolist()
@@ -360,10 +365,13 @@ class Engine:
             if sequence.finish_reason is not None:
                 continue  # it ended while this step ran
             n_rows += 1
-            if not is_finite[i]:
+            pooled = sequence.pooled
+            if not is_finite[i] or (pooled is not None and not pooled.is_finite):
                 n_bad += 1
-                problem = "the model produced non-finite logits"
-                self._end_with(sequence, "error", problem, outputs)
+                self._end_with(sequence, "error", NOT_FINITE, outputs)
+                continue
+            if pooled is not None:
+                self._end_embedding(sequence, pooled.vector(sequence.n_prompt), outputs)
                 continue
             if not is_possible[i]:
                 self._end_with(sequence, "error", NOTHING_ALLOWED, outputs)
@@ -373,6 +381,13 @@ class Engine:
         self._faults.step_succeeded(n_rows, n_bad)
         self.timings["wait"] += fetched - started
         self.timings["commit"] += time.perf_counter() - fetched
+
+    def _pool(self, step: InFlight) -> None:
+        """Adds a step's hidden states to the embeddings in the making."""
+        sums, starts = self._runner.fetch_pooled(step.launched), step.batch.starts()
+        for sequence, chunk_sum, start in zip(step.batch.sequences, sums, starts, strict=False):
+            if sequence.pooled is not None:
+                sequence.pooled.add(chunk_sum, start)
 
     def _recover(self, failed: Failed, outputs: list[Output]) -> None:
         """After a failed step: everybody recomputes, those who were in it first and alone; who was
@@ -483,6 +498,19 @@ class Engine:
             self._end(sequence, reason)
         elif is_over:
             self._end_grammar(sequence, outputs)
+
+    def _end_embedding(
+        self, sequence: Sequence, embedding: np.ndarray, outputs: list[Output]
+    ) -> None:
+        outputs.append(
+            Output(
+                sequence.request_id, sequence.index, None, finish_reason="stop",
+                n_reused=sequence.n_reused, start_time=sequence.start_time, embedding=embedding,
+            )
+        )  # fmt: skip
+        self._placement.blocks.publish(sequence)
+        self._counters["prompt"] += sequence.n_prompt
+        self._end(sequence, "stop")
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason

@@ -25,10 +25,13 @@ class SequenceBlocks:
         self.window = window
 
     def may_share(self, sequence: Sequence) -> bool:
-        """Penalties need every token of the prompt on the device: such requests compute it all."""
-        p = sequence.params
+        """Penalties need every token of the prompt on the device, and a mean every hidden state:
+        such requests compute it all.
+        """
+        p, pooled = sequence.params, sequence.pooled
         has_penalty = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-        return self.is_sharing and not has_penalty
+        needs_all = has_penalty or (pooled is not None and pooled.needs_all)
+        return self.is_sharing and not needs_all
 
     def has_prefix(self, sequence: Sequence) -> bool:
         """Whether others can share what it caches of its prompt."""

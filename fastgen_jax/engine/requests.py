@@ -7,6 +7,7 @@ import numpy as np
 
 from fastgen_jax.engine.batch import MAX_EOS
 from fastgen_jax.engine.constraint import Constraint
+from fastgen_jax.engine.pooling import Pooled
 from fastgen_jax.engine.types import Request, Sequence
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.sampling_params import SamplingParams
@@ -41,6 +42,7 @@ def make_sequences(
             ending_ids=ending,
             cache_salt=request.cache_salt,
             constraint=constraint(request, ending, eos_token_ids, vocab_size),
+            pooled=Pooled(request.pooling) if request.pooling else None,
             n_tokens=len(prompt),
         )
         for index, seed in enumerate(sample_seeds(engine_seed, request_id, params))

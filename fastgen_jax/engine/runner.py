@@ -60,9 +60,12 @@ class DeviceState(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """What a dispatched step leaves on the device; row i belongs to `Batch.sampled[i]`."""
+    """What a dispatched step leaves on the device; row i belongs to `Batch.sampled[i]`, of `pooled`
+    to `Batch.sequences[i]`.
+    """
 
     hidden: Float[Array, "n_hidden D"]
+    pooled: Float[Array, "S D"]  # float32 sums; zeros where nothing is pooled
     result: Int[Array, "S {RESULT_SIZE}"]
 
 
@@ -147,6 +150,8 @@ def step(
 
     model = program.model(leaves)
     hidden, caches = model(token_ids, positions, state.caches, attend)
+    pooled = pool(hidden, part["cu_q_lens"], part["pooled_from"])
+    pooled = lax.with_sharding_constraint(pooled, replicated(program.mesh))
     sample_tokens = jnp.pad(part["sample_tokens"], (0, shape.n_hidden - shape.n_seqs))
     hidden = hidden[sample_tokens]
     hidden = lax.with_sharding_constraint(hidden, replicated(program.mesh))
@@ -159,7 +164,7 @@ def step(
     known, result = draw_rows(
         model.unembed, hidden[: shape.n_seqs], drawn, tables, n_samples, program.sample_tile
     )
-    return DeviceState(caches, known), Launched(hidden, result)
+    return DeviceState(caches, known), Launched(hidden, pooled, result)
 
 
 def masked_step(
@@ -178,6 +183,24 @@ def masked_step(
     drawn = Drawn(params, part["rows"], part["n_tokens"], part["masks"])
     tables, unembed = RowTables(known, *row_tables), program.model(leaves).unembed
     return draw_rows(unembed, hidden, drawn, tables, part["n_samples"][0], program.sample_tile)
+
+
+def pool(
+    hidden: Float[Array, "T D"], cu_q_lens: Int[Array, "S+1"], pooled_from: Int[Array, "S"]
+) -> Float[Array, "S D"]:
+    """Of each chunk the sum of the hidden states from a token on, in float32."""
+    n_tokens, n_seqs, ends = len(hidden), len(pooled_from), cu_q_lens[1:]
+
+    def add():
+        tokens = jnp.arange(n_tokens, dtype=jnp.int32)
+        owners = jnp.searchsorted(ends, tokens, side="right").astype(jnp.int32)
+        is_pooled = tokens >= jnp.take(pooled_from, owners, mode="fill", fill_value=n_tokens)
+        owners = jnp.where(is_pooled, owners, n_seqs)  # those are dropped
+        return jax.ops.segment_sum(hidden.astype(jnp.float32), owners, n_seqs)
+
+    with jax.named_scope("pool"):
+        nothing = jnp.zeros((n_seqs, hidden.shape[1]), jnp.float32)
+        return lax.cond(jnp.any(pooled_from < ends), add, lambda: nothing)
 
 
 class Drawn(NamedTuple):
@@ -362,6 +385,8 @@ class Runner:
         self.state, launched = run(self.leaves, self.state, packed, self._row_tables)
         if not batch.is_constrained:
             launched.result.copy_to_host_async()
+        if batch.is_pooled:
+            launched.pooled.copy_to_host_async()
         return launched
 
     def draw(self, batch: Batch, launched: Launched, masks: np.ndarray) -> Launched:
@@ -379,6 +404,10 @@ class Runner:
     def fetch(self, launched: Launched) -> StepResult:
         """Waits for a dispatched step."""
         return StepResult.unpack(np.asarray(launched.result))
+
+    def fetch_pooled(self, launched: Launched) -> np.ndarray:
+        """f32[S, D] of a dispatched step: a line for each of its sequences."""
+        return np.asarray(launched.pooled)
 
     def _upload_tables(self, tables: HostTables) -> None:
         # Copies: on CPU device_put may alias host memory, and the host goes on writing there.

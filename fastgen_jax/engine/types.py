@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from fastgen_jax.engine.constraint import Constraint
+from fastgen_jax.engine.pooling import Pooled, Pooling
 from fastgen_jax.grammar import Grammar
 from fastgen_jax.sampling_params import SamplingParams
 
@@ -23,13 +24,15 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True)
 class Request:
-    """What a caller asks for: token ids in, `params.n` samples out. The engine never sees text.
+    """What a caller asks for: token ids in, `params.n` samples or one embedding out. The engine
+    never sees text.
 
     Cached prefixes are shared among requests of the same salt only.
 
     Args:
         grammar: what `params.structured_outputs` says, as GrammarCompiler makes it.
         bad_words: what `params.bad_words` says, as runs of token ids.
+        pooling: of which hidden states the embedding is made; None: samples are wanted.
     """
 
     prompt_token_ids: list[int]
@@ -37,15 +40,25 @@ class Request:
     cache_salt: bytes = b""
     grammar: Grammar | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
+    pooling: Pooling | None = None
+
+    @classmethod
+    def to_embed(
+        cls, prompt_token_ids: list[int], pooling: Pooling, cache_salt: bytes = b""
+    ) -> Request:
+        """What a caller asks who wants a prompt's embedding."""
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        return cls(prompt_token_ids, params, cache_salt, pooling=pooling)
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One sample being generated. The engine is its only writer.
+    """One sample being generated, or one prompt being embedded. The engine is its only writer.
 
     INVARIANT: n_cached < n_tokens. It owes n_tokens - n_cached tokens to the cache; a chunk that
     pays all of them yields one more token. n_tokens counts a sampled token as soon as its step is
-    dispatched; its value reaches `output_ids` one step later.
+    dispatched; its value reaches `output_ids` one step later. Of one that is embedded the token
+    after the prompt is counted too, which ends it, and dropped.
     """
 
     id: int  # arrival order, never reused
@@ -59,6 +72,7 @@ class Sequence:
     n_tokens: int
     cache_salt: bytes = b""
     constraint: Constraint | None = None
+    pooled: Pooled | None = None  # its embedding; None: tokens are wanted
     n_cached: int = 0
     row: int = -1  # line of the host tables; -1: waiting
     block_ids: list[int] = field(default_factory=list)
@@ -108,7 +122,7 @@ class TokenLogprobs(NamedTuple):
 
 class Output(NamedTuple):
     """One event of one sample: a token, the end, or both. Exactly one event carries a
-    finish_reason.
+    finish_reason. An embedding comes with its end.
     """
 
     request_id: int
@@ -120,6 +134,7 @@ class Output(NamedTuple):
     error: str | None = None
     n_reused: int = 0  # prompt tokens that came from the prefix cache
     start_time: float = 0.0  # time.monotonic() of its first step
+    embedding: np.ndarray | None = None  # f32[D], of any length but finite
 
 
 # Upper bounds on the tokens of a step, by which Stats counts steps.

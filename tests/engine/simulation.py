@@ -2,10 +2,12 @@
 
 A KV cell holds a hash of the cell before it (read through the block table), its token and its
 position. The next token is a hash of all cells of the sequence and of its line of sampling
-parameters. So a wrong slot, a stale block, a shared block that is written, a wrong chunk or
-the wrong seed change tokens; `oracle` says in a plain loop what they must be.
+parameters; a hidden state is made of its cell. So a wrong slot, a stale block, a shared block that
+is written, a wrong chunk or the wrong seed change tokens; `oracle` says in a plain loop what they
+must be.
 """
 
+import itertools
 import math
 from collections import deque
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from fastgen_jax.engine.batch import FLOAT_PARAMS, UNKNOWN, Batch, unpack
 from fastgen_jax.engine.blocks import EMPTY_PREFIX, BlockPool
 from fastgen_jax.engine.constraint import mask_width
 from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.pooling import Pooling
 from fastgen_jax.engine.requests import sample_seeds
 from fastgen_jax.engine.runner import StepResult, make_shapes
 from fastgen_jax.engine.types import Output, Request, Sequence
@@ -45,6 +48,11 @@ def mix(*values: int) -> int:
 
 def cell(before: int, token: int, position: int) -> int:
     return mix(before, token, position)
+
+
+def hidden_state(cell: int) -> list[int]:
+    """Whole numbers, whose sums are exact in float32."""
+    return [cell % 1024, cell // 1024 % 1024]
 
 
 class Draw(NamedTuple):
@@ -78,6 +86,7 @@ class Ending(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     reason: str
+    embedding: np.ndarray | None = None
 
 
 def forbidden(params: SamplingParams, bad_words: BadWords, output: list[int]) -> set[int]:
@@ -120,6 +129,19 @@ def oracle(
             return Ending(tokens[len(prompt) :], logprobs, "length")
 
 
+def embedded(prompt: list[int], seed: int, window: int | None, pooling: Pooling) -> Ending:
+    """As `oracle`, of a prompt that is embedded."""
+    params = Request.to_embed(prompt, pooling).params
+    if oracle(prompt, params, seed, len(prompt) + 1, window, ()).reason == "error":
+        return Ending([], [], "error")
+    cells = list(
+        itertools.accumulate(enumerate(prompt), lambda c, t: cell(c, t[1], t[0]), initial=0)
+    )
+    hidden = np.array([hidden_state(c) for c in cells[1:]], np.float32)
+    embedding = hidden[-1] if pooling == "last" else hidden.sum(0) / np.float32(len(prompt))
+    return Ending([], [], "stop", embedding)
+
+
 class Launched(NamedTuple):
     """A dispatched step, with copies of the row tables as the device has them."""
 
@@ -132,8 +154,8 @@ class Launched(NamedTuple):
 class FakeRunner:
     """The device of integers. It runs a step when its result is fetched: no earlier, in order.
 
-    `fail_next` ("dispatch", "draw" or "fetch") makes the next such call raise, once; `failed` is
-    its batch.
+    `fail_next` ("dispatch", "draw", "fetch" or "pool") makes the next such call raise, once;
+    `failed` is its batch.
     `poison_next` makes one row of the next step that samples non-finite, once, and its newest cell
     too; `poisoned` is its sequence.
     """
@@ -160,6 +182,7 @@ class FakeRunner:
         self.poison_next = False
         self.poisoned: Sequence | None = None
         self.row_tables: tuple[np.ndarray, ...] = ()
+        self.pooled = np.zeros((0, 2), np.float32)  # of the step that was fetched last
         self.reset()
 
     def compile(self, tables, on_done) -> None:
@@ -208,6 +231,14 @@ class FakeRunner:
             raise RuntimeError("the step failed")
         return self._execute(launched)
 
+    def fetch_pooled(self, launched: Launched) -> np.ndarray:
+        assert launched.batch.is_pooled, "hidden states that nobody wants are fetched"
+        assert self.log[-1] == ("fetch", launched.number), "it has not run yet"
+        if self._fails("pool", launched.batch):
+            self.poisoned = None  # nobody hears of it
+            raise RuntimeError("the step failed")
+        return self.pooled
+
     def _fails(self, phase: str, batch: Batch) -> bool:
         if self.fail_next != phase:
             return False
@@ -237,6 +268,7 @@ class FakeRunner:
     def _execute(self, step: Launched) -> StepResult:
         part = unpack(step.batch.packed, step.batch.shape)
         last: dict[int, list[int]] = {}  # a sequence's last token in the batch -> all its cells
+        self.pooled = np.zeros((step.batch.shape.n_seqs, 2), np.float32)
         for i in range(part["counts"][0]):
             start, end = part["cu_q_lens"][i : i + 2].tolist()
             p = np.arange(part["seq_lens"][i])
@@ -246,6 +278,8 @@ class FakeRunner:
             assert slots[-len(new) :] == new, "slots and block table differ"
             for t, slot in zip(range(start, end), new, strict=True):
                 self._write(part, t, slot, slots)
+            for slot in new[part["pooled_from"][i] - start :]:
+                self.pooled[i] += hidden_state(self.cells[slot])
             if self.poison_next and end - 1 in part["sample_tokens"][: len(step.batch.sampled)]:
                 i = part["sample_tokens"].tolist().index(end - 1)
                 self.poison_next, self.poisoned = False, step.batch.sampled[i]
@@ -343,18 +377,27 @@ class Simulation:
         salt: bytes = b"",
         bad_words: BadWords = (),
     ) -> None:
+        self._submit(Request(prompt, params, salt, bad_words=bad_words))
+
+    def embed(self, prompt: list[int], pooling: Pooling, salt: bytes = b"") -> None:
+        self._submit(Request.to_embed(prompt, pooling, salt))
+
+    def _submit(self, request: Request) -> None:
         n_open = self.engine._admission.n_open
+        prompt, params, window = request.prompt_token_ids, request.params, self.runner.window
         try:
-            request_id = self.engine.submit(Request(prompt, params, salt, bad_words=bad_words))
+            request_id = self.engine.submit(request)
         except QueueFull:
             assert self.engine._admission.n_open == n_open > 0
             return
         bound = self.engine.max_total_tokens
         total = bound if params.max_tokens is None else len(prompt) + params.max_tokens
         for index, seed in enumerate(sample_seeds(ENGINE_SEED, request_id, params)):
-            self.samples[request_id, index] = Sample(
-                oracle(prompt, params, seed, total, self.runner.window, bad_words)
-            )
+            if request.pooling is None:
+                expected = oracle(prompt, params, seed, total, window, request.bad_words)
+            else:
+                expected = embedded(prompt, seed, window, request.pooling)
+            self.samples[request_id, index] = Sample(expected)
             self.bound += 4 * total + 8
         self.check()
 
@@ -438,7 +481,8 @@ class Simulation:
         if output.finish_reason in ("stop", "length"):
             assert is_complete, output
             assert output.finish_reason == expected.reason
-            assert output.token_id is not None
+            assert (output.token_id is None) == (expected.embedding is not None)
+            assert np.array_equal(output.embedding, expected.embedding)
         elif output.finish_reason == "abort":
             assert sample.is_cancelled, output
         elif output.finish_reason == "error":

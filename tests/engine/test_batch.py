@@ -15,6 +15,7 @@ from fastgen_jax.engine.batch import (
     packed_size,
     unpack,
 )
+from fastgen_jax.engine.pooling import POOLINGS, Pooled
 from fastgen_jax.engine.types import Chunk
 from fastgen_jax.sampling_params import SamplingParams
 from tests.engine.sequences import make_sequence
@@ -54,6 +55,8 @@ def plans(draw):
         temperature = draw(st.sampled_from([0.0, 0.5]))
         params = SamplingParams(temperature=temperature, seed=3, top_k=n_cached)
         s = enter(tables, n_tokens, n_cached, n_output=n_output, params=params, seed=n_tokens)
+        pooling = draw(st.sampled_from([None, *POOLINGS]))
+        s.pooled = Pooled(pooling) if pooling else None
         chunks.append(extend(tables, s, draw(st.integers(1, n_tokens - n_cached)), blocks))
     return tables, sorted(chunks, key=lambda chunk: chunk.n_new > 1)
 
@@ -74,7 +77,9 @@ def plain_pack(chunks, tables):
             t += 1
         part["block_tables"][i, : len(s.block_ids)] = s.block_ids
         part["seq_lens"][i] = s.n_cached + n_new
-        part["cu_q_lens"][i + 1 :] = t
+        part["cu_q_lens"][i + 1 :] = part["pooled_from"][i:] = t
+        if s.pooled is not None:
+            part["pooled_from"][i] -= n_new if s.pooled.needs_all else 1
         if s.n_cached + n_new == s.n_tokens:
             part["sample_tokens"][m] = t - 1
             part["sample_rows"][m] = s.row

@@ -15,6 +15,7 @@ from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS, HostTables, unpac
 from fastgen_jax.engine.blocks import BlockPool
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.placement import Placement
+from fastgen_jax.engine.pooling import POOLINGS, Pooled
 from fastgen_jax.engine.prefix import SequenceBlocks
 from fastgen_jax.engine.types import STEP_SIZES, Request
 from fastgen_jax.sampling_params import SamplingParams
@@ -65,6 +66,10 @@ class EngineMachine(RuleBasedStateMachine):
     def submit(self, prompt, params, salt, bad_words):
         self.simulation.submit(prompt, params, salt, bad_words)
 
+    @rule(prompt=PROMPTS, pooling=st.sampled_from(POOLINGS), salt=st.sampled_from([b"", SALT]))
+    def embed(self, prompt, pooling, salt):
+        self.simulation.embed(prompt, pooling, salt)
+
     @rule(data=st.data())
     def cancel(self, data):
         n_requests = 1 + max((key[0] for key in self.simulation.samples), default=0)
@@ -81,7 +86,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.simulation.step()
 
     @precondition(lambda self: self.simulation.may_fail)
-    @rule(phase=st.sampled_from(["dispatch", "draw", "fetch"]))
+    @rule(phase=st.sampled_from(["dispatch", "draw", "fetch", "pool"]))
     def fail_next(self, phase):
         self.simulation.fail_next(phase)
 
@@ -128,14 +133,18 @@ def simulate(seed: int, n_acts: int = 150, n_faults: float = 0.02, **sizes) -> S
         act = rng.random()
         if act < 0.3:
             prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 12))]
-            simulation.submit(prompt, random_params(rng), rng.choice([b"", b"", SALT]))
+            salt = rng.choice([b"", b"", SALT])
+            if rng.random() < 0.3:
+                simulation.embed(prompt, rng.choice(POOLINGS), salt)
+            else:
+                simulation.submit(prompt, random_params(rng), salt)
         elif act < 0.4 and simulation.samples:
             key = rng.choice(list(simulation.samples))
             simulation.cancel(key[0]) if act < 0.36 else simulation.finish(*key)
         else:
             is_trial = bool(simulation.engine._trials._until)
             if rng.random() < (0.2 if is_trial else n_faults):
-                simulation.fail_next(rng.choice(["dispatch", "fetch"]))
+                simulation.fail_next(rng.choice(["dispatch", "fetch", "pool"]))
             simulation.runner.poison_next |= rng.random() < n_faults
             simulation.step()
     simulation.drain()
@@ -152,6 +161,8 @@ def test_simulation_meets_every_event():
     assert sum(run.n_guilty for run in runs) > 0
     ends = {sample.end for run in runs for sample in run.samples.values()}
     assert ends == {"stop", "length", "abort", "error", "quiet"}
+    embedded = [s for run in runs for s in run.samples.values() if s.expected.embedding is not None]
+    assert {s.end for s in embedded} >= {"stop", "abort", "error"}
 
 
 def start(prompts, *, max_tokens=8, n=1, **sizes) -> Simulation:
@@ -628,6 +639,16 @@ def suspects_run_together(original, trials, live):
 def guilty_are_tried_for_ever(original, trials, sequences):
     original(trials, sequences)
     return []
+
+
+@bug(Pooled, "add")
+def recomputed_chunks_count_twice(original, pooled, chunk_sum, start):
+    original(pooled, chunk_sum, start or pooled._sum is not None)
+
+
+@bug(SequenceBlocks, "may_share")
+def mean_misses_what_was_cached(original, blocks, sequence):
+    return blocks.is_sharing
 
 
 @bug(FakeRunner, "fetch")
