@@ -14,7 +14,8 @@ import numpy as np
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.engine import Engine
-from fastgen_jax.engine.runner import StepResult, make_shapes
+from fastgen_jax.engine.runner import make_shapes
+from fastgen_jax.engine.step import StepResult
 from fastgen_jax.engine.types import Request
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.sampling_params import MAX_LOGPROBS, SamplingParams

@@ -26,7 +26,8 @@ import numpy as np
 
 import fastgen_jax.serve as command_line
 from fastgen_jax.engine import faults as engine_faults
-from fastgen_jax.engine.runner import Runner, StepResult, return_freed_memory
+from fastgen_jax.engine.runner import Runner, return_freed_memory
+from fastgen_jax.engine.step import StepResult
 from fastgen_jax.server.service import Service
 
 NO_LIMIT_ON_FAILURES = 10**9

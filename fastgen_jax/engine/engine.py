@@ -26,7 +26,7 @@ from fastgen_jax.engine.faults import Faults, Trials
 from fastgen_jax.engine.masks import MaskMaker
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.requests import default_params, eos_token_ids, make_sequences
-from fastgen_jax.engine.runner import StepResult
+from fastgen_jax.engine.step import StepResult
 from fastgen_jax.engine.types import (
     STEP_SIZES,
     FinishReason,

@@ -22,7 +22,8 @@ from fastgen_jax.engine.constraint import mask_width
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.pooling import Pooling
 from fastgen_jax.engine.requests import sample_seeds
-from fastgen_jax.engine.runner import StepResult, make_shapes
+from fastgen_jax.engine.runner import make_shapes
+from fastgen_jax.engine.step import StepResult
 from fastgen_jax.engine.types import Output, Request, Sequence
 from fastgen_jax.errors import QueueFull
 from fastgen_jax.models.config import ModelConfig

@@ -11,8 +11,8 @@ import pytest
 from fastgen_jax.checkpoints.loading import abstract_model, flat_params
 from fastgen_jax.engine.batch import MAX_BANNED, MaskedShape, Shape, packed_size
 from fastgen_jax.engine.constraint import mask_width
-from fastgen_jax.engine.runner import DeviceState, Program, masked_step, step
 from fastgen_jax.engine.startup import BACKENDS
+from fastgen_jax.engine.step import DeviceState, Program, masked_step, step
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.sharding import cache_sharding, parameter_sharding

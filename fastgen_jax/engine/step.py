@@ -1,0 +1,217 @@
+"""The programs of a step, which the runner compiles: traced functions, arrays in and arrays out.
+
+`step` runs one ragged batch: embed, layers (which write the KV cache and attend), logits of the
+sampled rows, sampling. Where masks come first it samples nothing, and `masked_step` draws from the
+hidden states that it leaves. They take the model's leaves and one packed int32 array.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from fastgen_jax.engine.batch import UNKNOWN, MaskedShape, Shape, unpack, work_plan
+from fastgen_jax.engine.sampling import RowParams, RowTables, Sampled, sample
+from fastgen_jax.models.sharding import replicated, shard_attention
+from fastgen_jax.sampling_params import MAX_LOGPROBS
+from pallas_kernels import RaggedMeta, select
+
+RESULT_SIZE = 3 + 2 * MAX_LOGPROBS
+IS_FINITE, IS_POSSIBLE = 1, 2  # flags of a result
+
+
+class DeviceState(NamedTuple):
+    """What a step reads and replaces on the device."""
+
+    caches: tuple[Array, ...]  # per layer "B K 2 C H"
+    token_ids: Int[Array, "R+1 M"]  # every token known so far; the last line is scratch
+
+
+class Launched(NamedTuple):
+    """What a dispatched step leaves on the device; row i belongs to `Batch.sampled[i]`, of `pooled`
+    to `Batch.sequences[i]`.
+    """
+
+    hidden: Float[Array, "n_hidden D"]
+    pooled: Float[Array, "S D"]  # float32 sums; zeros where nothing is pooled
+    result: Int[Array, "S {RESULT_SIZE}"]
+
+
+class StepResult(NamedTuple):
+    """Numpy results of one step; row i belongs to `Batch.sampled[i]`."""
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    is_finite: np.ndarray
+    is_possible: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+    @classmethod
+    def unpack(cls, packed: np.ndarray) -> "StepResult":
+        floats = packed.view(np.float32)
+        flags, split = packed[:, 2], 3 + MAX_LOGPROBS
+        is_finite, is_possible = flags & IS_FINITE != 0, flags & IS_POSSIBLE != 0
+        tops = packed[:, 3:split], floats[:, split:]
+        return cls(packed[:, 0], floats[:, 1], is_finite, is_possible, *tops)
+
+
+def pack_result(sampled: Sampled) -> Int[Array, "S {RESULT_SIZE}"]:
+    """The inverse of StepResult.unpack, on device."""
+
+    def bits(x):
+        return lax.bitcast_convert_type(x, jnp.int32)
+
+    flags = jnp.where(sampled.is_finite, IS_FINITE, 0)
+    flags |= jnp.where(sampled.is_possible, IS_POSSIBLE, 0)
+    columns = [sampled.token_ids, bits(sampled.logprobs), flags]
+    tops = [sampled.top_ids, bits(sampled.top_logprobs)]
+    return jnp.concatenate([jnp.stack(columns, axis=1), *tops], axis=1)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The static part of a step, the same in all shapes."""
+
+    treedef: Any  # of the model, as a pytree
+    attention_backend: str
+    mesh: Mesh
+    sample_tile: int  # rows of logits made at once
+
+    def model(self, leaves: tuple[Array, ...]) -> Any:
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def step(
+    leaves: tuple[Array, ...],
+    state: DeviceState,
+    packed: Int[Array, "..."],
+    row_tables: tuple[Array, Array, Array],
+    *,
+    program: Program,
+    shape: Shape,
+) -> tuple[DeviceState, Launched]:
+    """One ragged batch through the model, and one sampled token for each row that asks for it."""
+    part = unpack(packed, shape)
+    n_seqs, n_single, n_samples = part["counts"]
+    rows, positions = part["token_rows"], part["positions"]
+    with jax.named_scope("token_ids"):
+        is_unknown = part["token_ids"] == UNKNOWN
+        token_ids = jnp.where(is_unknown, state.token_ids[rows, positions], part["token_ids"])
+        known = state.token_ids.at[rows, positions].set(token_ids)
+    meta = RaggedMeta(
+        positions=positions,
+        slots=part["slots"],
+        block_tables=part["block_tables"],
+        seq_lens=part["seq_lens"],
+        cu_q_lens=part["cu_q_lens"],
+        n_seqs=n_seqs,
+        n_single=n_single,
+        plan=work_plan(part, shape),
+    )
+    attention = shard_attention(select(program.attention_backend), program.mesh)
+    attention = jax.jit(partial(attention), static_argnames="spec")  # layers share one trace
+
+    def attend(q, k, v, cache, **options):
+        with jax.named_scope("attention"):
+            return attention(q, k, v, cache, meta, **options)
+
+    model = program.model(leaves)
+    hidden, caches = model(token_ids, positions, state.caches, attend)
+    pooled = pool(hidden, part["cu_q_lens"], part["pooled_from"])
+    pooled = lax.with_sharding_constraint(pooled, replicated(program.mesh))
+    sample_tokens = jnp.pad(part["sample_tokens"], (0, shape.n_hidden - shape.n_seqs))
+    hidden = hidden[sample_tokens]
+    hidden = lax.with_sharding_constraint(hidden, replicated(program.mesh))
+    drawn = Drawn(
+        RowParams.unpack(part["sample_params"]),
+        part["sample_rows"],
+        positions[part["sample_tokens"]] + 1,
+    )
+    tables = RowTables(known, *row_tables)
+    known, result = draw_rows(
+        model.unembed, hidden[: shape.n_seqs], drawn, tables, n_samples, program.sample_tile
+    )
+    return DeviceState(caches, known), Launched(hidden, pooled, result)
+
+
+def masked_step(
+    leaves: tuple[Array, ...],
+    known: Int[Array, "R+1 M"],
+    hidden: Float[Array, "S D"],
+    packed: Int[Array, "..."],
+    row_tables: tuple[Array, Array, Array],
+    *,
+    program: Program,
+    shape: MaskedShape,
+) -> tuple[Int[Array, "R+1 M"], Int[Array, "S {RESULT_SIZE}"]]:
+    """What `step` would have sampled from these hidden states, had the masks been there."""
+    part = unpack(packed, shape)
+    params = RowParams.unpack(part["params"])
+    drawn = Drawn(params, part["rows"], part["n_tokens"], part["masks"])
+    tables, unembed = RowTables(known, *row_tables), program.model(leaves).unembed
+    return draw_rows(unembed, hidden, drawn, tables, part["n_samples"][0], program.sample_tile)
+
+
+def pool(
+    hidden: Float[Array, "T D"], cu_q_lens: Int[Array, "S+1"], pooled_from: Int[Array, "S"]
+) -> Float[Array, "S D"]:
+    """Of each chunk the sum of the hidden states from a token on, in float32."""
+    n_tokens, n_seqs, ends = len(hidden), len(pooled_from), cu_q_lens[1:]
+
+    def add():
+        tokens = jnp.arange(n_tokens, dtype=jnp.int32)
+        owners = jnp.searchsorted(ends, tokens, side="right").astype(jnp.int32)
+        is_pooled = tokens >= jnp.take(pooled_from, owners, mode="fill", fill_value=n_tokens)
+        owners = jnp.where(is_pooled, owners, n_seqs)  # those are dropped
+        return jax.ops.segment_sum(hidden.astype(jnp.float32), owners, n_seqs)
+
+    with jax.named_scope("pool"):
+        nothing = jnp.zeros((n_seqs, hidden.shape[1]), jnp.float32)
+        return lax.cond(jnp.any(pooled_from < ends), add, lambda: nothing)
+
+
+class Drawn(NamedTuple):
+    """The rows whose tokens are drawn."""
+
+    params: RowParams
+    rows: Int[Array, "S"]
+    n_tokens: Int[Array, "S"]
+    masks: Int[Array, "S W"] | None = None
+
+
+def draw_rows(
+    unembed: Callable[[Array], Array],
+    hidden: Float[Array, "S D"],
+    drawn: Drawn,
+    tables: RowTables,
+    n_samples: Int[Array, ""],
+    tile: int,
+) -> tuple[Int[Array, "R+1 M"], Int[Array, "S {RESULT_SIZE}"]]:
+    """Samples the first rows, a tile of logits at a time, and notes their tokens as known."""
+    tile = min(tile, len(hidden))
+
+    def draw_tile(i, result):
+        start = i * tile
+
+        def cut(x):
+            return lax.dynamic_slice_in_dim(x, start, tile)
+
+        rows = jax.tree.map(cut, drawn)
+        sampled = sample(
+            unembed(cut(hidden)), rows.params, tables, rows.rows, rows.n_tokens, rows.masks
+        )
+        return lax.dynamic_update_slice_in_dim(result, pack_result(sampled), start, 0)
+
+    with jax.named_scope("sample"):
+        result = jnp.zeros((len(hidden), RESULT_SIZE), jnp.int32)
+        result = lax.fori_loop(0, (n_samples + tile - 1) // tile, draw_tile, result)
+    known = tables.token_ids.at[drawn.rows, drawn.n_tokens].set(result[:, 0], mode="drop")
+    return known, result
