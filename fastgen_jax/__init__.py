@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from fastgen_jax.llm import LLM
     from fastgen_jax.mii import pipeline
     from fastgen_jax.prompts import TextPrompt, TokensPrompt
-    from fastgen_jax.results import CompletionOutput, Logprob, RequestOutput
+    from fastgen_jax.results import (
+        CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        RequestOutput,
+    )
     from fastgen_jax.sampling_params import (
         BeamSearchParams,
         SamplingParams,
@@ -35,6 +41,8 @@ __all__ = [
     "CompletionOutput",
     "ConfigError",
     "ContextLengthExceeded",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineConfig",
     "EngineStopped",
     "FastGenError",
@@ -55,7 +63,13 @@ _ROOMS = {
     "sampling_params": ("BeamSearchParams", "SamplingParams", "StructuredOutputsParams"),
     "llm": ("LLM",),
     "prompts": ("TextPrompt", "TokensPrompt"),
-    "results": ("CompletionOutput", "Logprob", "RequestOutput"),
+    "results": (
+        "CompletionOutput",
+        "EmbeddingOutput",
+        "EmbeddingRequestOutput",
+        "Logprob",
+        "RequestOutput",
+    ),
     "mii": ("pipeline",),
 }
 

@@ -1,4 +1,4 @@
-"""Requests of one call of LLM.generate on their way through the engine.
+"""Requests of one call of LLM.generate or LLM.embed on their way through the engine.
 
 A Generation submits them as the engine has room and sorts its outputs into samples; `run` steps it
 in the caller's thread, and an interrupt between steps cancels what runs.
@@ -15,9 +15,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from fastgen_jax.engine.pooling import normalized
 from fastgen_jax.engine.types import FinishReason, Output, Request, TokenLogprobs
 from fastgen_jax.errors import QueueFull
-from fastgen_jax.results import CompletionOutput, Logprob, RequestOutput
+from fastgen_jax.results import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestOutput,
+)
 from fastgen_jax.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
@@ -25,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Sample:
-    """One sample as it grows."""
+    """One sample as it grows, or what comes of a prompt that is embedded."""
 
     def __init__(
         self, index: int, request: Request, tokenizer: Tokenizer | None, stream: TextStream | None
@@ -36,6 +45,7 @@ class Sample:
         self._tokenizer = tokenizer
         self._stream = stream
         self._token_ids: list[int] = []
+        self._embedding: np.ndarray | None = None
         self._logprobs: list[TokenLogprobs] = []
         self._wants_logprobs = request.params.logprobs is not None
         self._stop_reason: int | str | None = None
@@ -45,7 +55,9 @@ class Sample:
         """Takes the next output; a stop string may end the sample before the engine does."""
         if output.token_id is not None:
             self._token_ids.append(output.token_id)
+        if output.token_id is not None or output.embedding is not None:
             self.n_reused = output.n_reused
+        self._embedding = output.embedding
         if output.logprobs is not None:
             self._logprobs.append(output.logprobs)
         self._error = output.error
@@ -68,6 +80,12 @@ class Sample:
             stop_reason=self._stop_reason,
             error=self._error,
         )
+
+    def embedding(self, *, is_normalized: bool) -> EmbeddingOutput:
+        vector = self._embedding
+        if vector is None:
+            return EmbeddingOutput([], self._error)
+        return EmbeddingOutput((normalized(vector) if is_normalized else vector).tolist())
 
     def _position(self, token_id: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
         """The sampled token, then the most likely ones."""
@@ -110,9 +128,19 @@ class Job:
             num_cached_tokens=self.samples[0].n_reused,  # the others share what the first one made
         )
 
+    def embedding(self, *, is_normalized: bool) -> EmbeddingRequestOutput:
+        """Of a request with a pooling."""
+        (sample,) = self.samples
+        return EmbeddingRequestOutput(
+            str(self.request_id),
+            sample.embedding(is_normalized=is_normalized),
+            self.request.prompt_token_ids,
+            sample.n_reused,
+        )
+
 
 class Generation:
-    """One call of generate: submits requests as the engine has room, and collects their outputs."""
+    """One call of generate or embed: submits requests as the engine has room, collects outputs."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, requests: list[Request]):
         self.jobs = [Job(request, _samples(request, tokenizer)) for request in requests]
@@ -181,7 +209,8 @@ def run(generation: Generation, use_tqdm: bool | Callable[..., Any]) -> None:
             while not generation.is_finished:
                 n_finished = generation.step()
                 speed = generation.n_tokens / (time.monotonic() - start)
-                bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
+                if speed:
+                    bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
                 bar.update(n_finished)
                 if interrupted.is_set():
                     raise KeyboardInterrupt

@@ -18,14 +18,22 @@ from fastgen_jax.beam_search import BeamSearchOutput, search
 from fastgen_jax.config import show
 from fastgen_jax.constrained import Constrainer, Constraints
 from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.pooling import Pooling
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import ConfigError, EngineStopped, InvalidRequest
-from fastgen_jax.generation import Generation, run
+from fastgen_jax.generation import Generation, Job, run
 from fastgen_jax.prompts import Prompt, at_prompt, prompt_list, text_and_ids
-from fastgen_jax.results import Logprob, RequestOutput
+from fastgen_jax.results import EmbeddingRequestOutput, Logprob, RequestOutput
 from fastgen_jax.sampling_params import BeamSearchParams, SamplingParams
 from fastgen_jax.tokenizer import Tokenizer, has_tokenizer
-from fastgen_jax.vllm_options import BEAM_SEARCHING, CHATTING, GENERATING, LOADING, acting
+from fastgen_jax.vllm_options import (
+    BEAM_SEARCHING,
+    CHATTING,
+    EMBEDDING,
+    GENERATING,
+    LOADING,
+    acting,
+)
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.engine import Engine
@@ -212,6 +220,35 @@ class LLM:
                 sequence.text = self.tokenizer.decode(sequence.tokens, skip_special_tokens=False)
         return results
 
+    def embed(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
+        **options: Any,
+    ) -> list[EmbeddingRequestOutput]:
+        """The vectors of prompts, in their order, made of the model's final hidden states.
+
+        Args:
+            prompts: as `generate` takes them.
+            pooling: "last": of the last token; "mean": of all, which uses no cached prefix.
+            normalize: to length 1.
+            options: vLLM's EMBEDDING of vllm_options.py, which change nothing.
+
+        Raises:
+            InvalidRequest: a prompt cannot be served, or there is no such pooling; none was run.
+            ConfigError: an unknown option.
+        """
+        acting(options, EMBEDDING)
+        encoded = [ids for _, ids in self.encode_prompts(prompts)]
+        requests = [Request.to_embed(ids, pooling) for ids in encoded]
+        for i, request in enumerate(requests):
+            at_prompt(i, self.engine.check, request)
+        jobs = self._finish(requests, None, use_tqdm)
+        return [job.embedding(is_normalized=normalize) for job in jobs]
+
     def _text_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:
             raise InvalidRequest(f"{purpose} needs a tokenizer; the model has none: use token ids")
@@ -262,11 +299,21 @@ class LLM:
             at_prompt(i, self._request, ids, p, known)
             for i, ((_, ids), p) in enumerate(zip(prompts, params, strict=True))
         ]
-        with self._lock:
-            generation = Generation(self.engine, self.tokenizer, requests)
-            run(generation, use_tqdm)
+        jobs = self._finish(requests, self.tokenizer, use_tqdm)
         texts = [text for text, _ in prompts]
-        return [job.result(text) for job, text in zip(generation.jobs, texts, strict=True)]
+        return [job.result(text) for job, text in zip(jobs, texts, strict=True)]
+
+    def _finish(
+        self,
+        requests: list[Request],
+        tokenizer: Tokenizer | None,
+        use_tqdm: bool | Callable[..., Any],
+    ) -> list[Job]:
+        """Runs requests to their ends."""
+        with self._lock:
+            generation = Generation(self.engine, tokenizer, requests)
+            run(generation, use_tqdm)
+        return generation.jobs
 
     def _request(
         self, ids: list[int], params: SamplingParams, known: dict[int, Constraints]

@@ -63,3 +63,29 @@ class RequestOutput:
 
     def __str__(self) -> str:
         return self.generated_text
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """The vector of one prompt. error: why there is none, and the vector is empty."""
+
+    embedding: list[float]
+    error: str | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput:
+    """What LLM.embed gives back for one prompt.
+
+    num_cached_tokens: of the prompt, which came from the prefix cache.
+    """
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True

@@ -78,6 +78,13 @@ GENERATING: dict[str, Idle] = {
     "mm_processor_kwargs": NOTHING,
 }
 CHATTING: dict[str, Idle] = {**GENERATING, "chat_template_content_format": ("auto", "string")}
+EMBEDDING: dict[str, Idle] = {
+    "lora_request": NOTHING,
+    "pooling_params": (None,),
+    "priority": list | NoneType,
+    "tokenization_kwargs": NOTHING,
+    "truncate_prompt_tokens": (None,),
+}
 BEAM_SEARCHING: dict[str, Idle] = {
     "lora_request": NOTHING,
     "use_tqdm": (False,),
@@ -89,11 +96,13 @@ INSTEAD = {
     "enable_chunked_prefill": "prompts are always cut, at max_num_batched_tokens",
     "gpu_memory_utilization": "memory_fraction is the share of what loading leaves",
     "kv_cache_memory_bytes": "num_kv_blocks is the size of the KV cache",
+    "pooling_params": "pooling and normalize are what there is",
     "pipeline_parallel_size": "tensor_parallel_size is what there is",
     "quantization": "config.json says how a checkpoint is quantised",
     "revision": "give the directory of that revision",
     "skip_tokenizer_init": "SamplingParams(detokenize=False) leaves the text out",
     "tokenizer_revision": "give the directory of that revision as tokenizer",
+    "truncate_prompt_tokens": "give as many token ids as you want embedded",
     "trust_remote_code": "code of a repository is never run",
 }
 

@@ -28,7 +28,7 @@ from fastgen_jax.mii import Pipeline
 from fastgen_jax.results import Logprob
 from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.tokenizer import Tokenizer
-from fastgen_jax.vllm_options import CHATTING, INSTEAD, LOADING
+from fastgen_jax.vllm_options import CHATTING, EMBEDDING, INSTEAD, LOADING
 from tests import tiny, tiny_tokenizers
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -450,7 +450,8 @@ def test_other_values_of_vllms_options_are_refused(options, message):
 def test_no_option_that_acts_is_among_those_that_change_nothing():
     assert not LOADING.keys() & {option.name for option in dataclasses.fields(EngineConfig)}
     assert not CHATTING.keys() & {*inspect.signature(LLM.chat).parameters, *TEMPLATE_OPTIONS}
-    assert INSTEAD.keys() <= LOADING.keys() | CHATTING.keys()
+    assert not EMBEDDING.keys() & inspect.signature(LLM.embed).parameters.keys()
+    assert INSTEAD.keys() <= LOADING.keys() | CHATTING.keys() | EMBEDDING.keys()
 
 
 @pytest.mark.parametrize(
