@@ -17,6 +17,9 @@ from fastgen_jax.sampling_params import StructuredOutputsParams
 WHITESPACE = " "  # at most one, between JSON's tokens: a small model may stay in more
 MAX_LEXER_STATES = 10_000  # of 1 to 2 kB
 MAX_GRAMMAR_SIZE = 200_000  # symbols
+# What an ambiguous grammar may cost a step is about their product: 0.1 s, in the engine's thread.
+MAX_ITEMS = 1000  # of Earley's parser, at one place of the text
+MAX_STEP_ITEMS = 10_000  # ... and in all places that one mask tries
 MAX_KEPT = 64  # compiled grammars
 MAX_PLACES = 200  # parts of a schema that are tried, to name the one at fault
 MAX_SHOWN = 300  # characters of llguidance's messages
@@ -43,8 +46,9 @@ def grammar_text(structure: StructuredOutputsParams) -> str:
     if structure.regex is not None:
         grammar = LLMatcher.grammar_from_regex(structure.regex)
     elif structure.choice is not None:
+        # A terminal: the lexer takes more texts than the parser has items.
         texts = " | ".join(json.dumps(text) for text in structure.choice)
-        grammar = LLMatcher.grammar_from_lark(f"start: {texts}")
+        grammar = LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {texts}")
     else:
         grammar = LLMatcher.grammar_from_lark(_as_lark(structure.grammar or ""))
     if problem := _problem(grammar):
@@ -164,7 +168,11 @@ def _limits() -> Any:
     from llguidance import LLParserLimits
 
     return LLParserLimits(
-        max_lexer_states=MAX_LEXER_STATES, max_grammar_size=MAX_GRAMMAR_SIZE, verbose_errors=False
+        max_lexer_states=MAX_LEXER_STATES,
+        max_grammar_size=MAX_GRAMMAR_SIZE,
+        max_items_in_row=MAX_ITEMS,
+        step_max_items=MAX_STEP_ITEMS,
+        verbose_errors=False,
     )
 
 
