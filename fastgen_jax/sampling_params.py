@@ -1,13 +1,19 @@
-"""SamplingParams: how one request's tokens are chosen, and the limits of what it may ask for."""
+"""SamplingParams: how one request's tokens are chosen, and the limits of what it may ask for.
+
+Pooling: how an embedding is made.
+"""
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from fastgen_jax.config import Idle, idle_problem, show
 from fastgen_jax.errors import InvalidRequest
+
+Pooling = Literal["last", "mean"]  # which final hidden states make an embedding
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024  # characters

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from fastgen_jax.engine.pooling import POOLINGS
 from fastgen_jax.engine.scheduler import servable_tokens
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
+from fastgen_jax.sampling_params import POOLINGS
 
 QUEUED_POOLS = 4  # prompt tokens that may wait, in KV pools ...
 QUEUED_CONTEXTS = 64  # ... or in longest prompts, whichever is more

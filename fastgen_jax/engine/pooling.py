@@ -1,11 +1,8 @@
 """Pooled: one vector of a prompt, made from what each step leaves of its tokens' hidden states."""
 
-from typing import Literal, get_args
-
 import numpy as np
 
-Pooling = Literal["last", "mean"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+from fastgen_jax.sampling_params import Pooling
 
 
 class Pooled:

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from fastgen_jax.engine.constraint import Constraint
-from fastgen_jax.engine.pooling import Pooled, Pooling
+from fastgen_jax.engine.pooling import Pooled
 from fastgen_jax.grammar import Grammar
-from fastgen_jax.sampling_params import SamplingParams
+from fastgen_jax.sampling_params import Pooling, SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

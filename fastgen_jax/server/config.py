@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fastgen_jax.config import option
 from fastgen_jax.dialects import DIALECTS, THINKING
 from fastgen_jax.errors import ConfigError
+from fastgen_jax.sampling_params import POOLINGS
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
@@ -51,6 +52,9 @@ class ServerConfig:
         "origin of web pages that may use the server, as https://chat.example, or * for all; may "
         "be repeated",
         "server",
+    )
+    embedding_pooling: str = option(
+        "last", "hidden states that make embeddings: last (of a text) or mean (of all)", "server"
     )
     metrics_prefix: str = option(
         "both",
@@ -113,6 +117,11 @@ class ServerConfig:
             raise ConfigError(
                 f"metrics_prefix must be one of {', '.join(METRICS_PREFIXES)}, got "
                 f"{self.metrics_prefix!r}"
+            )
+        if self.embedding_pooling not in POOLINGS:
+            raise ConfigError(
+                f"embedding_pooling must be one of {', '.join(POOLINGS)}, got "
+                f"{self.embedding_pooling!r}"
             )
         for name, known in (("tool_call_parser", DIALECTS), ("reasoning_parser", THINKING)):
             value = getattr(self, name)

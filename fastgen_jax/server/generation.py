@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 from fastgen_jax.dialects import CallPart, CallStart, Event, Reader, Text, Thought
 from fastgen_jax.engine.types import Output, TokenLogprobs
 from fastgen_jax.server.errors import ApiError
@@ -24,7 +26,8 @@ class Voice(NamedTuple):
         shown_ids: special tokens that the reader must see.
         max_calls: so many calls of tools are told, and no more; None: all.
         tells_text: not so where a grammar forces calls: text is then a call that was cut.
-        is_silent: nothing is told; the engine's one token is dropped, for none was asked for.
+        is_silent: no token is told: the engine's one is dropped, for none was asked for. What is
+            kept is an embedding.
     """
 
     make_reader: Callable[[], Reader] | None = None
@@ -59,6 +62,7 @@ class Choice:
         "_n_unassigned",
         "_reader",
         "_tells_text",
+        "embedding",
         "finish_reason",
         "first_time",
         "index",
@@ -80,6 +84,7 @@ class Choice:
         self.index = index
         self.stream = stream
         self.wants_logprobs = wants_logprobs
+        self.embedding: np.ndarray | None = None
         self.n_tokens = 0
         self.n_thought_tokens = 0  # tokens after which more of a thought was known
         self.n_calls = 0
@@ -99,8 +104,9 @@ class Choice:
     def push(self, output: Output):
         """Takes in one event of the engine. INVARIANT: never called after finish_reason is set."""
         if self._is_silent:
-            self.n_reused = output.n_reused
-            self.finish_reason = output.finish_reason and "length"
+            self.n_reused, self.embedding = output.n_reused, output.embedding
+            reason = "length" if output.embedding is None else "stop"
+            self.finish_reason = output.finish_reason and reason
             return
         delta = self.stream.push(output)
         if output.token_id is not None:

@@ -13,15 +13,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+import numpy as np
 
 from fastgen_jax.constrained import Constrainer, Constraints
+from fastgen_jax.engine.pooling import normalized
 from fastgen_jax.engine.types import Output, Request, Stats
 from fastgen_jax.errors import ContextLengthExceeded, QueueFull, RequestError
-from fastgen_jax.sampling_params import SamplingParams
+from fastgen_jax.sampling_params import Pooling, SamplingParams
 from fastgen_jax.server.config import METRICS_PREFIXES, ServerConfig
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
-from fastgen_jax.server.generation import PLAIN, Choice, Generation, Voice
+from fastgen_jax.server.generation import PLAIN, SILENT, Choice, Generation, Voice
 from fastgen_jax.server.metrics import Metrics, cache_labels
 from fastgen_jax.server.trial import Trial
 from fastgen_jax.server.uploads import Uploads
@@ -313,19 +316,45 @@ class Service:
         Raises:
             ApiError: the engine refused.
         """
-        # Admitted first: what a refusal costs must not depend on what the request asks for.
         fields = {"params": params, "cache_salt": cache_salt, **constraints._asdict()}
-        ids = self._admit([Request(prompt, **fields) for prompt in prompts], param)
+        requests = [Request(prompt, **fields) for prompt in prompts]
+        return self._enter(requests, is_streaming=is_streaming, param=param, voice=voice)
+
+    async def embed(self, prompts: list[list[int]], cache_salt: bytes = b"") -> list[np.ndarray]:
+        """The vector of each prompt, of length 1. A caller that is cancelled while it waits cancels
+        the work.
+
+        Raises:
+            ApiError: the engine refused, or could not make one of them.
+        """
+        pooling = cast(Pooling, self.config.embedding_pooling)
+        requests = [Request.to_embed(prompt, pooling, cache_salt) for prompt in prompts]
+        generation = self._enter(requests, is_streaming=False, param="input", voice=SILENT)
+        try:
+            await generation.changed()
+        finally:
+            self.release(generation)
+        vectors = []
+        for choice in generation.choices:
+            assert choice.embedding is not None, choice.index
+            vectors.append(normalized(choice.embedding))
+        return vectors
+
+    def _enter(
+        self, requests: list[Request], *, is_streaming: bool, param: str, voice: Voice
+    ) -> Generation:
+        # Admitted first: what a refusal costs must not depend on what the request asks for.
+        ids, n_samples = self._admit(requests, param), requests[0].params.n
         with contextlib.ExitStack() as undo:
             undo.callback(self._cancel, ids)
-            generation = self._generation(prompts, params, is_streaming, voice)
+            generation = self._generation(requests, is_streaming, voice)
             undo.pop_all()
         # Outputs reach _dispatch by the event loop, which runs here: none can come before this.
         if not self._live:
             self._busy_since = generation.arrival
         generation.request_ids = list(ids)
         for i, request_id in enumerate(ids):
-            self._live[request_id] = (generation, i * params.n)
+            self._live[request_id] = (generation, i * n_samples)
         self._set_deadlines(generation)
         return generation
 
@@ -340,14 +369,14 @@ class Service:
                 refused.message = refused.message.replace("the prompt", f"the {param}")
             raise refused from None
 
-    def _generation(
-        self, prompts: list[list[int]], params: SamplingParams, is_streaming: bool, voice: Voice
-    ) -> Generation:
+    def _generation(self, requests: list[Request], is_streaming: bool, voice: Voice) -> Generation:
+        prompts = [request.prompt_token_ids for request in requests]
+        params, pooling = requests[0].params, requests[0].pooling
         tokenizer = self.require_backend().tokenizer
         streams = TextStream.of_samples(tokenizer, prompts, params, voice.shown_ids)
         wants_logprobs = params.logprobs is not None
         choices = [Choice(i, stream, wants_logprobs, voice) for i, stream in enumerate(streams)]
-        max_tokens = params.max_tokens
+        max_tokens = params.max_tokens if pooling is None else None
         return Generation(choices, prompts, is_streaming=is_streaming, max_tokens=max_tokens)
 
     def _cancel(self, request_ids: list[int]):

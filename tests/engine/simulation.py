@@ -20,14 +20,13 @@ from fastgen_jax.engine.batch import FLOAT_PARAMS, UNKNOWN, Batch, unpack
 from fastgen_jax.engine.blocks import EMPTY_PREFIX, BlockPool
 from fastgen_jax.engine.constraint import mask_width
 from fastgen_jax.engine.engine import Engine
-from fastgen_jax.engine.pooling import Pooling
 from fastgen_jax.engine.requests import sample_seeds
 from fastgen_jax.engine.runner import make_shapes
 from fastgen_jax.engine.step import StepResult
 from fastgen_jax.engine.types import Output, Request, Sequence
 from fastgen_jax.errors import QueueFull
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+from fastgen_jax.sampling_params import MAX_LOGPROBS, Pooling, SamplingParams
 
 N_WORDS = 2  # tokens 0 and 1, so that prefixes collide
 EOS = 2

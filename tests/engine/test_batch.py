@@ -15,9 +15,9 @@ from fastgen_jax.engine.batch import (
     packed_size,
     unpack,
 )
-from fastgen_jax.engine.pooling import POOLINGS, Pooled
+from fastgen_jax.engine.pooling import Pooled
 from fastgen_jax.engine.types import Chunk
-from fastgen_jax.sampling_params import SamplingParams
+from fastgen_jax.sampling_params import POOLINGS, SamplingParams
 from tests.engine.sequences import make_sequence
 
 N_ROWS, MAX_TOKENS, BLOCK_SIZE = 6, 24, 4

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
-from fastgen_jax.engine.pooling import POOLINGS, Pooled, normalized
+from fastgen_jax.engine.pooling import Pooled, normalized
 from fastgen_jax.engine.types import Output, Request
 from fastgen_jax.errors import ContextLengthExceeded, InvalidRequest
-from fastgen_jax.sampling_params import SamplingParams
+from fastgen_jax.sampling_params import POOLINGS, SamplingParams
 from tests.tiny import (
     OPTIONS,
     Naive,

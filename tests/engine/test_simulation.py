@@ -15,10 +15,10 @@ from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS, HostTables, unpac
 from fastgen_jax.engine.blocks import BlockPool
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.placement import Placement
-from fastgen_jax.engine.pooling import POOLINGS, Pooled
+from fastgen_jax.engine.pooling import Pooled
 from fastgen_jax.engine.prefix import SequenceBlocks
 from fastgen_jax.engine.types import STEP_SIZES, Request
-from fastgen_jax.sampling_params import SamplingParams
+from fastgen_jax.sampling_params import POOLINGS, SamplingParams
 from tests.engine.simulation import SALT, FakeRunner, Simulation, fake_engine
 from tests.tiny import run, tokens
 

@@ -2,6 +2,7 @@
 
 A step yields one token per live sample: the prompt's ids after the first, from the start again once
 they are over, or those of `says`. An id of EOS ends the sample ("stop"), max_tokens too ("length").
+A prompt's embedding is drawn from its ids.
 """
 
 import itertools
@@ -11,11 +12,18 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
+
 from fastgen_jax.engine.types import STEP_SIZES, Output, Request, Stats, TokenLogprobs
 from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
 
 MAX_TOKENS = 4096
 VOCAB_SIZE = 335
+HIDDEN_SIZE = 8
+
+
+def embedding_of(prompt: list[int]) -> np.ndarray:
+    return np.random.default_rng(prompt).normal(size=HIDDEN_SIZE).astype(np.float32)
 
 
 @dataclass(eq=False)
@@ -50,7 +58,7 @@ class FakeEngine:
             enable_prefix_caching=True,
         )  # fmt: skip
         self.model_config = SimpleNamespace(
-            family="fake", n_layers=1, hidden_size=8, vocab_size=VOCAB_SIZE
+            family="fake", n_layers=1, hidden_size=HIDDEN_SIZE, vocab_size=VOCAB_SIZE
         )
         self.max_total_tokens = MAX_TOKENS
         self.default_params = {"temperature": 0.0}
@@ -89,6 +97,7 @@ class FakeEngine:
 
     def _check(self, request: Request):
         n_prompt, n_output = len(request.prompt_token_ids), request.params.max_tokens or 1
+        n_output = 0 if request.pooling else n_output
         if n_prompt + n_output > MAX_TOKENS:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {MAX_TOKENS} tokens. However, you "
@@ -157,6 +166,8 @@ class FakeEngine:
         if id in self.poisoned:
             return Output(id, index, None, finish_reason="error", error="logits are not finite")
         prompt = sample.request.prompt_token_ids
+        if sample.request.pooling is not None:
+            return Output(id, index, None, finish_reason="stop", embedding=embedding_of(prompt))
         echoed = self.says[index % len(self.says)] if self.says else prompt[1:] or prompt
         token = echoed[sample.n_tokens % len(echoed)]
         if sample.n_tokens == len(echoed) and not params.ignore_eos:
