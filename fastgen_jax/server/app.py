@@ -15,6 +15,7 @@ from starlette.responses import Response
 from fastgen_jax.constrained import Constraints
 from fastgen_jax.server import protocol, responses
 from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.embeddings import EmbeddingRequest, Embeddings
 from fastgen_jax.server.errors import ApiError, internal
 from fastgen_jax.server.gate import Gate
 from fastgen_jax.server.generation import Generation
@@ -52,6 +53,7 @@ def create_app(service: Service, config: ServerConfig) -> Gate:
         ("/v1/completions", routes.completions, CompletionRequest),
         ("/v1/chat/completions", routes.chat, ChatRequest),
         ("/v1/responses", routes.responses, ResponsesRequest),
+        ("/v1/embeddings", routes.embeddings.respond, EmbeddingRequest),
         ("/tokenize", routes.tokenize, protocol.TokenizeRequest),
         ("/detokenize", routes.detokenize, protocol.DetokenizeRequest),
     ):
@@ -74,6 +76,7 @@ class Routes:
         self.service = service
         self.config = config
         self.reader = Reader(service, config)
+        self.embeddings = Embeddings(service, config, lambda prompts: service.embed(prompts))
 
     async def livez(self, request: Request) -> Response:
         """The event loop answers; 503 if it can never serve again."""

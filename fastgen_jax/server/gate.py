@@ -26,7 +26,9 @@ from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
 
 OPEN_PATHS = frozenset({"/livez", "/health/live", "/health", "/ready", "/health/ready", "/ping"})
-QUEUEING_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"})
+QUEUEING_PATHS = frozenset(
+    {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"}
+)
 PASSED = "fastgen.passed"  # in the scope: the Gate that lets the request pass
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 HOST_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastgen_jax.errors import InvalidRequest, QueueFull
 from fastgen_jax.server import embeddings
-from fastgen_jax.server.embeddings import EmbeddingAsk, Embeddings, answer, shortened
+from fastgen_jax.server.embeddings import EmbeddingAsk, answer, shortened
 from tests.server.fake_engine import MAX_TOKENS, VOCAB_SIZE
 from tests.server.running import TEXT, Running, serving, wait_until
 
@@ -32,7 +32,6 @@ class FakeEmbed:
         self.error: Exception | None = None
         self.may_answer = True
         self.n_cancelled = 0
-        self.route: Embeddings
 
     async def __call__(self, prompts: list[list[int]]) -> list[np.ndarray]:
         self.asked = prompts
@@ -47,18 +46,10 @@ class FakeEmbed:
         return [vector_of(ids) for ids in prompts]
 
 
-def with_route(up: Running) -> FakeEmbed:
-    embed = FakeEmbed()
-    embed.route = Embeddings(up.service, up.service.config, embed)
-    app = up.server.config.app.app
-    app.add_api_route("/v1/embeddings", embed.route.respond, methods=["POST"])
-    return embed
-
-
 @pytest.fixture(scope="module")
 def served(tokenizer):
     with serving(tokenizer, max_prompts=5) as up:
-        up.embed = with_route(up)
+        up.embed = up.service.embed = FakeEmbed()
         yield up
 
 
@@ -196,8 +187,9 @@ def test_what_the_engine_refuses_has_its_status(up, raised, status, param, code)
 
 
 def test_what_takes_too_long_is_a_504_and_cancelled(up, monkeypatch):
+    route = next(r for r in up.server.config.app.app.routes if r.path == "/v1/embeddings")
     config = dataclasses.replace(up.service.config, queue_timeout=0.1)
-    monkeypatch.setattr(up.embed.route, "config", config)
+    monkeypatch.setattr(route.endpoint.__self__, "config", config)
     up.embed.may_answer, n_before = False, up.embed.n_cancelled
     status, found = error(up, input="a")
     assert (status, found["code"]) == (504, "deadline_exceeded")
