@@ -76,7 +76,7 @@ class Routes:
         self.service = service
         self.config = config
         self.reader = Reader(service, config)
-        self.embeddings = Embeddings(service, config, lambda prompts: service.embed(prompts))
+        self.embeddings = Embeddings(service, config)
 
     async def livez(self, request: Request) -> Response:
         """The event loop answers; 503 if it can never serve again."""

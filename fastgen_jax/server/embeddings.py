@@ -5,7 +5,7 @@ The vectors are the engine's, of Euclidean length 1; here they are cut, spelled 
 
 import asyncio
 import base64
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,8 +24,6 @@ from fastgen_jax.server.stream import read_json
 
 MAX_NUMBERS = 4_000_000  # of all vectors of one answer
 INLINE_NUMBERS = 20_000  # up to which an answer is built on the event loop: 1 ms
-
-Embed = Callable[[list[list[int]]], Awaitable[list[np.ndarray]]]
 
 
 class EmbeddingRequest(BaseModel):
@@ -122,18 +120,12 @@ class EmbeddingReader(Reader):
 
 
 class Embeddings:
-    """The endpoint.
+    """The endpoint. The work is cancelled when the client leaves or the time is over."""
 
-    Args:
-        embed: the vector of each prompt, in their order; cancelled when the client leaves or the
-            time is over. Raises RequestError where the engine refuses.
-    """
-
-    def __init__(self, service: Service, config: ServerConfig, embed: Embed):
+    def __init__(self, service: Service, config: ServerConfig):
         self.service = service
         self.config = config
         self.reader = EmbeddingReader(service, config)
-        self.embed = embed
 
     async def respond(self, request: Request) -> Response:
         ask = await self._read(request)
@@ -150,10 +142,11 @@ class Embeddings:
             return await self.service.run_text(len(body), lambda: self.reader.embedding(body))
 
     async def _vectors(self, request: Request, prompts: list[list[int]]) -> list[np.ndarray]:
+        salt = protocol.cache_salt(None, request.scope["state"]["tenant"])
         seconds = min(self.config.queue_timeout, self.config.request_timeout or np.inf)
         try:
             async with asyncio.timeout(seconds):
-                return await unless_gone(request, self.embed(prompts))
+                return await unless_gone(request, self.service.embed(prompts, salt))
         except RequestError as error:
             refused = from_engine(error)
             refused.param = "input" if error.param == "prompt" else error.param

@@ -11,7 +11,7 @@ from fastgen_jax.errors import ConfigError
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import ApiError, unavailable
 from tests.server.fake_engine import MAX_TOKENS, embedding_of
-from tests.server.running import Running, serving, wait_until
+from tests.server.running import TEXT, Running, serving, wait_until
 
 PROMPTS = [[5, 6, 7], [8], [9, 10]]
 
@@ -112,3 +112,29 @@ def test_embeddings_are_counted_as_samples_that_stopped(up):
     assert f'fastgen:request_success_total{labels},finished_reason="stop"}} 3' in shown
     assert f"fastgen:request_prompt_tokens_sum{labels}}} 6.0" in shown
     assert f"fastgen:request_params_max_tokens_count{labels}}} 0" in shown
+
+
+def test_openais_client_gets_the_vectors_as_floats_and_as_base64(up, tokenizer):
+    with up.client() as client:
+        plain = client.embeddings.create(model="fake", input=["a", TEXT], encoding_format="float")
+        spelled = client.embeddings.create(model="fake", input=["a", TEXT])  # base64 on the wire
+    expected = [normalized(embedding_of(tokenizer.encode(text))) for text in ("a", TEXT)]
+    for reply in (plain, spelled):
+        found = np.array([entry.embedding for entry in reply.data], np.float32)
+        assert np.array_equal(found, expected)
+
+
+def test_vectors_of_different_keys_share_no_cached_prompt(tokenizer):
+    with serving(tokenizer, api_key=("one", "two")) as up:
+        for key in ("one", "two", "one"):
+            headers = {"authorization": f"Bearer {key}"}
+            assert up.post("/v1/embeddings", {"input": "a"}, headers=headers).status_code == 200
+    one, two, again = (request.cache_salt for request in up.engine.submitted)
+    assert one == again != two
+
+
+def test_a_full_queue_is_refused_before_the_body_is_read(up):
+    hold(up)
+    up.engine.max_queued_requests = len(PROMPTS)
+    reply = up.post("/v1/embeddings", b"no JSON")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")

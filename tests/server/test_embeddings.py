@@ -33,7 +33,7 @@ class FakeEmbed:
         self.may_answer = True
         self.n_cancelled = 0
 
-    async def __call__(self, prompts: list[list[int]]) -> list[np.ndarray]:
+    async def __call__(self, prompts: list[list[int]], cache_salt: bytes) -> list[np.ndarray]:
         self.asked = prompts
         if self.error is not None:
             raise self.error
