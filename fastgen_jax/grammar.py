@@ -208,14 +208,20 @@ class GrammarCompiler:
         tokenizer_json: gives what tokenizer.json says; called when first needed.
         vocab_size: of the model; the tokenizer's may be smaller, or larger.
         eos_token_ids: tokens that stand for the end of the output.
+        max_kept: grammars.
     """
 
     def __init__(
-        self, tokenizer_json: Callable[[], str], vocab_size: int, eos_token_ids: Iterable[int]
+        self,
+        tokenizer_json: Callable[[], str],
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        max_kept: int = MAX_KEPT,
     ):
         self._tokenizer_json = tokenizer_json
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
+        self._max_kept = max_kept
         self._tokenizer: Any = None
         self._kept: dict[str, Grammar] = {}
         self._lock = threading.Lock()
@@ -229,7 +235,7 @@ class GrammarCompiler:
         with self._lock:
             grammar = self._kept.pop(text, None) or self._grammar(text)
             self._kept[text] = grammar
-            while len(self._kept) > MAX_KEPT:
+            while len(self._kept) > self._max_kept:
                 del self._kept[next(iter(self._kept))]
         return grammar
 

@@ -107,7 +107,7 @@ class Service:
         self._thread = threading.Thread(target=self._run, name="fastgen-engine", daemon=True)
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="fastgen-tokenize")
         self._compiling = ThreadPoolExecutor(N_COMPILING, thread_name_prefix="fastgen-grammar")
-        self._trial = Trial()
+        self._trial: Trial | None = None
         self._constrainer: Constrainer | None = None
 
     def start(self):
@@ -133,7 +133,8 @@ class Service:
         self._attached.set()
         for pool in (self._tokenizing, self._compiling):
             pool.shutdown(wait=False, cancel_futures=True)
-        self._trial.close()
+        if self._trial is not None:
+            self._trial.close()
         if self.backend is not None:
             self.backend.engine.stop()
             self._thread.join(ENGINE_EXIT_TIMEOUT)
@@ -178,6 +179,7 @@ class Service:
         engine, tokenizer = self.backend = backend
         vocab_size = engine.model_config.vocab_size
         self._constrainer = Constrainer(tokenizer, vocab_size, engine.eos_token_ids)
+        self._trial = Trial(tokenizer.as_json, vocab_size, engine.eos_token_ids)
         self.metrics.cache = cache_labels(engine.config)
         if self.phase.name != "draining":
             self.phase = Phase("ready")
@@ -292,6 +294,7 @@ class Service:
         if params.structured_outputs is None and not params.bad_words:
             return Constraints()
         assert self._constrainer is not None
+        assert self._trial is not None
         loop = asyncio.get_running_loop()
         constraints, read = self._constrainer.constraints, self._trial.grammar_text
         try:
