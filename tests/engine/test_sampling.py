@@ -1,5 +1,7 @@
 """sample() against a plain loop over rows: parameters, isolation of rows, and the draw itself."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -260,7 +262,7 @@ MIXED = [
 @pytest.mark.parametrize("seed", range(4))
 def test_row_among_others_equals_the_row_alone(seed):
     logits, histories = random_logits(seed), random_histories(seed)
-    seeded = [SamplingParams(**vars(p) | {"seed": i}) for i, p in enumerate(MIXED)]
+    seeded = [dataclasses.replace(p, seed=i) for i, p in enumerate(MIXED)]
     together = run(logits, seeded, histories)
     for i, p in enumerate(seeded):
         alone = run(logits[i : i + 1], [p], histories[i : i + 1])
@@ -270,7 +272,7 @@ def test_row_among_others_equals_the_row_alone(seed):
 
 def test_draw_depends_on_neither_row_nor_batch():
     logits, histories = random_logits(5), random_histories(5)
-    params = [SamplingParams(**vars(p) | {"seed": i}) for i, p in enumerate(MIXED)]
+    params = [dataclasses.replace(p, seed=i) for i, p in enumerate(MIXED)]
     order = np.random.default_rng(1).permutation(S)
     tokens = run(logits, params, histories).token_ids
     moved = run(logits[order], [params[i] for i in order], [histories[i] for i in order])
@@ -306,7 +308,7 @@ def test_draws_follow_the_softmax(temperature):
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_non_finite_row_is_reported_and_the_others_do_not_change(poison):
     logits, histories = random_logits(), random_histories()
-    params = [SamplingParams(**vars(p) | {"seed": 3}) for p in MIXED]
+    params = [dataclasses.replace(p, seed=3) for p in MIXED]
     clean = run(logits, params, histories)
     logits[2, 7] = poison
     out = run(logits, params, histories)
