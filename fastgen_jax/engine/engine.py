@@ -26,6 +26,7 @@ from fastgen_jax.engine.faults import Faults, Trials
 from fastgen_jax.engine.masks import MaskMaker
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.requests import default_params, eos_token_ids, make_sequences
+from fastgen_jax.engine.sampling import NO_TOKEN
 from fastgen_jax.engine.step import StepResult
 from fastgen_jax.engine.types import (
     STEP_SIZES,
@@ -555,4 +556,5 @@ def read_logprobs(result: StepResult, i: int, params: SamplingParams) -> TokenLo
         return None
     ids = result.top_ids[i, : params.logprobs].tolist()
     logprobs = result.top_logprobs[i, : params.logprobs].tolist()
-    return TokenLogprobs(float(result.logprobs[i]), list(zip(ids, logprobs, strict=True)))
+    top = [(id, logprob) for id, logprob in zip(ids, logprobs, strict=True) if id != NO_TOKEN]
+    return TokenLogprobs(float(result.logprobs[i]), top)

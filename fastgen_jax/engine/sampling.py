@@ -19,6 +19,7 @@ from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS
 from fastgen_jax.sampling_params import MAX_LOGPROBS
 
 TINY = 1e-30
+NO_TOKEN = -1
 
 
 class RowParams(NamedTuple):
@@ -63,7 +64,7 @@ class RowTables(NamedTuple):
 class Sampled(NamedTuple):
     token_ids: Int[Array, "S"]
     logprobs: Float[Array, "S"]  # of the raw logits
-    top_ids: Int[Array, "S {MAX_LOGPROBS}"]
+    top_ids: Int[Array, "S {MAX_LOGPROBS}"]  # NO_TOKEN beyond the vocabulary
     top_logprobs: Float[Array, "S {MAX_LOGPROBS}"]
     is_finite: Bool[Array, "S"]  # the logits
     is_possible: Bool[Array, "S"]  # some token was allowed
@@ -137,7 +138,8 @@ def _top(logits):
     k = min(MAX_LOGPROBS, logits.shape[1])
     values, ids = lax.top_k(logits, k)
     pad = ((0, 0), (0, MAX_LOGPROBS - k))
-    return jnp.pad(values, pad, constant_values=-jnp.inf), jnp.pad(ids, pad).astype(jnp.int32)
+    values = jnp.pad(values, pad, constant_values=-jnp.inf)
+    return values, jnp.pad(ids.astype(jnp.int32), pad, constant_values=NO_TOKEN)
 
 
 def _no_top(logits):

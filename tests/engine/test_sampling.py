@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen_jax.engine.batch import HostTables
+from fastgen_jax.engine.engine import read_logprobs
 from fastgen_jax.engine.sampling import RowParams, RowTables, adjust, draw, keep_likely, sample
+from fastgen_jax.engine.step import StepResult, pack_result
 from fastgen_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 from tests.engine.sequences import make_sequence
 
@@ -245,6 +247,16 @@ def test_logprob_of_the_drawn_token_is_the_one_among_the_top():
 def test_small_vocabulary_leaves_the_rest_of_the_top_empty():
     out = run(random_logits(shape=(S, 6)), [SamplingParams(temperature=0, logprobs=20)] * S)
     assert np.isfinite(out.top_logprobs).sum(axis=1).tolist() == [6] * S
+
+
+def test_logprobs_of_a_small_vocabulary_are_those_of_its_tokens_alone():
+    params = [SamplingParams(temperature=0, logprobs=20)] * S
+    out = run(random_logits(shape=(S, 6)), params)
+    result = StepResult.unpack(np.asarray(pack_result(out)))
+    for i, row in enumerate(out.top_logprobs):
+        logprobs = read_logprobs(result, i, params[i])
+        assert sorted(dict(logprobs.top)) == list(range(6))
+        assert [logprob for _, logprob in logprobs.top] == row[:6].tolist()
 
 
 MIXED = [
