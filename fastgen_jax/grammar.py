@@ -15,7 +15,7 @@ from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.sampling_params import StructuredOutputsParams
 
 WHITESPACE = " "  # at most one, between JSON's tokens: a small model may stay in more
-MAX_LEXER_STATES = 10_000  # of 1 to 2 kB
+MAX_LEXER_STATES = 30_000  # of 1 to 2 kB
 MAX_GRAMMAR_SIZE = 200_000  # symbols
 # What an ambiguous grammar may cost a step is about their product: 0.1 s, in the engine's thread.
 MAX_ITEMS = 1000  # of Earley's parser, at one place of the text
@@ -66,9 +66,10 @@ def _json_grammar(structure: StructuredOutputsParams) -> str:
     if structure.json_object:
         schema = {"type": "object"}
     schema = {} if schema is True else schema
-    options = {"whitespace_pattern": structure.whitespace_pattern or WHITESPACE}
+    options: dict[str, Any] = {"whitespace_pattern": structure.whitespace_pattern or WHITESPACE}
     if structure.disable_any_whitespace:
         options = {"whitespace_flexible": False}
+    options["lenient"] = False  # whatever the schema says: what is not understood is refused
     to_grammar = functools.partial(_schema_grammar, options=options)
     grammar = to_grammar(_closed(schema))
     if not _problem(grammar):
