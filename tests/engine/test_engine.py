@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels
-from fastgen_jax.engine import runner, startup
+from fastgen_jax.engine import startup, step
 from fastgen_jax.engine.admission import Admission
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
@@ -408,7 +408,7 @@ def test_engine_with_interpreted_kernels_on_two_devices_makes_the_same_tokens(
     monkeypatch.setitem(
         startup.BACKENDS, "cpu", dataclasses.replace(startup.BACKENDS["cpu"], attention=backend)
     )
-    monkeypatch.setattr(runner, "select", interpreted)
+    monkeypatch.setattr(step, "select", interpreted)
     assert [tokens(o) for o in run(one_program(options), requests)] == expected
 
 
