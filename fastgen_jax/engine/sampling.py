@@ -97,7 +97,8 @@ def sample(
     )
     is_possible = jnp.ones(len(logits), bool)
     if masks is not None:
-        adjusted = jnp.where(is_allowed(masks, logits.shape[1]), adjusted, -jnp.inf)
+        masked = jnp.where(is_allowed(masks, logits.shape[1]), adjusted, -jnp.inf)
+        adjusted = lax.optimization_barrier(masked)  # else whatever reads it unpacks the bits again
         is_possible = jnp.max(adjusted, axis=-1) > -jnp.inf
     greedy = first_best(adjusted)
     is_random = params.temperature > 0.0
