@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import Response
 
+from fastgen_jax.engine.pooling import normalized
 from fastgen_jax.errors import RequestError
 from fastgen_jax.server import protocol
 from fastgen_jax.server.config import ServerConfig
@@ -44,18 +45,8 @@ class EmbeddingRequest(BaseModel):
         Raises:
             ApiError: none, too many, or of the wrong type.
         """
-        given = self.input
-        if isinstance(given, str) or protocol.is_ids(given):
-            return [given]
-        if not isinstance(given, list) or not given:
-            message = "input must be a string, token ids, or a list of strings or of token ids"
-            raise invalid(message, "input")
-        if len(given) > max_prompts:
-            raise invalid(f"input has {len(given)} entries; at most {max_prompts}", "input")
-        for index, entry in enumerate(given):
-            if not (isinstance(entry, str) or protocol.is_ids(entry)):
-                raise invalid(f"input[{index}] must be a string or token ids", "input")
-        return given
+        kinds = "a string, token ids, or a list of strings or of token ids"
+        return protocol.entries_of(self.input, "input", kinds, max_prompts)
 
 
 class EmbeddingAsk(NamedTuple):
@@ -201,9 +192,7 @@ def shortened(vector: np.ndarray, n_dimensions: int) -> np.ndarray:
     """The first numbers, of length 1 again, in float32."""
     if n_dimensions == len(vector):
         return np.ascontiguousarray(vector, np.float32)
-    first = vector[:n_dimensions].astype(np.float64)
-    length = np.linalg.norm(first)
-    return (first / length if length else first).astype(np.float32)
+    return normalized(vector[:n_dimensions])
 
 
 def spelled(vector: np.ndarray) -> str:

@@ -224,17 +224,8 @@ class CompletionRequest(GenerationRequest):
         Raises:
             ApiError: none, too many, or of the wrong type.
         """
-        prompt = self.prompt
-        if isinstance(prompt, str) or is_ids(prompt):
-            return [prompt]
-        if not isinstance(prompt, list) or not prompt:
-            raise invalid("prompt must be a string, a list of strings, or token ids", "prompt")
-        if len(prompt) > max_prompts:
-            raise invalid(f"prompt has {len(prompt)} entries; at most {max_prompts}", "prompt")
-        for index, entry in enumerate(prompt):
-            if not (isinstance(entry, str) or is_ids(entry)):
-                raise invalid(f"prompt[{index}] must be a string or token ids", "prompt")
-        return prompt
+        kinds = "a string, a list of strings, or token ids"
+        return entries_of(self.prompt, "prompt", kinds, max_prompts)
 
     @property
     def is_echo_alone(self) -> bool:
@@ -427,6 +418,27 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
     if not all(key.isascii() and key.isdigit() and len(key) < 11 for key in bias):
         raise invalid("logit_bias: keys must be token ids", "logit_bias")
     return {int(key): value for key, value in bias.items()}
+
+
+def entries_of(given: Any, field: str, kinds: str, most: int) -> list[str | list[int]]:
+    """The texts and lists of token ids that a field holds, one or several.
+
+    Args:
+        kinds: what the field may be, in words.
+
+    Raises:
+        ApiError: none, too many, or of the wrong type.
+    """
+    if isinstance(given, str) or is_ids(given):
+        return [given]
+    if not isinstance(given, list) or not given:
+        raise invalid(f"{field} must be {kinds}", field)
+    if len(given) > most:
+        raise invalid(f"{field} has {len(given)} entries; at most {most}", field)
+    for index, entry in enumerate(given):
+        if not (isinstance(entry, str) or is_ids(entry)):
+            raise invalid(f"{field}[{index}] must be a string or token ids", field)
+    return given
 
 
 def is_ids(value: Any) -> bool:
