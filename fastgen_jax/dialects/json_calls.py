@@ -46,18 +46,13 @@ def read_call(tape: Tape, names: Collection[str] | None = None) -> Wait:
 
 def read_calls(tape: Tape) -> Wait:
     """Reads a list of calls, and spaces after it."""
-    yield from tape.read("[")
-    mark = ","
-    while mark == ",":
-        yield from tape.skip_spaces()
+
+    def read_one() -> Wait:
         yield from tape.read("{")
         yield from read_call(tape)
-        tape.end_call()
-        tape.expect_more()
-        yield from tape.skip_spaces()
-        mark = yield from tape.read(",", "]")
-    tape.drop()
-    yield from tape.skip_spaces()
+
+    yield from tape.read("[")
+    yield from tape.calls_in_list(read_one)
 
 
 def _object_in(text: str) -> str:

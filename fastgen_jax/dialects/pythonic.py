@@ -6,6 +6,7 @@ Without the tag, a list is calls only if the answer begins with it and it names 
 import json
 import re
 from collections.abc import Collection, Sequence
+from functools import partial
 from itertools import chain
 
 from fastgen_jax.dialects.dialect import Dialect, Literal, Tool, alternatives, json_of
@@ -62,7 +63,7 @@ def read(tape: Tape, tools: Sequence[Tool]) -> Wait:
             if tag == START:
                 yield from tape.skip_spaces()
                 yield from tape.read("[")
-            yield from _read_calls(tape, names)
+            yield from tape.calls_in_list(partial(_read_call, tape, names))
             if (yield from tape.begin(END)):
                 tape.drop()
             yield from tape.skip_spaces()
@@ -71,22 +72,13 @@ def read(tape: Tape, tools: Sequence[Tool]) -> Wait:
         tag = None
 
 
-def _read_calls(tape: Tape, names: Collection[str]) -> Wait:
-    mark = ","
-    while mark == ",":
-        yield from tape.skip_spaces()
-        name = yield from _name(tape)
-        if name not in names:
-            raise Malformed
-        yield from tape.read("(")
-        tape.start_call(name)
-        yield from _read_arguments(tape)
-        tape.end_call()
-        tape.expect_more()
-        yield from tape.skip_spaces()
-        mark = yield from tape.read(",", "]")
-    tape.drop()
-    yield from tape.skip_spaces()
+def _read_call(tape: Tape, names: Collection[str]) -> Wait:
+    name = yield from _name(tape)
+    if name not in names:
+        raise Malformed
+    yield from tape.read("(")
+    tape.start_call(name)
+    yield from _read_arguments(tape)
 
 
 def _name(tape: Tape) -> Wait:

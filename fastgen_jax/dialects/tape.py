@@ -179,6 +179,23 @@ class Tape:
         self._attempt = None
         return None
 
+    def calls_in_list(self, read_one: Callable[[], Wait]) -> Wait:
+        """Reads the rest of a list of calls after its bracket, and spaces after it.
+
+        Args:
+            read_one: reads a call and leaves it open.
+        """
+        mark = ","
+        while mark == ",":
+            yield from self.skip_spaces()
+            yield from read_one()
+            self.end_call()
+            self.expect_more()
+            yield from self.skip_spaces()
+            mark = yield from self.read(",", "]")
+        self.drop()
+        yield from self.skip_spaces()
+
     def _take_to(self, end: int) -> str:
         text = self._unread[self._at : end]
         self._at = end
