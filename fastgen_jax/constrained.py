@@ -15,6 +15,11 @@ class Constraints(NamedTuple):
     bad_words: tuple[tuple[int, ...], ...] = ()
 
 
+def needs_words(params: SamplingParams) -> bool:
+    """Whether they say anything that only who knows the tokenizer can turn into tokens."""
+    return params.structured_outputs is not None or bool(params.bad_words)
+
+
 class Constrainer:
     """Turns the words of one model's requests into its tokens; thread-safe."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.beam_search import BeamSearchOutput, search
 from fastgen_jax.config import show
-from fastgen_jax.constrained import Constrainer, Constraints
+from fastgen_jax.constrained import Constrainer, Constraints, needs_words
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import ConfigError, EngineStopped, InvalidRequest
@@ -327,7 +327,7 @@ class LLM:
         return request
 
     def _constraints(self, params: SamplingParams) -> Constraints:
-        if params.structured_outputs is None and not params.bad_words:
+        if not needs_words(params):
             return Constraints()
         if self._constrainer is None:
             tokenizer = self._text_tokenizer("a form of the output, or bad_words,")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from fastgen_jax.constrained import Constrainer, Constraints
+from fastgen_jax.constrained import Constrainer, Constraints, needs_words
 from fastgen_jax.engine.pooling import normalized
 from fastgen_jax.engine.types import Output, Request, Stats
 from fastgen_jax.errors import ContextLengthExceeded, QueueFull, RequestError
@@ -291,7 +291,7 @@ class Service:
         Raises:
             ApiError: it cannot be compiled.
         """
-        if params.structured_outputs is None and not params.bad_words:
+        if not needs_words(params):
             return Constraints()
         assert self._constrainer is not None
         assert self._trial is not None

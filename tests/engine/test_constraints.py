@@ -24,16 +24,6 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,:;!?(){}[]\"'+-*/=<>_#"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(scope="module")
-def engine(folder):
-    return make_engine(folder)
-
-
-@pytest.fixture(scope="module")
 def tokenizer() -> LLTokenizer:
     """A character per token of the tiny models; token 7 is the end."""
     characters = [*LETTERS[:EOS], "</s>", *LETTERS[EOS:]][:VOCAB_SIZE]

@@ -28,21 +28,6 @@ from tests.tiny import (
 LONGEST = OPTIONS["max_model_len"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(scope="module")
-def engine(folder):
-    return make_engine(folder)
-
-
-@pytest.fixture(scope="module")
-def naive(engine):
-    return Naive(engine)
-
-
 def embedding_requests(seed: int, count: int, longest: int = LONGEST) -> list[Request]:
     """Of random prompts, the two poolings in turn."""
     prompts = [r.prompt_token_ids for r in random_requests(seed, count, longest)]

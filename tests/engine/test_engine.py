@@ -24,7 +24,6 @@ from fastgen_jax.errors import (
 from fastgen_jax.sampling_params import SamplingParams
 from pallas_kernels.tpu.tiles import Tiles
 from tests.tiny import (
-    Naive,
     assert_idle,
     make_engine,
     one_program,
@@ -36,24 +35,9 @@ from tests.tiny import (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tiny")
-
-
-@pytest.fixture(scope="module")
-def engine(folder):
-    return make_engine(folder)
-
-
-@pytest.fixture(scope="module")
 def tight(folder):
     """A pool of 1.2 times the largest request."""
     return make_engine(folder, one_program, num_kv_blocks=15, enable_prefix_caching=False)
-
-
-@pytest.fixture(scope="module")
-def naive(engine):
-    return Naive(engine)
 
 
 def test_greedy_tokens_equal_a_full_recompute_of_each_token(engine, naive):
