@@ -121,7 +121,8 @@ class TestCalls:
         assert (choice.message.content, choice.message.tool_calls) == ("No tool needed.", None)
         assert choice.finish_reason == "stop"
 
-    def test_a_stream_gives_name_then_fragments_that_join(self, up, client):
+    def test_a_stream_gives_name_then_fragments_that_join(self, up, client, monkeypatch):
+        monkeypatch.setattr(up.engine, "step_time", 0.01)  # else what waits is sent as one
         say(up, CALL + TICK)
         deltas, reasons = streamed(client, tools=TOOLS)
         calls = [call for delta in deltas for call in delta.tool_calls or ()]
