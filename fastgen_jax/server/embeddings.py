@@ -5,7 +5,6 @@ The vectors are the engine's, of Euclidean length 1; here they are cut, spelled 
 
 import asyncio
 import base64
-from collections.abc import Awaitable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,13 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fastgen_jax.engine.pooling import normalized
-from fastgen_jax.errors import RequestError
 from fastgen_jax.server import protocol
 from fastgen_jax.server.config import ServerConfig
-from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, invalid
+from fastgen_jax.server.errors import ApiError, internal, invalid
 from fastgen_jax.server.reader import Body, Reader
 from fastgen_jax.server.service import Service
-from fastgen_jax.server.stream import read_json
+from fastgen_jax.server.stream import cancelled_by_disconnect, read_json
 
 MAX_NUMBERS = 4_000_000  # of all vectors of one answer
 INLINE_NUMBERS = 20_000  # up to which an answer is built on the event loop: 1 ms
@@ -133,40 +131,12 @@ class Embeddings:
             return await self.service.run_text(len(body), lambda: self.reader.embedding(body))
 
     async def _vectors(self, request: Request, prompts: list[list[int]]) -> list[np.ndarray]:
+        """Of length 1, in the order of the prompts."""
         salt = protocol.cache_salt(None, request.scope["state"]["tenant"])
-        seconds = min(self.config.queue_timeout, self.config.request_timeout or np.inf)
-        try:
-            async with asyncio.timeout(seconds):
-                return await unless_gone(request, self.service.embed(prompts, salt))
-        except RequestError as error:
-            refused = from_engine(error)
-            refused.param = "input" if error.param == "prompt" else error.param
-            raise refused from None
-        except TimeoutError:
-            message = f"the request did not finish within {seconds:g} s"
-            raise ApiError(504, message, type="timeout_error", code="deadline_exceeded") from None
-
-
-async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
-    """What `work` yields; it is cancelled when the client leaves.
-
-    Raises:
-        ApiError: the client left.
-    """
-
-    async def watch():
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = asyncio.ensure_future(work), asyncio.create_task(watch())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            return tasks[0].result()
-        raise ApiError(CLIENT_GONE, "the client disconnected")
-    finally:
-        for task in tasks:
-            task.cancel()
+        generation = self.service.embed(prompts, salt)
+        with cancelled_by_disconnect(request.receive, self.service, generation):
+            await generation.changed()
+        return [normalized(embedding) for embedding in generation.embeddings]
 
 
 def answer(ask: EmbeddingAsk, vectors: list[np.ndarray]) -> bytes:

@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -221,6 +221,12 @@ class Generation:
         """Wakes the reader: at each change if it streams, else at the end."""
         if self.is_streaming or self.is_done:
             self._changed.set()
+
+    @property
+    def embeddings(self) -> list[np.ndarray]:
+        """Of a request for them that has ended well: one per prompt."""
+        assert all(choice.embedding is not None for choice in self.choices)
+        return [cast(np.ndarray, choice.embedding) for choice in self.choices]
 
     async def changed(self):
         """Returns after the next change.

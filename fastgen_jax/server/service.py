@@ -15,10 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-import numpy as np
-
 from fastgen_jax.constrained import Constrainer, Constraints, needs_words
-from fastgen_jax.engine.pooling import normalized
 from fastgen_jax.engine.types import Output, Request, Stats
 from fastgen_jax.errors import ContextLengthExceeded, QueueFull, RequestError
 from fastgen_jax.sampling_params import Pooling, SamplingParams
@@ -323,25 +320,15 @@ class Service:
         requests = [Request(prompt, **fields) for prompt in prompts]
         return self._enter(requests, is_streaming=is_streaming, param=param, voice=voice)
 
-    async def embed(self, prompts: list[list[int]], cache_salt: bytes = b"") -> list[np.ndarray]:
-        """The vector of each prompt, of length 1. A caller that is cancelled while it waits cancels
-        the work.
+    def embed(self, prompts: list[list[int]], cache_salt: bytes = b"") -> Generation:
+        """Hands the prompts to the engine, which makes the embedding of each: all or none.
 
         Raises:
-            ApiError: the engine refused, or could not make one of them.
+            ApiError: the engine refused.
         """
         pooling = cast(Pooling, self.config.embedding_pooling)
         requests = [Request.to_embed(prompt, pooling, cache_salt) for prompt in prompts]
-        generation = self._enter(requests, is_streaming=False, param="input", voice=SILENT)
-        try:
-            await generation.changed()
-        finally:
-            self.release(generation)
-        vectors = []
-        for choice in generation.choices:
-            assert choice.embedding is not None, choice.index
-            vectors.append(normalized(choice.embedding))
-        return vectors
+        return self._enter(requests, is_streaming=False, param="input", voice=SILENT)
 
     def _enter(
         self, requests: list[Request], *, is_streaming: bool, param: str, voice: Voice

@@ -1,62 +1,60 @@
-"""Embeddings over HTTP, of an engine that is made up here: a vector is drawn from its ids."""
+"""Embeddings over HTTP: from bodies to the engine, and from its hidden states to the answer."""
 
-import asyncio
 import base64
-import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgen_jax.errors import InvalidRequest, QueueFull
+from fastgen_jax.engine.pooling import normalized
+from fastgen_jax.errors import ConfigError, InvalidRequest
 from fastgen_jax.server import embeddings
+from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.embeddings import EmbeddingAsk, answer, shortened
-from tests.server.fake_engine import MAX_TOKENS, VOCAB_SIZE
+from fastgen_jax.server.errors import unavailable
+from tests.server.fake_engine import HIDDEN_SIZE, MAX_TOKENS, VOCAB_SIZE, embedding_of
 from tests.server.running import TEXT, Running, serving, wait_until
-
-SIZE = 8  # the made-up model's hidden_size
 
 
 def vector_of(ids: list[int]) -> np.ndarray:
-    vector = np.random.default_rng(ids).normal(size=SIZE)
-    return (vector / np.linalg.norm(vector)).astype(np.float32)
-
-
-class FakeEmbed:
-    """`embed` of a service. `error` is raised instead; without `may_answer` it never returns."""
-
-    def __init__(self):
-        self.asked: list[list[int]] = []
-        self.error: Exception | None = None
-        self.may_answer = True
-        self.n_cancelled = 0
-
-    async def __call__(self, prompts: list[list[int]], cache_salt: bytes) -> list[np.ndarray]:
-        self.asked = prompts
-        if self.error is not None:
-            raise self.error
-        try:
-            while not self.may_answer:
-                await asyncio.sleep(0.01)
-        except asyncio.CancelledError:
-            self.n_cancelled += 1
-            raise
-        return [vector_of(ids) for ids in prompts]
+    return normalized(embedding_of(ids))
 
 
 @pytest.fixture(scope="module")
 def served(tokenizer):
     with serving(tokenizer, max_prompts=5) as up:
-        up.embed = up.service.embed = FakeEmbed()
         yield up
 
 
 @pytest.fixture
 def up(served):
     yield served
-    served.embed.error, served.embed.may_answer = None, True
+    served.engine.may_step.set()
+    wait_until(lambda: not served.engine.live)
+    served.engine.submitted.clear()
+    served.engine.cancelled.clear()
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor() as pool:
+        yield pool
+
+
+def asked(up: Running) -> list[list[int]]:
+    return [request.prompt_token_ids for request in up.engine.submitted]
+
+
+def held(up: Running, pool: ThreadPoolExecutor) -> Future[httpx.Response]:
+    """A post of three texts, which the engine has and does not work on."""
+    up.engine.may_step.clear()
+    future = pool.submit(up.post, "/v1/embeddings", {"input": ["a", "b", "c"]})
+    wait_until(lambda: len(up.engine.live) == 3)
+    return future
 
 
 def embed(up: Running, **body) -> dict:
@@ -81,17 +79,17 @@ def test_openais_client_reads_the_vectors_of_texts_in_their_order(up, tokenizer)
     assert (reply.model, reply.object, reply.data[0].object) == ("fake", "list", "embedding")
 
 
-@pytest.mark.parametrize(("given", "asked"), [
+@pytest.mark.parametrize(("given", "expected"), [
     ([5, 6], [[5, 6]]), ([[5, 6], [7]], [[5, 6], [7]]), ([0], [[0]]),
 ])  # fmt: skip
-def test_token_ids_are_taken_as_they_are(up, given, asked):
-    assert len(embed(up, input=given)["data"]) == len(asked)
-    assert up.embed.asked == asked
+def test_token_ids_are_taken_as_they_are(up, given, expected):
+    assert len(embed(up, input=given)["data"]) == len(expected)
+    assert asked(up) == expected
 
 
 def test_texts_and_ids_may_be_mixed_and_special_tokens_left_out(up, tokenizer):
     embed(up, input=["a", [5]], add_special_tokens=False, user="me")
-    assert up.embed.asked == [tokenizer.encode("a", add_special_tokens=False), [5]]
+    assert asked(up) == [tokenizer.encode("a", add_special_tokens=False), [5]]
 
 
 def test_base64_holds_the_same_numbers_as_little_endian_floats(up):
@@ -101,7 +99,7 @@ def test_base64_holds_the_same_numbers_as_little_endian_floats(up):
     assert np.array(plain["embedding"], np.float32).tobytes() == numbers.tobytes()
 
 
-@pytest.mark.parametrize("n", [1, 3, SIZE])
+@pytest.mark.parametrize("n", [1, 3, HIDDEN_SIZE])
 def test_dimensions_are_the_first_ones_of_length_one_again(up, n):
     (entry,) = embed(up, input=[5, 6], dimensions=n)["data"]
     first = vector_of([5, 6])[:n]
@@ -130,7 +128,7 @@ BAD = [
     ({"input": "", "add_special_tokens": False}, "input"),
     ({"input": "a", "dimensions": 0}, "dimensions"),
     ({"input": "a", "dimensions": -1}, "dimensions"),
-    ({"input": "a", "dimensions": SIZE + 1}, "dimensions"),
+    ({"input": "a", "dimensions": HIDDEN_SIZE + 1}, "dimensions"),
     ({"input": "a", "dimensions": 2.5}, "dimensions"),
     ({"input": "a", "dimensions": "4"}, "dimensions"),
     ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
@@ -142,10 +140,9 @@ BAD = [
 
 @pytest.mark.parametrize(("body", "param"), BAD)
 def test_what_is_wrong_is_a_400_that_names_the_field(up, body, param):
-    up.embed.asked = []
     status, found = error(up, **body)
     assert (status, found["param"]) == (400, param)
-    assert up.embed.asked == []
+    assert asked(up) == []
 
 
 @pytest.mark.parametrize("given", [[5] * (MAX_TOKENS + 1), "Ω" * 60_000])
@@ -174,34 +171,96 @@ def test_an_unknown_model_is_a_404(up):
         client.embeddings.create(model="other", input="a")
 
 
-@pytest.mark.parametrize(("raised", "status", "param", "code"), [
-    (InvalidRequest("too odd", param="prompt"), 400, "input", None),
-    (QueueFull("full; try again later"), 429, None, "queue_full"),
-    (ZeroDivisionError("secret"), 500, None, "internal_error"),
-])  # fmt: skip
-def test_what_the_engine_refuses_has_its_status(up, raised, status, param, code):
-    up.embed.error = raised
-    found_status, found = error(up, input="a")
-    assert (found_status, found["param"], found["code"]) == (status, param, code)
-    assert "secret" not in found["message"]
+def test_a_full_queue_refuses_all_of_the_prompts(tokenizer):
+    with serving(tokenizer) as up:
+        up.engine.max_queued_requests = 2
+        status, found = error(up, input=["a", "b", "c"])
+        assert (status, found["code"]) == (429, "queue_full")
+        assert up.engine.submitted == []
 
 
-def test_what_takes_too_long_is_a_504_and_cancelled(up, monkeypatch):
-    route = next(r for r in up.server.config.app.app.routes if r.path == "/v1/embeddings")
-    config = dataclasses.replace(up.service.config, queue_timeout=0.1)
-    monkeypatch.setattr(route.endpoint.__self__, "config", config)
-    up.embed.may_answer, n_before = False, up.embed.n_cancelled
+def test_a_full_queue_is_refused_before_the_body_is_read(tokenizer, pool):
+    with serving(tokenizer) as up:
+        held(up, pool)
+        up.engine.max_queued_requests = 3
+        reply = up.post("/v1/embeddings", b"no JSON")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (429, "queue_full")
+        up.engine.may_step.set()
+
+
+def test_what_the_engine_refuses_names_the_field_that_held_it(up, monkeypatch):
+    def refuse(requests):
+        raise InvalidRequest("too odd", param="prompt")
+
+    monkeypatch.setattr(up.engine, "submit_all", refuse)
     status, found = error(up, input="a")
-    assert (status, found["code"]) == (504, "deadline_exceeded")
-    wait_until(lambda: up.embed.n_cancelled == n_before + 1)
+    assert (status, found["param"], found["message"]) == (400, "input", "too odd")
+
+
+def test_a_vector_that_fails_ends_the_others_of_its_call(tokenizer):
+    with serving(tokenizer) as up:
+        up.engine.poisoned.add(1)
+        status, found = error(up, input=["a", "b", "c"])
+        assert (status, found["message"]) == (500, "logits are not finite")
+        assert not up.service._live
+
+
+def test_what_waits_too_long_is_a_504_and_cancelled(tokenizer, pool):
+    with serving(tokenizer, queue_timeout=0.1) as up:
+        reply = held(up, pool).result(10)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+        wait_until(lambda: sorted(up.engine.cancelled) == [0, 1, 2])
 
 
 def test_who_leaves_is_not_worked_for(up):
-    up.embed.may_answer, up.embed.asked, n_before = False, [], up.embed.n_cancelled
-    with up.connect({"input": [5, 6]}, "/v1/embeddings"):
-        wait_until(lambda: up.embed.asked)
-    wait_until(lambda: up.embed.n_cancelled == n_before + 1)
+    up.engine.may_step.clear()
+    with up.connect({"input": [[5, 6], [7]]}, "/v1/embeddings"):
+        wait_until(lambda: len(up.engine.live) == 2)
+    wait_until(lambda: len(up.engine.cancelled) == 2)
     assert up.service.uploads.n_held == 0
+    assert not up.service._live
+
+
+def test_a_server_that_shuts_down_ends_what_is_embedded(tokenizer, pool):
+    with serving(tokenizer) as up:
+        future = held(up, pool)
+        shut_down = unavailable("the server is shutting down", "draining", 1)
+        loop = up.server._loop
+        assert loop is not None
+        loop.call_soon_threadsafe(up.service.abort_all, shut_down)
+        assert future.result(10).json()["error"]["code"] == "draining"
+        wait_until(lambda: sorted(up.engine.cancelled) == [0, 1, 2])
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_the_engine_hears_the_pooling(tokenizer, pooling):
+    with serving(tokenizer, embedding_pooling=pooling) as up:
+        embed(up, input="a")
+    assert [request.pooling for request in up.engine.submitted] == [pooling]
+
+
+def test_unknown_pooling_is_refused_at_the_start():
+    with pytest.raises(ConfigError, match="embedding_pooling must be one of last, mean, got 'max'"):
+        ServerConfig(embedding_pooling="max")
+
+
+def test_embeddings_are_counted_as_samples_that_stopped(tokenizer):
+    with serving(tokenizer) as up:
+        embed(up, input=[[5, 6, 7], [8], [9, 10]])
+        shown = up.get("/metrics").text
+    labels = '{engine="0",model_name="fake"'
+    assert f'fastgen:request_success_total{labels},finished_reason="stop"}} 3' in shown
+    assert f"fastgen:request_prompt_tokens_sum{labels}}} 6.0" in shown
+    assert f"fastgen:request_params_max_tokens_count{labels}}} 0" in shown
+
+
+def test_vectors_of_different_keys_share_no_cached_prompt(tokenizer):
+    with serving(tokenizer, api_key=("one", "two")) as up:
+        for key in ("one", "two", "one"):
+            headers = {"authorization": f"Bearer {key}"}
+            assert up.post("/v1/embeddings", {"input": "a"}, headers=headers).status_code == 200
+    one, two, again = (request.cache_salt for request in up.engine.submitted)
+    assert one == again != two
 
 
 def test_a_vector_that_is_not_finite_is_an_error():
