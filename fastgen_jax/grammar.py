@@ -56,7 +56,12 @@ def grammar_text(structure: StructuredOutputsParams) -> str:
     return grammar
 
 
-def _json_grammar(structure: StructuredOutputsParams) -> str:
+def json_form(structure: StructuredOutputsParams) -> tuple[Any, dict[str, Any]]:
+    """The schema of an output that must be JSON, and llguidance's options for it.
+
+    Raises:
+        InvalidRequest: the schema is a text that is not JSON.
+    """
     schema = structure.json
     if isinstance(schema, str):
         try:
@@ -70,8 +75,13 @@ def _json_grammar(structure: StructuredOutputsParams) -> str:
     if structure.disable_any_whitespace:
         options = {"whitespace_flexible": False}
     options["lenient"] = False  # whatever the schema says: what is not understood is refused
+    return schema, options
+
+
+def _json_grammar(structure: StructuredOutputsParams) -> str:
+    schema, options = json_form(structure)
     to_grammar = functools.partial(_schema_grammar, options=options)
-    grammar = to_grammar(_closed(schema))
+    grammar = to_grammar(closed(schema))
     if not _problem(grammar):
         return grammar
     grammar = to_grammar(schema)
@@ -81,7 +91,7 @@ def _json_grammar(structure: StructuredOutputsParams) -> str:
     return grammar
 
 
-def _closed(schema: Any, *, is_part: bool = False) -> Any:
+def closed(schema: Any, *, is_part: bool = False) -> Any:
     """The schema with objects that list their members having no others, unless it says that they
     may: what has it so is valid by the schema too, and a model does not run on in members.
 
@@ -89,19 +99,28 @@ def _closed(schema: Any, *, is_part: bool = False) -> Any:
     """
     if not _is_map(schema):
         return schema
-    closed = dict(schema)
+    result = dict(schema)
     for key in schema.keys() & {*SUBSCHEMAS}:
-        closed[key] = _closed(schema[key])
+        result[key] = closed(schema[key])
     for key in schema.keys() & {*SUBSCHEMA_MAPS}:
         if _is_map(schema[key]):
-            closed[key] = {name: _closed(part) for name, part in schema[key].items()}
+            result[key] = {name: closed(part) for name, part in schema[key].items()}
     for key in schema.keys() & {*SUBSCHEMA_LISTS}:
         if isinstance(schema[key], list):
             are_parts = key == "allOf" or (key != "prefixItems" and "properties" in schema)
-            closed[key] = [_closed(part, is_part=are_parts) for part in schema[key]]
-    if "properties" in schema and not is_part and not OPENING & schema.keys():
-        closed["additionalProperties"] = False
-    return closed
+            result[key] = [closed(part, is_part=are_parts) for part in schema[key]]
+    if not is_part and not OPENING & schema.keys() and _lists_what_it_requires(schema):
+        result["additionalProperties"] = False
+    return result
+
+
+def _lists_what_it_requires(schema: dict[str, Any]) -> bool:
+    properties, required = schema.get("properties"), schema.get("required", [])
+    return (
+        _is_map(properties)
+        and isinstance(required, list)
+        and all(r in properties for r in required)
+    )
 
 
 def _schema_grammar(schema: Any, options: Any) -> str:

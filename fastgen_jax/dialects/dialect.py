@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastgen_jax.dialects.tape import Tape, Wait
-from fastgen_jax.errors import InvalidRequest
+from fastgen_jax.grammar import closed
 
 Literal = Callable[[str], str]
-# What may allow members beside those that a schema lists itself.
-OPEN = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -40,34 +38,6 @@ class Dialect:
     markers: tuple[str, ...]
     read: Callable[[Tape, Sequence[Tool]], Wait]
     write: Callable[[Sequence[Tool], bool, Literal], str]
-
-    def grammar(
-        self,
-        tools: Sequence[Tool],
-        *,
-        choice: str | None = None,
-        parallel: bool = False,
-        literal: Literal = json.dumps,
-    ) -> str:
-        """A Lark grammar, as llguidance reads it, of calls and nothing else.
-
-        Args:
-            choice: the name of the only tool that may be called; None: any of them.
-            parallel: several calls may follow each other, where the format has a way to write it.
-            literal: how a marker is written in the grammar: as a string, or in llguidance's syntax
-                for the special token that it is in the vocabulary.
-
-        Raises:
-            InvalidRequest: there is no such tool.
-        """
-        chosen = [tool for tool in tools if choice in (None, tool.name)]
-        if not chosen:
-            raise InvalidRequest(
-                f"tool_choice names {choice!r:.80}, and tools has "
-                f"{', '.join(tool.name for tool in tools) or 'nothing'!r:.200}",
-                param="tool_choice",
-            )
-        return f"%llguidance {{}}\nstart: calls\n{self.write(chosen, parallel, literal)}"
 
 
 def alternatives(name: str, rules: Iterable[str]) -> str:
@@ -107,7 +77,4 @@ def arguments_of(tool: Tool) -> str:
     """Lark for the tool's arguments as one object. Where the schema lists members and says nothing
     of others there are none: models that are forced to call invent them.
     """
-    closed = {"additionalProperties": False} if "properties" in tool.parameters else {}
-    if OPEN & tool.parameters.keys():
-        closed = {}
-    return json_of({"type": "object", **tool.parameters, **closed})
+    return json_of(closed({"type": "object", **tool.parameters}))

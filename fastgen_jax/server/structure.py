@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from fastgen_jax.errors import InvalidRequest
-from fastgen_jax.grammar import WHITESPACE
+from fastgen_jax.grammar import closed, json_form
 from fastgen_jax.sampling_params import SamplingParams, StructuredOutputsParams
 from fastgen_jax.server.errors import ApiError, invalid
 
@@ -65,20 +65,13 @@ def lark_of(params: StructuredOutputsParams) -> str | None:
         return " | ".join(map(json.dumps, params.choice))
     if params.regex is not None:
         return f"/(?:{ESCAPED.sub(_in_slashes, params.regex)})/"
-    return f"%json {json.dumps(_schema_of(params))}"
+    schema, options = json_form(params)
+    schema = closed(schema) if isinstance(schema, dict) else {"allOf": [schema]}
+    return f"%json {json.dumps(schema | {'x-guidance': options})}"
 
 
 def _in_slashes(part: re.Match) -> str:
     return {"/": r"\/", "\n": r"\n"}.get(part[0], str(part[0]))
-
-
-def _schema_of(params: StructuredOutputsParams) -> dict[str, Any]:
-    schema = {"type": "object"} if params.json_object else params.json
-    schema = json.loads(schema) if isinstance(schema, str) else schema
-    guidance: Form = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
-    if params.disable_any_whitespace:
-        guidance = {"whitespace_flexible": False}
-    return (schema if isinstance(schema, dict) else {}) | {"x-guidance": guidance}
 
 
 def _of_response_format(given: dict[str, Any] | None) -> Form:

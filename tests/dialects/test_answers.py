@@ -3,7 +3,7 @@
 import pytest
 
 from fastgen_jax.dialects import DIALECTS, CallPart, CallStart, Text, Thought, Tool, make_reader
-from tests.dialects.written import TOOLS, WRITERS, calls_of, read
+from tests.dialects.written import TOOLS, WRITERS, calls_of, grammar_of, read
 
 
 def call(name: str, arguments: str = "{}", index: int = 0) -> list:
@@ -192,7 +192,7 @@ def test_a_schema_that_is_none_does_not_keep_an_answer_from_being_read(name, sch
     tool = Tool("f", parameters)
     text = WRITERS[name]([("f", {"a": "x y"})])
     assert calls_of(read(make_reader(DIALECTS[name], tools=[tool]), text)) == [("f", {"a": "x y"})]
-    assert DIALECTS[name].grammar([tool])
+    assert grammar_of(DIALECTS[name], [tool])
     assert calls_of(read(make_reader(DIALECTS[name], tools=[Tool("f", {"properties": 3})]), text))
 
 

@@ -11,7 +11,15 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from fastgen_jax.dialects import DIALECTS, THINKING, Tool, make_reader
 from fastgen_jax.dialects.xml_text import Parameters
 from fastgen_jax.errors import InvalidRequest
-from tests.dialects.written import PING, WRITERS, calls_of, read, text_of, thought_of
+from tests.dialects.written import (
+    PING,
+    WRITERS,
+    calls_of,
+    grammar_of,
+    read,
+    text_of,
+    thought_of,
+)
 
 SEARCH = Tool(
     "search",
@@ -77,7 +85,7 @@ def walk(grammar: str, seed: int, *, stays: bool = False) -> str:
 @SEEDS
 def test_what_a_grammar_allows_is_read_as_calls_that_fit_their_schemas(name, seed):
     dialect = DIALECTS[name]
-    text = walk(dialect.grammar(TOOLS, parallel=True), seed, stays=True)
+    text = walk(grammar_of(dialect, TOOLS, parallel=True), seed, stays=True)
     events = read(make_reader(dialect, tools=TOOLS), text)
     found = calls_of(events)
     assert found
@@ -89,24 +97,18 @@ def test_what_a_grammar_allows_is_read_as_calls_that_fit_their_schemas(name, see
 
 @FORMATS
 @SEEDS
-def test_a_named_tool_is_the_only_one_and_is_called_once(name, seed):
+def test_a_tool_that_stands_alone_is_called_once(name, seed):
     dialect = DIALECTS[name]
-    text = walk(dialect.grammar(TOOLS, choice="later"), seed)
+    text = walk(grammar_of(dialect, [LATER]), seed)
     assert [tool for tool, _ in calls_of(read(make_reader(dialect, tools=TOOLS), text))] == [
         "later"
     ]
 
 
 @FORMATS
-def test_a_tool_that_is_not_there_is_refused(name):
-    with pytest.raises(InvalidRequest, match="tool_choice names 'x', and tools has 'search, ping"):
-        DIALECTS[name].grammar(TOOLS, choice="x")
-
-
-@FORMATS
 def test_names_with_quotes_and_braces_make_valid_grammars(name):
     odd = Tool('a"\\{}\n', {"type": "object", "properties": {'b"\\{}': {"type": "string"}}})
-    grammar = DIALECTS[name].grammar([odd], parallel=True)
+    grammar = grammar_of(DIALECTS[name], [odd], parallel=True)
     assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar), BYTES) == ""
 
 
@@ -116,7 +118,7 @@ def test_names_with_quotes_and_braces_make_valid_grammars(name):
 def test_arguments_are_an_object_of_the_members_that_a_schema_lists(name, seed, closing):
     tool = Tool("f", {"properties": {"a": {"type": "integer"}}, **closing})
     dialect = DIALECTS[name]
-    events = read(make_reader(dialect, tools=[tool]), walk(dialect.grammar([tool]), seed))
+    events = read(make_reader(dialect, tools=[tool]), walk(grammar_of(dialect, [tool]), seed))
     [(_, arguments)] = calls_of(events)
     assert arguments.keys() <= {"a"}
 
@@ -126,13 +128,13 @@ def test_definitions_are_not_repeated_without_end(name):
     properties = {str(i): {"$ref": "#/$defs/a"} for i in range(1000)}
     tool = Tool("f", {"properties": properties, "$defs": {"a": {"enum": ["a" * 100_000]}}})
     with pytest.raises(InvalidRequest, match="exceed 1000000 characters; write schemas in place"):
-        DIALECTS[name].grammar([tool])
+        grammar_of(DIALECTS[name], [tool])
 
 
 @FORMATS
 def test_a_thousand_parameters_make_a_grammar_that_compiles(name):
     properties = {f"p{i}": {"type": "integer"} for i in range(1000)}
-    grammar = DIALECTS[name].grammar([Tool("f", {"properties": properties})])
+    grammar = grammar_of(DIALECTS[name], [Tool("f", {"properties": properties})])
     assert len(grammar) < 300_000
     assert LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar), BYTES) == ""
 
@@ -175,7 +177,7 @@ class Special:
 def test_markers_may_be_tokens_of_the_vocabulary(name):
     dialect = DIALECTS[name]
     special = Special(dialect.markers)
-    grammar = dialect.grammar(TOOLS, literal=special.literal)
+    grammar = grammar_of(dialect, TOOLS, literal=special.literal)
     matcher = LLMatcher(LLTokenizer(TokenizerWrapper(special)), grammar)
     text = WRITERS[name]([("later", {"a": 5})]).removesuffix("<|call|>")
     assert matcher.consume_tokens(special.spell(text)), matcher.get_error()
@@ -205,7 +207,7 @@ def test_thoughts_come_first_and_then_what_the_answer_allows(name, is_open, seed
 def test_thoughts_come_before_calls(name, seed):
     thinking = THINKING[name]
     dialect = thinking.dialect or DIALECTS["hermes"]
-    text = walk(nested(thinking.grammar(is_call=True), dialect.grammar(TOOLS)), seed)
+    text = walk(nested(thinking.grammar(is_call=True), grammar_of(dialect, TOOLS)), seed)
     events = read(make_reader(dialect, thinking, tools=TOOLS), text)
     assert len(calls_of(events)) == 1
     assert text_of(events) == ""

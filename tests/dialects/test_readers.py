@@ -108,8 +108,8 @@ def test_a_long_adversarial_answer_takes_linear_time(name, filling):
         for n_feeds, n_characters in ((1, 2**16), (2**13, 4)):
             reader = reader_of(name)
             piece = (filling * n_characters)[:n_characters]
-            started = time.perf_counter()
+            started = time.thread_time()
             for text in [start, *[piece] * n_feeds]:
                 reader.feed(text)
             reader.close()
-            assert time.perf_counter() - started < 3
+            assert time.thread_time() - started < 3

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from fastgen_jax.dialects import CallPart, CallStart, Event, Reader, Text, Thought, Tool
+from fastgen_jax.dialects import CallPart, CallStart, Dialect, Event, Reader, Text, Thought, Tool
 
 TOOL = Tool(
     "get_weather",
@@ -24,6 +24,13 @@ TOOL = Tool(
 PING = Tool("ping", {"type": "object", "properties": {}})
 TOOLS = (TOOL, PING)
 Calls = list[tuple[str, dict]]
+
+
+def grammar_of(
+    dialect: Dialect, tools: Sequence[Tool], *, parallel: bool = False, literal=json.dumps
+) -> str:
+    """A Lark grammar of calls of these tools and nothing else."""
+    return f"%llguidance {{}}\nstart: calls\n{dialect.write(tools, parallel, literal)}"
 
 
 def read(reader: Reader, text: str, cuts: Sequence[int] = ()) -> list[Event]:
