@@ -150,7 +150,7 @@ def bodies(url: str) -> Iterator[tuple[str, dict]]:
 
 def test_nothing_listens_but_the_port_asked_for_nor_connects_anywhere(sealed):
     sealed.check_sockets()  # while it loads
-    wait_until(lambda: sealed.health() == 200, 90)
+    wait_until(lambda: sealed.health() == 200, 240)
     sealed.check_sockets()
     with socket.create_server(("127.0.0.1", 0)) as canary:
         url = f"http://127.0.0.1:{canary.getsockname()[1]}/x"
