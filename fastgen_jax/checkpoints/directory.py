@@ -9,6 +9,7 @@ from fastgen_jax.models import families
 from fastgen_jax.models.config import ModelConfig
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
+ADAPTER = "adapter_config.json"  # of peft
 
 
 def locate(model: str) -> Path:
@@ -39,6 +40,12 @@ def locate(model: str) -> Path:
 
 def read_config(directory: Path) -> ModelConfig:
     """The ModelConfig of a checkpoint directory."""
+    if (directory / ADAPTER).is_file() and not (directory / "config.json").exists():
+        base = read_json(directory / ADAPTER).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{str(directory)!r} holds an adapter ({ADAPTER}), not a model; merge it into its base "
+            f"model {base!r} (merge_and_unload of peft) and give what that saves"
+        )
     hf = read_json(directory / "config.json")
     if "model_type" not in hf:
         raise ConfigError("config.json has no model_type")

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from fastgen_jax.checkpoints import converted, weights
+from fastgen_jax.checkpoints import converted, names, weights
 from fastgen_jax.checkpoints.quantised import Tensor, unquantised
 from fastgen_jax.checkpoints.tensor_files import read_headers, read_json, weight_files
 from fastgen_jax.checkpoints.weights import Source
@@ -148,13 +148,17 @@ def find_parts(
     """
     family = families.family(config.family)
     stored, problems = read_headers(weight_files(directory))
+    if (name := names.adapter(stored)) is not None:
+        raise CheckpointError(
+            f"{name} in {stored[name].file.name} belongs to an adapter (LoRA) that is not merged; "
+            "merge it into its base model (merge_and_unload of peft) and give what that saves"
+        )
     tensors, found = unquantised(read_json(directory / "config.json"), stored)
     problems += found
-    prefix = getattr(family, "PREFIX", "")
-    if not any(name.startswith(prefix) for name in tensors):
-        tensors = {prefix + name: tensor for name, tensor in tensors.items()}  # saved without head
-    renamed = getattr(family, "RENAMED", {})
-    tensors = {weights.rename(name, renamed): tensor for name, tensor in tensors.items()}
+    known = [*family.WEIGHTS, *family.IGNORED]
+    ours, found = names.canonical(tensors, known)
+    problems += found
+    tensors = {name: tensors[theirs] for name, theirs in ours.items()}
     shapes = {path: param.shape for path, param in params.items()}
     sources, found = weights.plan(family, config, n_shards, shapes, tensors)
     problems += found

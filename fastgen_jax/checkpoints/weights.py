@@ -51,14 +51,6 @@ def expand(weights: dict[str, tuple[str, str]], config: ModelConfig) -> list[Sou
     return sources
 
 
-def rename(name: str, renamed: dict[str, str]) -> str:
-    """The name in WEIGHTS of a tensor whose name in a file begins in another way."""
-    for start, ours in renamed.items():
-        if name.startswith(start):
-            return ours + name.removeprefix(start)
-    return name
-
-
 def _weight_and_bias(source: Source) -> list[Source]:
     """An expert's weight and bias are parameters side by side; another product's lie inside it."""
     weight, bias = ("", "_bias") if _is_of_experts(source) else (".weight", ".bias")

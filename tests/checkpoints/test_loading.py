@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from fastgen_jax.checkpoints import loading
 from fastgen_jax.checkpoints.directory import read_config
 from fastgen_jax.checkpoints.tensor_files import INDEX, read_header, read_headers, weight_files
-from fastgen_jax.errors import CheckpointError
+from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.sharding import make_mesh
 from tests.tiny import write_config
@@ -339,3 +339,34 @@ def test_other_quantisations_are_refused_by_name(tmp_path, config):
 def test_packed_weights_without_a_config_are_recognised(tmp_path):
     packed = {Q.replace("weight", "qweight"): np.zeros((4, 32), np.int32)}
     assert "gptq or awq" in errors_of(write_model(tmp_path, llama_tensors() | packed))
+
+
+def test_adapter_that_is_not_merged_is_refused_with_what_to_do(tmp_path):
+    name = f"base_model.model.{Q.removesuffix('weight')}lora_A.weight"
+    text = errors_of(write_model(tmp_path, llama_tensors() | {name: np.zeros((4, 32), np.float32)}))
+    assert f"{name} in model.safetensors belongs to an adapter" in text
+    assert "merge_and_unload" in text
+
+
+def test_folder_of_an_adapter_alone_is_refused_with_its_base_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(ConfigError, match=r"holds an adapter .*base model 'org/base'.*merge_and"):
+        read_config(tmp_path)
+
+
+def test_tensor_under_two_names_is_refused_with_both(tmp_path):
+    tensors = llama_tensors()
+    text = errors_of(write_model(tmp_path, tensors | {f"module.{Q}": tensors[Q]}))
+    assert f"twice: {Q} and module.{Q} are both {Q}" in text
+
+
+def test_compiled_and_wrapped_model_loads_as_the_plain_one(tmp_path):
+    tensors = llama_tensors()
+    wrapped = {
+        n.replace("model.layers.", "module.model.layers.").replace(".mlp.", "._orig_mod.mlp."): t
+        for n, t in tensors.items()
+    }
+    wrapped["module.model.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    plain = load(write_model(tmp_path / "plain", tensors))
+    for path, param in load(write_model(tmp_path / "wrapped", wrapped)).items():
+        assert np.array_equal(param[...], plain[path][...]), path

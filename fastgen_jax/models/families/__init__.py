@@ -1,8 +1,7 @@
 """Model families: FAMILIES maps a Hugging Face model_type to the module that knows it.
 
 A family module offers `config(hf) -> ModelConfig`, `WEIGHTS` and `IGNORED` (`{}` is a number, `*`
-anything), and `PREFIX` or `RENAMED` (starts of names) where checkpoints differ in them; the module
-that they describe is decoder.Model.
+anything); the module that they describe is decoder.Model.
 """
 
 import importlib

@@ -5,7 +5,6 @@ from typing import Any
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.hf_config import alibi_slopes, field, only, token_ids
 
-PREFIX = "transformer."
 LAYER = "transformer.h.{}"
 WEIGHTS = {
     "transformer.word_embeddings.weight": ("embed.weight", "plain"),

@@ -9,7 +9,6 @@ from typing import Any
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.hf_config import activation, alibi_slopes, field, hf_rope, token_ids
 
-PREFIX = "transformer."
 LAYER = "transformer.h.{}"
 WEIGHTS = {
     "transformer.word_embeddings.weight": ("embed.weight", "plain"),
@@ -24,7 +23,7 @@ WEIGHTS = {
     "transformer.ln_f": ("norm", "linear"),
     "lm_head": ("lm_head", "linear"),
 }
-IGNORED = (f"{LAYER}.self_attention.rotary_emb.inv_freq",)
+IGNORED = ()
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:

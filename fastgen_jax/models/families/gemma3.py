@@ -26,16 +26,7 @@ DEFAULTS = {
 GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
 OUTER = ("bos_token_id", "eos_token_id", "tie_word_embeddings")  # of a config with a text_config
 WEIGHTS = gemma2.WEIGHTS | QK_NORMS
-RENAMED = {
-    "language_model.model.": "model.",
-    "model.language_model.": "model.",
-    "language_model.lm_head.": "lm_head.",
-}
-IGNORED = (
-    *gemma2.IGNORED,
-    *("vision_tower.*", "multi_modal_projector.*"),
-    *("model.vision_tower.*", "model.multi_modal_projector.*"),
-)
+IGNORED = (*gemma2.IGNORED, "vision_tower.*", "multi_modal_projector.*")
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:

@@ -5,7 +5,6 @@ from typing import Any
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.hf_config import activation, field, only, token_ids
 
-PREFIX = "transformer."
 LAYER = "transformer.h.{}"
 WEIGHTS = {
     "transformer.wte.weight": ("embed.weight", "plain"),

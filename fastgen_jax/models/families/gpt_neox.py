@@ -7,7 +7,6 @@ from typing import Any
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.hf_config import activation, hf_rope, token_ids
 
-PREFIX = "gpt_neox."
 LAYER = "gpt_neox.layers.{}"
 WEIGHTS = {
     "gpt_neox.embed_in.weight": ("embed.weight", "plain"),
@@ -21,9 +20,7 @@ WEIGHTS = {
     "embed_out": ("lm_head", "linear"),
     "lm_head": ("lm_head", "linear"),  # since transformers 5
 }
-IGNORED = tuple(
-    f"{LAYER}.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
-)
+IGNORED = (f"{LAYER}.attention.bias", f"{LAYER}.attention.masked_bias")  # causal masks
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:

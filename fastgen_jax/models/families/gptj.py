@@ -7,7 +7,6 @@ from typing import Any
 from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.hf_config import activation, field, token_ids
 
-PREFIX = "transformer."
 LAYER = "transformer.h.{}"
 WEIGHTS = {
     "transformer.wte.weight": ("embed.weight", "plain"),

@@ -20,8 +20,7 @@ WEIGHTS = {
     "model.norm.weight": ("norm.weight", "plain"),
     "lm_head": ("lm_head", "linear"),
 }
-# Tensors that checkpoints carry and nothing needs.
-IGNORED = ("model.layers.{}.self_attn.rotary_emb.inv_freq",)
+IGNORED = ()  # tensors that checkpoints carry and nothing needs
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:

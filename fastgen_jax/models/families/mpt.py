@@ -9,7 +9,6 @@ from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.hf_config import alibi_slopes, field, only, token_ids
 
-PREFIX = "transformer."
 LAYER = "transformer.blocks.{}"
 WEIGHTS = {
     "transformer.wte.weight": ("embed.weight", "plain"),

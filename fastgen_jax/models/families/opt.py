@@ -5,7 +5,6 @@ from typing import Any
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.hf_config import activation, only, token_ids
 
-PREFIX = "model."
 LAYER = "model.decoder.layers.{}"
 WEIGHTS = {
     "model.decoder.embed_tokens.weight": ("embed.weight", "plain"),

@@ -20,7 +20,7 @@ WEIGHTS = {
     "model.final_layernorm": ("norm", "linear"),
     "lm_head": ("lm_head", "linear"),
 }
-IGNORED = (f"{LAYER}.self_attn.rotary_emb.inv_freq",)
+IGNORED = ()
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:

@@ -25,7 +25,7 @@ WEIGHTS = {
     "transformer.ln_f.weight": ("norm.weight", "plain"),
     "lm_head": ("lm_head", "linear"),
 }
-IGNORED = ("transformer.rotary_emb.inv_freq", f"{LAYER}.attn.rotary_emb.inv_freq")
+IGNORED = ()
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:
