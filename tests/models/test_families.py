@@ -143,6 +143,19 @@ def test_text_weights_are_found_under_every_name_that_checkpoints_give_them(tmp_
     assert all(np.array_equal(found[path], expected[path]) for path in expected)
 
 
+def test_mistral_has_a_window_unless_its_config_says_none():
+    hf = golden_config("mistral")
+    assert read(hf | {"sliding_window": None}).windows == ()
+    del hf["sliding_window"]
+    assert read(hf).windows == (4096, 4096)
+    assert (
+        read(
+            hf | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+        ).windows
+        == ()
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [

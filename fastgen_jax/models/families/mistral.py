@@ -11,6 +11,6 @@ WEIGHTS, IGNORED = llama.WEIGHTS, llama.IGNORED
 
 def config(hf: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json."""
-    window = hf.get("sliding_window")
+    window = hf.get("sliding_window", 4096)  # null: none
     windows = (window,) * hf["num_hidden_layers"] if window else ()
     return dataclasses.replace(llama.config(hf), family="mistral", windows=windows)

@@ -25,4 +25,6 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         layers=tuple(range(hf["num_hidden_layers"])),
         normalise=True,
     )
-    return dataclasses.replace(mistral.config(hf), family="mixtral", moe=moe)
+    return dataclasses.replace(
+        mistral.config({"sliding_window": None} | hf), family="mixtral", moe=moe
+    )
