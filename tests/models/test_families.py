@@ -157,6 +157,28 @@ def test_mistral_has_a_window_unless_its_config_says_none():
 
 
 @pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("qwen3_next", "its layers keep a recurrent state beside the KV cache"),
+        ("lfm2", "its layers keep the inputs of convolutions"),
+        ("deepseek_v32", "its attention looks tokens up by an index"),
+        ("gemma3n", "its layers share KV caches"),
+        ("t5", "it is an encoder, or has one; only decoders are served"),
+    ],
+)
+def test_known_types_that_are_not_served_are_refused_with_the_reason(model_type, message):
+    with pytest.raises(ConfigError, match=f"'{model_type}' is not supported: {message}"):
+        read({"model_type": model_type})
+
+
+def test_unknown_type_is_refused_with_the_nearest_known_ones():
+    with pytest.raises(ConfigError, match="'qwen33' is not supported; did you mean 'qwen3' or"):
+        read({"model_type": "qwen33"})
+    with pytest.raises(ConfigError, match=r"'xyz' is not supported; known: .*llama, "):
+        read({"model_type": "xyz"})
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),

@@ -4,10 +4,12 @@ A family module offers `config(hf) -> ModelConfig`, `WEIGHTS` and `IGNORED` (`{}
 anything); the module that they describe is decoder.Model.
 """
 
+import difflib
 import importlib
 from types import ModuleType
 
 from fastgen_jax.errors import ConfigError
+from fastgen_jax.models.families.refused import REFUSED
 
 FAMILIES = {  # model_type -> module
     "bloom": "bloom",
@@ -47,8 +49,16 @@ FAMILIES = {  # model_type -> module
 
 
 def family(model_type: str) -> ModuleType:
-    """The module of a Hugging Face model_type; ConfigError names the known ones."""
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise ConfigError(f"model type {model_type!r} is not supported; known: {known}")
-    return importlib.import_module(f"fastgen_jax.models.families.{FAMILIES[model_type]}")
+    """The module of a Hugging Face model_type.
+
+    Raises:
+        ConfigError: says why a type is not served, or which known ones are nearest.
+    """
+    if model_type in FAMILIES:
+        return importlib.import_module(f"{__name__}.{FAMILIES[model_type]}")
+    refusal = f"model type {model_type!r} is not supported"
+    if model_type in REFUSED:
+        raise ConfigError(f"{refusal}: {REFUSED[model_type]}")
+    if nearest := difflib.get_close_matches(model_type, FAMILIES):
+        refusal += f"; did you mean {' or '.join(map(repr, nearest))}?"
+    raise ConfigError(f"{refusal}; known: {', '.join(sorted(FAMILIES))}")
