@@ -130,6 +130,27 @@ class LatentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryScale:
+    """A factor on queries that grows with their position p, to keep attention sharp in long
+    contexts: 1 + weight * log(1 + floor((p + first) / length)).
+    """
+
+    weight: float
+    length: int
+    layers: tuple[int, ...]  # which have it
+    first: int = 0  # how the first position counts
+
+    def __post_init__(self):
+        if not is_real(self.weight):
+            raise ConfigError(f"model config: the weight {self.weight!r} of positions in queries")
+        if not (is_integer(self.length) and self.length > 0):
+            raise ConfigError(
+                "model config: the length at which queries grow must be a positive integer, got "
+                f"{self.length!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of a decoder: what the layers need, whatever family the checkpoint belongs to."""
 
@@ -170,6 +191,7 @@ class ModelConfig:
     out_bias: bool = False
     qk_norm: str | None = None  # RMS of each "head" or of "all" heads; layer norm of "each_head"
     attention_scale: float | None = None  # None: H ** -0.5
+    query_scale: QueryScale | None = None
     attention_soft_cap: float | None = None
     sinks: bool = False
     qkv_clip: float | None = None

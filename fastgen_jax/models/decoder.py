@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.config import ModelConfig, QueryScale
 from fastgen_jax.models.layers import (
     MLP,
     Attend,
@@ -72,6 +72,18 @@ def _apply(norm, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     return x if norm is None else norm(x)
 
 
+def scale_queries(attend: Attend, positions: Int[Array, "T"], scale: QueryScale) -> Attend:
+    """The same attention of queries that grow with their position."""
+    places = positions.astype(jnp.float32) + scale.first
+    factors = 1.0 + scale.weight * jnp.log1p(jnp.floor(places / scale.length))
+
+    def scaled(q: Float[Array, "T N H"], *inputs, **options):
+        q = (q.astype(jnp.float32) * factors[:, None, None]).astype(q.dtype)
+        return attend(q, *inputs, **options)
+
+    return scaled
+
+
 class Model(nnx.Module):
     """Token ids to final hidden states; `unembed` turns the rows that are sampled into logits."""
 
@@ -111,9 +123,14 @@ class Model(nnx.Module):
         x = _apply(self.embed_norm, x)
         ropes = {config.rope_of(i) for i in range(config.n_layers)}
         rotations = {rope: rope and Rotation(positions, config.head_dim, rope) for rope in ropes}
+        scale = config.query_scale
+        scaled = attend if scale is None else scale_queries(attend, positions, scale)
         updated = []
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            x, cache = layer(x, rotations[config.rope_of(i)], cache, attend)
+            is_scaled = scale is not None and i in scale.layers
+            x, cache = layer(
+                x, rotations[config.rope_of(i)], cache, scaled if is_scaled else attend
+            )
             updated.append(cache)
         return _apply(self.norm, x), tuple(updated)
 

@@ -62,6 +62,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": SHAPE | MOE | {"model_type": "mixtral", "sliding_window": None},
     "mistral": SHAPE | {"model_type": "mistral", "sliding_window": 50},
     "mistral_nemo": SHAPE | {"model_type": "mistral", "sliding_window": None, "head_dim": 12},
+    "ministral3": SHAPE
+    | {"model_type": "ministral3", "sliding_window": None, "head_dim": 12}
+    | {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.4, "mscale": 1.0}
+       | {"mscale_all_dim": 1.0}},
     "qwen": SHAPE | {"model_type": "qwen2", "num_key_value_heads": 4},
     "qwen2_windows": SHAPE
     | {"model_type": "qwen2", "tie_word_embeddings": True}

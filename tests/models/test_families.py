@@ -18,7 +18,7 @@ from fastgen_jax.engine import startup
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.models import families
-from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.config import ModelConfig, QueryScale
 from fastgen_jax.models.hf_config import alibi_slopes
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.rope import rope_frequencies
@@ -90,6 +90,13 @@ def test_exaone_pattern_of_letters_repeats_and_ends_with_a_global_layer():
     config = read(hf | {"num_hidden_layers": 5})
     assert config.windows == (40, 40, None, 40, None)
     assert config.unrotated_layers == (2, 4)
+
+
+def test_queries_of_devstral_2_do_not_grow():
+    hf = golden_config("ministral3")
+    rope = hf["rope_parameters"]
+    assert read(hf).query_scale == QueryScale(weight=0.4, length=32, layers=(0, 1))
+    assert read(hf | {"rope_parameters": rope | {"llama_4_scaling_beta": 0}}).query_scale is None
 
 
 def test_smollm3_has_windows_only_where_nothing_turns():
@@ -208,6 +215,11 @@ def test_unknown_type_is_refused_with_the_nearest_known_ones():
         ("mpt", {"attn_config": {"qk_ln": True}}, "qk_ln=True"),
         ("mpt", {"attn_config": {"attn_type": "multiquery_attention"}}, "multiquery_attention"),
         ("starcoder2", {"norm_type": "rms_norm"}, "norm_type='rms_norm'"),
+        (
+            "ministral3",
+            {"rope_parameters": {"llama_4_scaling_beta": 1, "original_max_position_embeddings": 0}},
+            "length at which queries grow must be a positive integer, got 0",
+        ),
     ],
 )
 def test_variant_that_is_not_supported_is_refused(name, changes, message):

@@ -29,6 +29,7 @@ FAMILIES = {  # model_type -> module
     "gptj": "gptj",
     "granite": "granite",
     "llama": "llama",
+    "ministral3": "ministral3",
     "mistral": "mistral",
     "mixtral": "mixtral",
     "mpt": "mpt",
