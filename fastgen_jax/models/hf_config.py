@@ -49,6 +49,22 @@ def hf_rope(hf: dict[str, Any]) -> RopeConfig:
     return RopeConfig(kind=kind, theta=float(theta), **fields)
 
 
+def rope_by_window(
+    hf: dict[str, Any], theta: float, local_theta: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `rope_parameters` of layers that see everything and of those with a window.
+
+    transformers 5 has them by layer type; before, `rope_scaling` was for the former alone.
+
+    theta, local_theta: of those that say none.
+    """
+    by_type = hf.get("rope_parameters") or {"full_attention": hf.get("rope_scaling")}
+    return (
+        {"rope_theta": theta} | (by_type.get("full_attention") or {}),
+        {"rope_theta": local_theta} | (by_type.get("sliding_attention") or {}),
+    )
+
+
 def layer_windows(hf: dict[str, Any], every: int | None = None) -> tuple[int | None, ...]:
     """Each layer's sliding window, from `layer_types` or, before transformers 5, from
     `sliding_window_pattern` (every so many layers one sees everything) or `max_window_layers` (the

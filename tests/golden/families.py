@@ -151,6 +151,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2_bare": SHAPE
     | {"model_type": "starcoder2", "use_bias": False, "tie_word_embeddings": True},
     "smollm3": SHAPE | {"model_type": "smollm3", "num_hidden_layers": 4, "pad_token_id": 0},
+    "olmo3": SHAPE
+    | {"model_type": "olmo3", "num_hidden_layers": 3, "sliding_window": 40, "pad_token_id": 0}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    | {
+        "rope_parameters": {
+            "full_attention": YARN | {"attention_factor": 1.2},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        }
+    },
     "qwen2_moe": SHAPE | QWEN_MOE | {
         "model_type": "qwen2_moe", "shared_expert_intermediate_size": 20, "mlp_only_layers": [0],
         "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2,

@@ -28,6 +28,7 @@ from tests.tiny import one_program, random_requests, run, tokens
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHORT, LONG = [9.0] * 6, [1.0, 1.2, 1.5, 2.0, 3.0, 4.0]
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN_OF_GOLDENS = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 
 
 def golden_config(name: str) -> dict[str, Any]:
@@ -67,6 +68,11 @@ def resolve(model: ModelConfig, **options) -> startup.ResolvedConfig:
         ("cohere2", ["layer_types"], {"sliding_window_pattern": 2}),
         ("exaone4", ["layer_types"], {"sliding_window_pattern": 2}),
         ("exaone4_global", ["layer_types"], {"sliding_window_pattern": None}),
+        (
+            "olmo3",
+            ["rope_parameters"],
+            {"rope_theta": 10000.0} | {"rope_scaling": YARN_OF_GOLDENS | {"attention_factor": 1.2}},
+        ),
     ],
 )
 def test_older_form_of_a_config_reads_alike(name, dropped, added):
@@ -368,7 +374,6 @@ def assert_loads_as(name: str, tensors: dict[str, np.ndarray], directory: Path) 
     assert all(np.array_equal(found[path][...], expected[path][...]) for path in expected)
 
 
-YARN_OF_GOLDENS = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
 
 

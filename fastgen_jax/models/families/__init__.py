@@ -34,6 +34,7 @@ FAMILIES = {  # model_type -> module
     "mixtral": "mixtral",
     "mpt": "mpt",
     "olmo2": "olmo2",
+    "olmo3": "olmo3",
     "olmoe": "olmoe",
     "opt": "opt",
     "phi": "phi",

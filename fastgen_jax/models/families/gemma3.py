@@ -8,7 +8,7 @@ from typing import Any
 from fastgen_jax.models.config import ModelConfig, RopeConfig
 from fastgen_jax.models.families import gemma2
 from fastgen_jax.models.families.qwen3 import QK_NORMS
-from fastgen_jax.models.hf_config import hf_rope, layer_windows
+from fastgen_jax.models.hf_config import hf_rope, layer_windows, rope_by_window
 
 # What the hub's text_configs leave out.
 DEFAULTS = {
@@ -49,11 +49,8 @@ def _ropes(hf: dict[str, Any]) -> tuple[RopeConfig, RopeConfig]:
     stretched positions.
     """
     stretched = hf["max_position_embeddings"]
-    by_type = hf.get("rope_parameters") or {"full_attention": hf.get("rope_scaling")}
-    whole = {"rope_theta": hf.get("rope_theta", GLOBAL_THETA)}
-    whole |= by_type.get("full_attention") or {}
-    local = {"rope_theta": hf.get("rope_local_base_freq", LOCAL_THETA)}
-    local |= by_type.get("sliding_attention") or {}
+    theta, local_theta = hf.get("rope_theta", GLOBAL_THETA), hf.get("rope_local_base_freq")
+    whole, local = rope_by_window(hf, theta, local_theta or LOCAL_THETA)
     original = int(stretched / whole.get("factor", 1))
     return (
         hf_rope({"original_max_position_embeddings": original, "rope_parameters": whole}),
