@@ -160,6 +160,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         }
     },
+    "seed_oss": SHAPE
+    | {"model_type": "seed_oss", "head_dim": 12, "attention_out_bias": True, "mlp_bias": True},
     "qwen2_moe": SHAPE | QWEN_MOE | {
         "model_type": "qwen2_moe", "shared_expert_intermediate_size": 20, "mlp_only_layers": [0],
         "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2,

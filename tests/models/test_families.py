@@ -105,6 +105,14 @@ def test_queries_of_devstral_2_do_not_grow():
     assert read(hf | {"rope_parameters": rope | {"llama_4_scaling_beta": 0}}).query_scale is None
 
 
+def test_seed_oss_has_biases_of_queries_keys_and_values_unless_it_says_otherwise():
+    hf = golden_config("seed_oss")
+    biases = "attention_bias", "attention_out_bias", "mlp_bias"
+    config = read({field: value for field, value in hf.items() if field not in biases})
+    assert (config.qkv_bias, config.out_bias, config.mlp_bias) == (True, False, False)
+    assert not read(hf | {"attention_bias": False}).qkv_bias
+
+
 def test_smollm3_has_windows_only_where_nothing_turns():
     hf = golden_config("smollm3") | {"use_sliding_window": True, "sliding_window": 40}
     dropped = "layer_types", "no_rope_layers", "tie_word_embeddings"
