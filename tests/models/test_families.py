@@ -73,6 +73,7 @@ def resolve(model: ModelConfig, **options) -> startup.ResolvedConfig:
             ["rope_parameters"],
             {"rope_theta": 10000.0} | {"rope_scaling": YARN_OF_GOLDENS | {"attention_factor": 1.2}},
         ),
+        ("ernie4_5", ["rope_parameters"], {"rope_theta": 500000.0, "compression_ratio": 1.0}),
     ],
 )
 def test_older_form_of_a_config_reads_alike(name, dropped, added):
@@ -234,6 +235,7 @@ def test_unknown_type_is_refused_with_the_nearest_known_ones():
             {"rope_parameters": {"llama_4_scaling_beta": 1, "original_max_position_embeddings": 0}},
             "length at which queries grow must be a positive integer, got 0",
         ),
+        ("ernie4_5", {"compression_ratio": 2.0}, "compression_ratio=2.0"),
     ],
 )
 def test_variant_that_is_not_supported_is_refused(name, changes, message):

@@ -17,6 +17,7 @@ FAMILIES = {  # model_type -> module
     "cohere2": "cohere2",
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
+    "ernie4_5": "ernie4_5",
     "exaone4": "exaone4",
     "falcon": "falcon",
     "gemma": "gemma",
