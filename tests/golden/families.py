@@ -184,4 +184,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": SHAPE | DEEPSEEK | GROUPS | {
         "model_type": "deepseek_v3", "q_lora_rank": 20, "attention_bias": True,
     },
+    "kimi_k2": SHAPE | DEEPSEEK | {
+        "model_type": "kimi_k2", "q_lora_rank": 20, "n_group": 1, "topk_group": 1,
+        "routed_scaling_factor": 2.827, "n_shared_experts": 1,
+        "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1.0},
+    },
 }  # fmt: skip

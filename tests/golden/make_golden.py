@@ -78,6 +78,7 @@ FIRST_QWEN_NAMES = {
 FIRST_QWEN_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings",
 )  # fmt: skip
+KNOWN_AS = {"kimi_k2": "deepseek_v3"}  # model types that transformers knows by another name only
 OLD_FORM = ("gqa", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -86,7 +87,8 @@ def random_model(seed: int, *, model_type: str = "llama", **fields: Any) -> Any:
     torch.manual_seed(seed)
     shape = SHAPE if model_type == "llama" else {}
     fields = shape | {"bos_token_id": 1, "eos_token_id": 2} | fields
-    config = transformers.AutoConfig.for_model(model_type, **fields)
+    known_type = KNOWN_AS.get(model_type, model_type)
+    config = transformers.AutoConfig.for_model(known_type, **fields)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith("bias"):
@@ -99,9 +101,12 @@ def random_model(seed: int, *, model_type: str = "llama", **fields: Any) -> Any:
 def load(path: pathlib.Path) -> Any:
     # Eager Falcon of transformers 5 adds ALiBi to the scores and again to the mask.
     config = json.loads((path / "config.json").read_text())
-    options = {"attn_implementation": "sdpa" if config["model_type"] == "falcon" else "eager"}
+    model_type = config.pop("model_type")
+    options = {"attn_implementation": "sdpa" if model_type == "falcon" else "eager"}
     if "quantization_config" in config:
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    if model_type in KNOWN_AS:
+        options["config"] = transformers.AutoConfig.for_model(KNOWN_AS[model_type], **config)
     return transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, experts_implementation="eager", **options
     ).eval()
@@ -139,6 +144,11 @@ def clear_prompt(model: Any, n_prompt: int, n_new: int, seed: int) -> tuple[list
         logits, greedy = run(model, prompt, n_new)
         if margin(logits, n_new) > 0.01:
             return prompt, logits, greedy
+
+
+def set_model_type(path: pathlib.Path, model_type: str) -> None:
+    config = json.loads((path / "config.json").read_text()) | {"model_type": model_type}
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def write_old_config(path: pathlib.Path) -> None:
@@ -197,6 +207,8 @@ def make(name: str, seed: int) -> None:
     (path / "generation_config.json").unlink()
     if name == "gpt_oss_mxfp4":
         pack_experts(path)
+    if CHECKPOINTS[name].get("model_type") in KNOWN_AS:
+        set_model_type(path, CHECKPOINTS[name]["model_type"])
     model = load(path)
     prompt, logits, greedy = clear_prompt(model, N_PROMPT, N_NEW, seed)
     if name in OLD_FORM:

@@ -418,6 +418,16 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             {"rope_theta": 10000.0, "rope_scaling": DEEPSEEK_ROPE, "moe_layer_freq": 1}
             | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
         ),
+        (
+            "kimi_k2",
+            ["rope_parameters", "head_dim", "qk_head_dim", "rope_interleave"],
+            {"rope_theta": 10000.0, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+            | {
+                "rope_scaling": YARN_OF_GOLDENS
+                | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1.0}
+            }
+            | {"moe_layer_freq": 1, "num_nextn_predict_layers": 0, "aux_loss_alpha": 0.001},
+        ),
     ],
 )
 def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
@@ -442,6 +452,7 @@ def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ("deepseek_v3", {"n_group": 8, "topk_group": 4}, "at least two experts"),
+        ("kimi_k2", {"scoring_func": "softmax"}, "kimi_k2: scoring_func='softmax'"),
     ],
 )
 def test_mixtures_that_nothing_here_computes_are_refused(name, changes, message):

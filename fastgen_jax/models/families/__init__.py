@@ -29,6 +29,7 @@ FAMILIES = {  # model_type -> module
     "gpt_oss": "gpt_oss",
     "gptj": "gptj",
     "granite": "granite",
+    "kimi_k2": "kimi_k2",
     "llama": "llama",
     "ministral3": "ministral3",
     "mistral": "mistral",
