@@ -28,6 +28,8 @@ DEEPSEEK |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_
 DEEPSEEK |= {"first_k_dense_replace": 1, "num_key_value_heads": 4, "n_shared_experts": 2}
 DEEPSEEK |= {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}
 DEEPSEEK |= {"rms_norm_eps": 0.01}  # not the latents' norms'
+GLM_MOE = {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 3}
+GLM_MOE |= {"moe_intermediate_size": 24, "head_dim": 12}
 GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
 OLDER = {  # families that know neither KV heads nor a feed-forward size
     "vocab_size": 64,
@@ -188,5 +190,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_type": "kimi_k2", "q_lora_rank": 20, "n_group": 1, "topk_group": 1,
         "routed_scaling_factor": 2.827, "n_shared_experts": 1,
         "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 1.0},
+    },
+    "glm4_moe": SHAPE | GLM_MOE | GROUPS | {"use_qk_norm": True},
+    "glm4_moe_air": SHAPE | GLM_MOE | {
+        "attention_bias": True, "n_shared_experts": 2, "partial_rotary_factor": 0.67,
     },
 }  # fmt: skip

@@ -428,6 +428,11 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             }
             | {"moe_layer_freq": 1, "num_nextn_predict_layers": 0, "aux_loss_alpha": 0.001},
         ),
+        (
+            "glm4_moe_air",
+            ["rope_parameters"],
+            {"rope_theta": 10000.0, "rope_scaling": None, "partial_rotary_factor": 0.67},
+        ),
     ],
 )
 def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
@@ -453,6 +458,7 @@ def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ("deepseek_v3", {"n_group": 8, "topk_group": 4}, "at least two experts"),
         ("kimi_k2", {"scoring_func": "softmax"}, "kimi_k2: scoring_func='softmax'"),
+        ("glm4_moe", {"n_group": 3}, "8 experts do not divide into 3 groups"),
     ],
 )
 def test_mixtures_that_nothing_here_computes_are_refused(name, changes, message):

@@ -12,9 +12,14 @@ from fastgen_jax.models.families import llama, qwen2_moe
 
 ATTENTION = "model.layers.{}.self_attn"
 SHARED = "model.layers.{}.mlp.shared_experts"
+EXPERTS = qwen2_moe.EXPERTS | {
+    f"{SHARED}.gate_proj": ("layers.{}.mlp.shared.gate_up", "gate"),
+    f"{SHARED}.up_proj": ("layers.{}.mlp.shared.gate_up", "up"),
+    f"{SHARED}.down_proj": ("layers.{}.mlp.shared.down", "linear"),
+}
 WEIGHTS = (
     {name: entry for name, entry in llama.WEIGHTS.items() if ".self_attn." not in name}
-    | qwen2_moe.EXPERTS
+    | EXPERTS
     | {
         f"{ATTENTION}.q_proj": ("layers.{}.attention.q", "linear"),
         f"{ATTENTION}.q_a_proj": ("layers.{}.attention.q_down", "linear"),
@@ -24,9 +29,6 @@ WEIGHTS = (
         f"{ATTENTION}.kv_a_layernorm.weight": ("layers.{}.attention.kv_norm.weight", "plain"),
         f"{ATTENTION}.kv_b_proj": ("layers.{}.attention.kv_up", "linear"),
         f"{ATTENTION}.o_proj": ("layers.{}.attention.out", "linear"),
-        f"{SHARED}.gate_proj": ("layers.{}.mlp.shared.gate_up", "gate"),
-        f"{SHARED}.up_proj": ("layers.{}.mlp.shared.gate_up", "up"),
-        f"{SHARED}.down_proj": ("layers.{}.mlp.shared.down", "linear"),
     }
 )
 IGNORED = llama.IGNORED
