@@ -195,4 +195,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe_air": SHAPE | GLM_MOE | {
         "attention_bias": True, "n_shared_experts": 2, "partial_rotary_factor": 0.67,
     },
+    "minimax_m2": SHAPE | MOE | {
+        "model_type": "minimax_m2", "head_dim": 12, "rotary_dim": 8, "intermediate_size": 24,
+    },
 }  # fmt: skip

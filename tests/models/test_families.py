@@ -433,6 +433,13 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             ["rope_parameters"],
             {"rope_theta": 10000.0, "rope_scaling": None, "partial_rotary_factor": 0.67},
         ),
+        (
+            "minimax_m2",
+            ["rope_parameters", "attention_dropout"],
+            {"rope_theta": 5000000, "scoring_func": "sigmoid", "use_routing_bias": True}
+            | {"use_qk_norm": True, "qk_norm_type": "per_layer", "attn_type_list": [1, 1]}
+            | {"shared_intermediate_size": 0, "use_mtp": True, "num_mtp_modules": 3},
+        ),
     ],
 )
 def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
@@ -459,6 +466,10 @@ def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
         ("deepseek_v3", {"n_group": 8, "topk_group": 4}, "at least two experts"),
         ("kimi_k2", {"scoring_func": "softmax"}, "kimi_k2: scoring_func='softmax'"),
         ("glm4_moe", {"n_group": 3}, "8 experts do not divide into 3 groups"),
+        ("minimax_m2", {"attn_type_list": [0, 1]}, r"attn_type_list=\[0, 1\]"),
+        ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type='per_head'"),
+        ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=False"),
+        ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8"),
     ],
 )
 def test_mixtures_that_nothing_here_computes_are_refused(name, changes, message):

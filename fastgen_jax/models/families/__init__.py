@@ -33,6 +33,7 @@ FAMILIES = {  # model_type -> module
     "kimi_k2": "kimi_k2",
     "llama": "llama",
     "ministral3": "ministral3",
+    "minimax_m2": "minimax_m2",
     "mistral": "mistral",
     "mixtral": "mixtral",
     "mpt": "mpt",

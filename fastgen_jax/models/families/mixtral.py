@@ -18,13 +18,17 @@ IGNORED = llama.IGNORED
 
 def config(hf: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json."""
-    moe = MoeConfig(
+    return dataclasses.replace(
+        mistral.config({"sliding_window": None} | hf), family="mixtral", moe=mixture(hf)
+    )
+
+
+def mixture(hf: dict[str, Any]) -> MoeConfig:
+    """Experts in every layer, as large as a dense MLP, whose scores sum to one."""
+    return MoeConfig(
         n_experts=hf["num_local_experts"],
         n_chosen=hf["num_experts_per_tok"],
         ffn_size=hf["intermediate_size"],
         layers=tuple(range(hf["num_hidden_layers"])),
         normalise=True,
-    )
-    return dataclasses.replace(
-        mistral.config({"sliding_window": None} | hf), family="mixtral", moe=moe
     )
