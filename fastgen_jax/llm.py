@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.beam_search import BeamSearchOutput, search
 from fastgen_jax.config import show
-from fastgen_jax.constrained import Constrainer, Constraints, needs_words
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import ConfigError, EngineStopped, InvalidRequest
@@ -24,7 +23,7 @@ from fastgen_jax.generation import Generation, Job, run
 from fastgen_jax.prompts import Prompt, at_prompt, prompt_list, text_and_ids
 from fastgen_jax.results import EmbeddingRequestOutput, Logprob, RequestOutput
 from fastgen_jax.sampling_params import BeamSearchParams, Pooling, SamplingParams
-from fastgen_jax.tokenizer import Tokenizer, has_tokenizer
+from fastgen_jax.tokenizer import Constrainer, Constraints, Tokenizer, has_tokenizer, needs_words
 from fastgen_jax.vllm_options import (
     BEAM_SEARCHING,
     CHATTING,

@@ -42,13 +42,7 @@ WINGS = {
     ),
     "server": Wing("OpenAI's protocol over one engine", ("fastgen_jax/server",)),
     "dialects": Wing("how models write calls and thoughts", ("fastgen_jax/dialects",)),
-    "tokenizer": Wing(
-        "text to ids and back",
-        tuple(
-            f"fastgen_jax/{name}.py"
-            for name in ("tokenizer", "history", "vocabulary", "constrained")
-        ),
-    ),
+    "tokenizer": Wing("text to ids and back", ("fastgen_jax/tokenizer",)),
     "engine": Wing("token ids in, token ids out", ("fastgen_jax/engine",)),
     "checkpoints": Wing("formats on disk", ("fastgen_jax/checkpoints",)),
     "models": Wing("the decoder of all families", ("fastgen_jax/models",)),
@@ -85,7 +79,7 @@ UNSAFE_KEYWORDS = {"trust_remote_code", "allow_pickle", "shell"}
 BORDER = ("server/json_body", "server/protocol", "server/reader", "server/framing", "server/gate")
 BORDER += ("server/tools", "server/structure", "server/speech", "server/protocol_responses")
 BORDER += ("server/stream", "server/uploads", "server/connection", "server/config")
-BORDER += ("server/cors", "server/embeddings", "history")
+BORDER += ("server/cors", "server/embeddings", "tokenizer/history")
 BORDER += ("sampling_params", "prompts", "engine/admission", "engine/config", "models/config")
 BORDER += ("models/hf_config", "checkpoints/directory", "checkpoints/tensor_files")
 # What a server has no use for: other processes, but for one that tries clients' grammars, and
@@ -250,8 +244,7 @@ def test_no_user_text_is_a_regular_expression():
 
     found = problems(variable_patterns, "fastgen_jax")
     in_request = ("fastgen_jax/server/", "fastgen_jax/dialects/", "fastgen_jax/engine/",
-                  "fastgen_jax/tokenizer.py", "fastgen_jax/history.py",
-                  "fastgen_jax/vocabulary.py", "fastgen_jax/sampling_params.py",
+                  "fastgen_jax/tokenizer/", "fastgen_jax/sampling_params.py",
                   "fastgen_jax/llm.py", "fastgen_jax/generation.py",
                   "fastgen_jax/prompts.py")  # fmt: skip
     assert [text for text in found if text.startswith(in_request)] == []

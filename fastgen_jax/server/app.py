@@ -12,7 +12,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from fastgen_jax.constrained import Constraints
 from fastgen_jax.server import protocol, responses
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.embeddings import EmbeddingRequest, Embeddings
@@ -26,6 +25,7 @@ from fastgen_jax.server.reader import Ask, Reader
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.stream import EventStream, Refusal, cancelled_by_disconnect, read_json
 from fastgen_jax.server.uploads import Upload
+from fastgen_jax.tokenizer import Constraints
 
 VERSION = version("fastgen-jax")
 N_DRAIN_BODIES = 16  # of a refused body, so many times the limit is still read and dropped

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from fastgen_jax.constrained import Constrainer, Constraints, needs_words
 from fastgen_jax.engine.types import Output, Request, Stats
 from fastgen_jax.errors import ContextLengthExceeded, QueueFull, RequestError
 from fastgen_jax.sampling_params import Pooling, SamplingParams
@@ -25,7 +24,7 @@ from fastgen_jax.server.generation import PLAIN, SILENT, Choice, Generation, Voi
 from fastgen_jax.server.metrics import Metrics, cache_labels
 from fastgen_jax.server.trial import Trial
 from fastgen_jax.server.uploads import Uploads
-from fastgen_jax.tokenizer import TextStream, Tokenizer
+from fastgen_jax.tokenizer import Constrainer, Constraints, TextStream, Tokenizer, needs_words
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.engine import Engine

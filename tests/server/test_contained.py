@@ -18,7 +18,8 @@ from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.formats import format
 from fastgen_jax.server.formats.choices import ChoicesFormat
 from fastgen_jax.server.reader import Reader
-from fastgen_jax.tokenizer import StopMatcher, Tokenizer
+from fastgen_jax.tokenizer import Tokenizer
+from fastgen_jax.tokenizer.stop_strings import StopMatcher
 from tests.server.running import CHAT, PATHS, TEXT, hold_encode, read_all, serving, wait_until
 from tests.server.test_bad_input import BAD
 from tests.server.test_wire import CORPUS, exchange

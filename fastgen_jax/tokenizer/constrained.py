@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from fastgen_jax.grammar import Grammar, GrammarCompiler, grammar_text
 from fastgen_jax.sampling_params import SamplingParams, StructuredOutputsParams
-from fastgen_jax.tokenizer import Tokenizer
+from fastgen_jax.tokenizer.tokenizer import Tokenizer
 
 
 class Constraints(NamedTuple):

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from fastgen_jax.engine.types import Output
 from fastgen_jax.errors import CheckpointError, InvalidRequest
 from fastgen_jax.sampling_params import SamplingParams
-from fastgen_jax.tokenizer import (
-    StopMatcher,
-    StopString,
-    TextDelta,
-    TextStream,
-    Tokenizer,
-    has_tokenizer,
-)
+from fastgen_jax.tokenizer import TextDelta, TextStream, Tokenizer, has_tokenizer
+from fastgen_jax.tokenizer.stop_strings import StopMatcher, StopString
 from tests import tiny_tokenizers
 
 PROMPT = "Anna has"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
-from fastgen_jax.vocabulary import NFC_SHRINKS, longest_token
+from fastgen_jax.tokenizer.vocabulary import NFC_SHRINKS, longest_token
 from tests import tiny_tokenizers
 
 
