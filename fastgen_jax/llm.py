@@ -88,6 +88,8 @@ class LLM:
         self._open_engine: Engine | None = engine
         self._constrainer: Constrainer | None = None
         self._lock = threading.Lock()  # one generate at a time: it steps the engine
+        if tokenizer is not None:
+            engine.end_at(tokenizer.eos_token_ids)
 
     @property
     def engine(self) -> Engine:

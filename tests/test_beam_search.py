@@ -136,7 +136,7 @@ def test_the_engine_finds_what_a_naive_loop_finds(llm, penalty):
     found = llm.beam_search(prompts, params)
     twin = tiny.Naive(llm.engine)
     for prompt, output in zip(prompts, found, strict=True):
-        expected = naive_search(twin, prompt, params, LIKELY_ENDS)
+        expected = naive_search(twin, prompt, params, llm.engine.eos_token_ids)
         assert [s.tokens for s in output.sequences] == [tokens for _, tokens, _ in expected]
         for sequence, (_, _, total) in zip(output.sequences, expected, strict=True):
             assert math.isclose(sequence.cum_logprob, total, abs_tol=1e-4)

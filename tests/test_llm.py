@@ -60,6 +60,9 @@ class FakeEngine:
     def __post_init__(self):
         self.live, self.inbox = {}, []
 
+    def end_at(self, token_ids):
+        self.ends = token_ids
+
     def check(self, request):
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt is empty", param="prompt")

@@ -62,6 +62,14 @@ def metaspace(directory: Path, chat_template: str | None = CHAT_TEMPLATE) -> str
     return _save(tokenizer, directory, chat_template)
 
 
+def with_tokens(path: str, *texts: str, special: bool = True) -> str:
+    """The same directory, with these tokens added."""
+    tokenizer = Tokenizer.from_file(f"{path}/tokenizer.json")
+    tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text in texts])
+    tokenizer.save(f"{path}/tokenizer.json")
+    return path
+
+
 KINDS = {"byte_level": byte_level, "sentencepiece": sentencepiece, "metaspace": metaspace}
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.faults import Faults, Trials
 from fastgen_jax.engine.masks import MaskMaker
 from fastgen_jax.engine.placement import Placement
-from fastgen_jax.engine.requests import default_params, eos_token_ids, make_sequences
+from fastgen_jax.engine.requests import default_params, eos_token_ids, known_eos, make_sequences
 from fastgen_jax.engine.sampling import NO_TOKEN
 from fastgen_jax.engine.step import StepResult
 from fastgen_jax.engine.types import (
@@ -132,6 +132,13 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._inbox or self._requests or self._in_flight)
+
+    def end_at(self, token_ids: Iterable[int]) -> None:
+        """Counts these as end-of-sequence too, in requests that are submitted from now on; not
+        those that the model lacks.
+        """
+        ids = self.eos_token_ids.union(token_ids)
+        self.eos_token_ids = known_eos(ids, self.model_config.vocab_size)
 
     def check(self, request: Request) -> None:
         """Raises what `submit` would, but for QueueFull and EngineStopped; queues nothing."""

@@ -1,6 +1,6 @@
 """What a request means to the engine: its sequences, their seeds, what ends them, and defaults."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from fastgen_jax.engine.batch import MAX_EOS
 from fastgen_jax.engine.constraint import Constraint
 from fastgen_jax.engine.pooling import Pooled
 from fastgen_jax.engine.types import Request, Sequence
+from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.sampling_params import SamplingParams
 
@@ -90,4 +91,19 @@ def eos_token_ids(generation_config: dict[str, Any], model: ModelConfig) -> froz
     """End-of-sequence ids: those of generation_config.json, else those of config.json."""
     value = generation_config.get("eos_token_id")
     ids = [value] if isinstance(value, int) else value or model.eos_token_ids
-    return frozenset(list(ids)[:MAX_EOS])
+    return known_eos(ids, model.vocab_size)
+
+
+def known_eos(ids: Iterable[int], vocab_size: int) -> frozenset[int]:
+    """Of these end-of-sequence ids those that the model has.
+
+    Raises:
+        ConfigError: more of them than a batch holds for each sequence.
+    """
+    known = frozenset(id for id in ids if 0 <= id < vocab_size)
+    if len(known) > MAX_EOS:
+        raise ConfigError(
+            f"{len(known)} tokens end a sequence, and {MAX_EOS} may; name fewer as eos_token_id in "
+            "generation_config.json"
+        )
+    return known

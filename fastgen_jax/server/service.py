@@ -173,6 +173,7 @@ class Service:
 
     def _become_ready(self, backend: Backend):
         engine, tokenizer = self.backend = backend
+        engine.end_at(tokenizer.eos_token_ids)
         vocab_size = engine.model_config.vocab_size
         self._constrainer = Constrainer(tokenizer, vocab_size, engine.eos_token_ids)
         self._trial = Trial(tokenizer.as_json, vocab_size, engine.eos_token_ids)

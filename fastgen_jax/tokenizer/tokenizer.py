@@ -22,6 +22,7 @@ from fastgen_jax.tokenizer.history import (
     shaped,
 )
 from fastgen_jax.tokenizer.loading import load
+from fastgen_jax.tokenizer.turns import end_of_turn
 from fastgen_jax.tokenizer.vocabulary import BYTE_LEVEL_CODES, longest_token
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece vocabularies name a byte
@@ -68,7 +69,8 @@ class Tokenizer:
         other = copy.copy(self)
         other._fast = copy.copy(self._fast)
         other._fast.chat_template = chat_template
-        vars(other).pop("_history_form", None)  # which that of the old template had
+        for of_the_old in ("eos_token_ids", "_control", "_history_form"):
+            vars(other).pop(of_the_old, None)
         return other
 
     def for_transformers(self) -> Any:
@@ -92,6 +94,16 @@ class Tokenizer:
         """The source of the template, or of all of them; empty if there is none."""
         source = self._fast.chat_template or ""
         return source if isinstance(source, str) else "\n".join(source.values())
+
+    @functools.cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """What ends a text, or a turn of a chat: the tokenizer's EOS, and what the template writes
+        behind an answer. Checkpoints merged from several name only one of them in config.json.
+        """
+        added = self._backend.get_added_tokens_decoder()
+        tokens = {token.content: id for id, token in added.items()}
+        end = end_of_turn(self._text_of, tokens) if self.has_chat_template else None
+        return frozenset(id for id in (self.eos_token_id, end) if id is not None)
 
     def special_id(self, text: str) -> int | None:
         """The id of the special token that is this text."""
@@ -210,14 +222,14 @@ class Tokenizer:
     @functools.cached_property
     def _history_form(self) -> Form:
         """How the template wants earlier calls. Found when a first conversation has some."""
+        return best_form(self._text_of)
 
-        def render(messages: list[Message], tools: list[Message]) -> str | None:
-            try:
-                return self._render(messages, tools=tools, tokenize=False)
-            except InvalidRequest:
-                return None
-
-        return best_form(render)
+    def _text_of(self, messages: list[Message], tools: list[Message] | None = None) -> str | None:
+        """What the template makes of the messages; None: it refuses them."""
+        try:
+            return self._render(messages, tools=tools, tokenize=False)
+        except InvalidRequest:
+            return None
 
     def _render(self, messages: list[Message], **options: Any) -> Any:
         import jinja2

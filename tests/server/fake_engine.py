@@ -108,6 +108,9 @@ class FakeEngine:
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt is empty", param="prompt")
 
+    def end_at(self, token_ids) -> None:
+        self.eos_token_ids |= token_ids
+
     def cancel(self, request_id: int) -> None:
         with self._lock:
             self.cancelled.append(request_id)
@@ -180,7 +183,7 @@ class FakeEngine:
             others = [((token + i) % VOCAB_SIZE, -0.5 - i) for i in range(params.logprobs)]
             logprobs = TokenLogprobs(-0.5, others)
         reason = None
-        if token == self.eos_token_id and not params.ignore_eos:
+        if token in self.eos_token_ids and not params.ignore_eos:
             reason = "stop"
         elif sample.n_tokens == params.max_tokens:
             reason = "length"
