@@ -149,6 +149,7 @@ def load(
     """The engine, compiled, and the tokenizer, which loads meanwhile if its files are here."""
     template = chat_template(server_config.chat_template)
     from fastgen_jax.engine.engine import Engine
+    from fastgen_jax.engine.startup import tokenizer_directory
     from fastgen_jax.server.service import Backend
     from fastgen_jax.tokenizer import Tokenizer
 
@@ -160,7 +161,11 @@ def load(
             is_local = Path(path).is_dir()
             early = pool.submit(Tokenizer, path, chat_template=template) if is_local else None
             engine = Engine(engine_config, on_phase=on_phase)
-            tokenizer = early.result() if early else Tokenizer(path, chat_template=template)
+            if early:
+                tokenizer = early.result()
+            else:
+                path = str(tokenizer_directory(engine_config))
+                tokenizer = Tokenizer(path, chat_template=template)
     finally:
         gc.freeze()
         gc.enable()

@@ -3,39 +3,38 @@
 from pathlib import Path
 from typing import Any
 
+from fastgen_jax.checkpoints import hub
 from fastgen_jax.checkpoints.tensor_files import read_json
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models import families
 from fastgen_jax.models.config import ModelConfig
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
 ADAPTER = "adapter_config.json"  # of peft
 
 
-def locate(model: str) -> Path:
+def locate(model: str, *, revision: str | None = None, with_weights: bool = True) -> Path:
     """The directory of a model: a path as it is, a hub id downloaded (with a progress bar) on first
     use.
 
+    Args:
+        revision: branch, tag or commit of the hub's repository; None for its main branch.
+        with_weights: False where only config or tokenizer are read.
+
     Raises:
         ConfigError: neither a directory nor a repository that can be downloaded.
+        CheckpointError: a repository without weights that can be read.
     """
     path = Path(model).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise ConfigError(
+                f"revision={revision!r} is for hub ids, and {model!r} is a directory; leave it out"
+            )
         return path
     looks_like_id = model.count("/") <= 1 and not model.startswith((".", "/", "~"))
     if path.exists() or not looks_like_id:
         raise ConfigError(f"no directory {model!r}; give a Hugging Face directory or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"{model!r} is no directory here and could not be downloaded ({first_line}); check the "
-            "name, the network, or give the path of a downloaded directory"
-        ) from error
+    return hub.download(model, revision, with_weights=with_weights)
 
 
 def read_config(directory: Path) -> ModelConfig:

@@ -7,7 +7,9 @@ the file; tensors are read with pread, so a file that shrinks meanwhile is an er
 import json
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -18,6 +20,7 @@ from fastgen_jax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 MAX_JSON_BYTES = 64 * 2**20
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
@@ -29,11 +32,14 @@ DTYPES = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
-# What a directory without safetensors may hold instead -> why it is not read.
+COPIES = "consolidated*.safetensors"  # Mistral's own form of the weights that lie beside them
+# What a checkpoint without safetensors may hold instead -> why it is not read.
 PICKLE = "is a pickle, which can run code when read: convert it to safetensors"
+FOREIGN = "is another framework's: give a checkpoint in safetensors"
 OTHERS = {
     **{f"*.{end}": PICKLE for end in ("bin", "pt", "pth", "ckpt", "pkl")},
     "*.gguf": "is a GGUF file: give the Hugging Face checkpoint that it was made from",
+    **{f"*.{end}": FOREIGN for end in ("h5", "msgpack", "npz", "onnx", "nemo")},
 }
 
 
@@ -90,24 +96,40 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: its only one, those that its index names, or all.
+    """The safetensors files of a checkpoint: its only one, those that its index names, or all but
+    copies.
 
     Only names are checked, not where links lead: the hub's cache consists of links.
 
     Raises:
         CheckpointError: none, a missing shard, an index that names files elsewhere, or pickles.
     """
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    if (directory / INDEX).exists():
+    names = [path.name for path in directory.iterdir() if path.is_file()]
+    if INDEX in names and SINGLE not in names:
         return _indexed_files(directory)
-    files = sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith("."))
-    if files:
-        return files
+    return [directory / name for name in weight_names(names, str(directory))]
+
+
+def weight_names(names: Collection[str], where: str) -> list[str]:
+    """Which of a checkpoint's files hold the weights, as far as names tell.
+
+    Args:
+        where: the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: none; says what is there instead.
+    """
+    if SINGLE in names:
+        return [SINGLE]
+    visible = sorted(name for name in names if not name.startswith("."))
+    found = [name for name in visible if name.endswith(".safetensors")]
+    if found:
+        return [name for name in found if not fnmatchcase(name, COPIES)] or found
     for pattern, why in OTHERS.items():
-        for path in sorted(directory.glob(pattern)):
-            raise CheckpointError(f"no .safetensors file in {str(directory)!r}; {path.name} {why}")
-    raise CheckpointError(f"no .safetensors file in {str(directory)!r}")
+        for name in visible:
+            if fnmatchcase(name, pattern):
+                raise CheckpointError(f"no .safetensors file in {where!r}; {name} {why}")
+    raise CheckpointError(f"no .safetensors file in {where!r}")
 
 
 def _indexed_files(directory: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastgen_jax.config import is_integer, is_real, option
+from fastgen_jax.config import is_integer, is_real, option, show
 from fastgen_jax.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -16,6 +16,11 @@ class EngineConfig:
     model: str = option("", "directory of a Hugging Face checkpoint, or a hub id", "model")
     tokenizer: str | None = option(
         None, "tokenizer directory or hub id (default: the model's)", "model"
+    )
+    revision: str | None = option(
+        None,
+        "branch, tag or commit of the hub's repository of the model (default: its main branch)",
+        "model",
     )
     dtype: str = option(
         "auto",
@@ -78,6 +83,10 @@ class EngineConfig:
         if self.load_format not in LOAD_FORMATS:
             raise ConfigError(
                 f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}"
+            )
+        if self.revision is not None and not (isinstance(self.revision, str) and self.revision):
+            raise ConfigError(
+                f"revision must be a branch, tag or commit, got {show(self.revision)}"
             )
         for name in ("max_model_len", "block_size", "num_kv_blocks", "max_num_batched_tokens",
                      "max_num_seqs", "max_queued_requests", "tensor_parallel_size"):  # fmt: skip

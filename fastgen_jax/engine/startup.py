@@ -103,7 +103,7 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
     if not config.model:
         raise ConfigError("no model given; name a directory or a hub id")
     keep_compiled(config.compilation_cache)
-    directory = locate(config.model)
+    directory = model_directory(config)
     model_config = read_config(directory)
     backend = BACKENDS[jax.default_backend()]
     resolved = resolve(config, model_config, backend)
@@ -120,6 +120,19 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
     runner = make_runner(model, model_config, resolved, shapes, mesh)
     generation_config = read_generation_config(directory)
     return Started(resolved, model_config, generation_config, runner)
+
+
+def model_directory(config: EngineConfig) -> Path:
+    """Where the model's files are; those of a hub id are downloaded."""
+    has_weights = config.load_format != "dummy"
+    return locate(config.model, revision=config.revision, with_weights=has_weights)
+
+
+def tokenizer_directory(config: EngineConfig) -> Path:
+    """Where the tokenizer's files are: the model's, unless it has its own."""
+    if config.tokenizer is None:
+        return model_directory(config)
+    return locate(config.tokenizer, with_weights=False)
 
 
 def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> ResolvedConfig:
