@@ -137,10 +137,7 @@ def tokenizer_directory(config: EngineConfig) -> Path:
 
 def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> ResolvedConfig:
     """Fills in what the user left open; num_kv_blocks with the most that could ever be used."""
-    longest = model.max_position
-    if model.rope is not None and model.rope.kind in ("linear", "dynamic"):
-        assert model.rope.original_max_position is not None
-        longest = max(longest, int(model.rope.original_max_position * model.rope.factor))
+    longest = longest_context(model)
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
             f"max_model_len={config.max_model_len} exceeds the {longest} positions of the model"
@@ -165,6 +162,19 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Resol
         "num_kv_blocks": config.num_kv_blocks or max_seqs * math.ceil(length / block_size) + 1,
     }
     return ResolvedConfig(**{f.name: getattr(config, f.name) for f in fields(config)} | chosen)
+
+
+def longest_context(model: ModelConfig) -> int:
+    """Positions that the model was made or stretched for.
+
+    Configs that a user stretches keep max_position_embeddings as it was; those of models that were
+    trained so count the stretched ones. llama3 and longrope are only ever found in the latter.
+    """
+    rope = model.rope
+    if rope is None or rope.kind not in ("linear", "dynamic", "yarn"):
+        return model.max_position
+    assert rope.original_max_position is not None
+    return max(model.max_position, int(rope.original_max_position * rope.factor))
 
 
 def fit_rope(model: ModelConfig, max_model_len: int) -> ModelConfig:
