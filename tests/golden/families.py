@@ -165,6 +165,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "seed_oss": SHAPE
     | {"model_type": "seed_oss", "head_dim": 12, "attention_out_bias": True, "mlp_bias": True},
     "ernie4_5": SHAPE | {"model_type": "ernie4_5", "head_dim": 12, "use_bias": True},
+    "ministral": SHAPE
+    | {"model_type": "ministral", "head_dim": 12, "sliding_window": 40}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
     "qwen2_moe": SHAPE | QWEN_MOE | {
         "model_type": "qwen2_moe", "shared_expert_intermediate_size": 20, "mlp_only_layers": [0],
         "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2,

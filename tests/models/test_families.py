@@ -106,6 +106,13 @@ def test_queries_of_devstral_2_do_not_grow():
     assert read(hf | {"rope_parameters": rope | {"llama_4_scaling_beta": 0}}).query_scale is None
 
 
+def test_ministral_without_layer_types_has_windows_everywhere():
+    hf = golden_config("ministral") | {"layer_types": None}
+    assert read(hf).windows == (40, 40)
+    assert read(hf | {"sliding_window": None}).windows == ()
+    assert read({field: hf[field] for field in hf if field != "sliding_window"}).windows[0] == 4096
+
+
 def test_seed_oss_has_biases_of_queries_keys_and_values_unless_it_says_otherwise():
     hf = golden_config("seed_oss")
     biases = "attention_bias", "attention_out_bias", "mlp_bias"

@@ -32,6 +32,7 @@ FAMILIES = {  # model_type -> module
     "granite": "granite",
     "kimi_k2": "kimi_k2",
     "llama": "llama",
+    "ministral": "ministral",
     "ministral3": "ministral3",
     "minimax_m2": "minimax_m2",
     "mistral": "mistral",
