@@ -74,6 +74,7 @@ def resolve(model: ModelConfig, **options) -> startup.ResolvedConfig:
             {"rope_theta": 10000.0} | {"rope_scaling": YARN_OF_GOLDENS | {"attention_factor": 1.2}},
         ),
         ("ernie4_5", ["rope_parameters"], {"rope_theta": 500000.0, "compression_ratio": 1.0}),
+        ("glm", ["rope_parameters", "attention_bias"], {"rope_theta": 10000.0}),
     ],
 )
 def test_older_form_of_a_config_reads_alike(name, dropped, added):

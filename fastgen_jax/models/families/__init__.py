@@ -25,6 +25,7 @@ FAMILIES = {  # model_type -> module
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
     "glm4_moe": "glm4_moe",
+    "glm": "glm",
     "gpt2": "gpt2",
     "gpt_neox": "gpt_neox",
     "gpt_oss": "gpt_oss",
