@@ -169,6 +169,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"model_type": "ministral", "head_dim": 12, "sliding_window": 40}
     | {"layer_types": ["sliding_attention", "full_attention"]},
     "glm": SHAPE | {"model_type": "glm", "head_dim": 12, "pad_token_id": 0},
+    "glm4": SHAPE
+    | {"model_type": "glm4", "head_dim": 16, "attention_bias": False, "pad_token_id": 0},
     "qwen2_moe": SHAPE | QWEN_MOE | {
         "model_type": "qwen2_moe", "shared_expert_intermediate_size": 20, "mlp_only_layers": [0],
         "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2,

@@ -26,6 +26,7 @@ FAMILIES = {  # model_type -> module
     "gemma3_text": "gemma3",
     "glm4_moe": "glm4_moe",
     "glm": "glm",
+    "glm4": "glm4",
     "gpt2": "gpt2",
     "gpt_neox": "gpt_neox",
     "gpt_oss": "gpt_oss",
