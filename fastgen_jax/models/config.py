@@ -190,6 +190,7 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: str | None = None  # RMS of each "head" or of "all" heads; layer norm of "each_head"
+    qk_norm_last: bool = False  # after queries and keys are turned
     attention_scale: float | None = None  # None: H ** -0.5
     query_scale: QueryScale | None = None
     attention_soft_cap: float | None = None

@@ -217,10 +217,9 @@ class Attention(nnx.Module):
         qkv = self.qkv(x).reshape(len(x), c.n_kv_heads, c.group_size + 2, c.head_dim)
         if c.qkv_clip is not None:
             qkv = jnp.clip(qkv, -c.qkv_clip, c.qkv_clip)
-        q = self._normalised(qkv[:, :, : c.group_size].reshape(len(x), -1, c.head_dim), self.q_norm)
-        k = self._normalised(qkv[:, :, c.group_size], self.k_norm)
-        if rotation is not None:
-            q, k = rotation(q), rotation(k)
+        q = qkv[:, :, : c.group_size].reshape(len(x), -1, c.head_dim)
+        q = self._prepared(q, self.q_norm, rotation)
+        k = self._prepared(qkv[:, :, c.group_size], self.k_norm, rotation)
         extras: dict[str, Array] = {}
         if c.alibi_slopes:
             extras["alibi_slopes"] = jnp.array(c.alibi_slopes, jnp.float32)
@@ -228,6 +227,16 @@ class Attention(nnx.Module):
             extras["sinks"] = self.sinks[...].astype(jnp.float32)
         out, cache = attend(q, k, qkv[:, :, c.group_size + 1], cache, spec=self.spec, **extras)
         return self.out(out.reshape(len(x), -1)), cache
+
+    def _prepared(
+        self, heads: Float[Array, "T N H"], norm, rotation: Rotation | None
+    ) -> Float[Array, "T N H"]:
+        """Queries or keys, normalised and turned."""
+        if not self.config.qk_norm_last:
+            heads = self._normalised(heads, norm)
+        if rotation is not None:
+            heads = rotation(heads)
+        return self._normalised(heads, norm) if self.config.qk_norm_last else heads
 
     def _normalised(self, heads: Float[Array, "T N H"], norm) -> Float[Array, "T N H"]:
         if norm is None:

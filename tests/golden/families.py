@@ -171,6 +171,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm": SHAPE | {"model_type": "glm", "head_dim": 12, "pad_token_id": 0},
     "glm4": SHAPE
     | {"model_type": "glm4", "head_dim": 16, "attention_bias": False, "pad_token_id": 0},
+    "hunyuan_v1_dense": SHAPE
+    | {"model_type": "hunyuan_v1_dense", "head_dim": 12, "attention_bias": True}
+    | {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}
+       | {"rope_theta": 100.0}},
     "qwen2_moe": SHAPE | QWEN_MOE | {
         "model_type": "qwen2_moe", "shared_expert_intermediate_size": 20, "mlp_only_layers": [0],
         "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2,

@@ -75,6 +75,12 @@ def resolve(model: ModelConfig, **options) -> startup.ResolvedConfig:
         ),
         ("ernie4_5", ["rope_parameters"], {"rope_theta": 500000.0, "compression_ratio": 1.0}),
         ("glm", ["rope_parameters", "attention_bias"], {"rope_theta": 10000.0}),
+        (
+            "hunyuan_v1_dense",
+            ["rope_parameters"],
+            {"rope_theta": 100.0, "use_qk_norm": True, "use_cla": False}
+            | {"rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0}},
+        ),
     ],
 )
 def test_older_form_of_a_config_reads_alike(name, dropped, added):
@@ -244,6 +250,7 @@ def test_unknown_type_is_refused_with_the_nearest_known_ones():
             "length at which queries grow must be a positive integer, got 0",
         ),
         ("ernie4_5", {"compression_ratio": 2.0}, "compression_ratio=2.0"),
+        ("hunyuan_v1_dense", {"use_cla": True}, "use_cla=True"),
     ],
 )
 def test_variant_that_is_not_supported_is_refused(name, changes, message):

@@ -33,6 +33,7 @@ FAMILIES = {  # model_type -> module
     "gptj": "gptj",
     "granite": "granite",
     "kimi_k2": "kimi_k2",
+    "hunyuan_v1_dense": "hunyuan_v1_dense",
     "llama": "llama",
     "ministral": "ministral",
     "ministral3": "ministral3",
