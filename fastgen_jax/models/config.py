@@ -8,7 +8,7 @@ from fastgen_jax.errors import ConfigError
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 RESIDUALS = ("sequential", "parallel", "post")
 NORM_PLACES = (("before",), ("after",), ("before", "after"))
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "xielu")
 EXPERT_SCORES = ("softmax", "chosen", "sigmoid")
 QK_NORMS = (None, "head", "all", "each_head")
 

@@ -153,17 +153,39 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+class XIELU(nnx.Module):
+    """beta x + p x^2 where x is positive, else beta x + n (e^x - 1 - x), with learned p and n
+    (Huang and Schlag, 2024).
+    """
+
+    def __init__(self, policy: Policy):
+        self.alpha_p = nnx.Param(jnp.zeros(1, policy.weights))  # softplus of it is p
+        self.alpha_n = nnx.Param(jnp.zeros(1, policy.weights))  # n is that of this, plus beta
+        self.beta = nnx.Param(jnp.full((), 0.5, policy.weights))
+
+    def __call__(self, x: Float[Array, "T F"]) -> Float[Array, "T F"]:
+        beta = self.beta[...].astype(jnp.float32)
+        p, n = (
+            jax.nn.softplus(alpha[...].astype(jnp.float32))[None]
+            for alpha in (self.alpha_p, self.alpha_n)
+        )
+        bent = (beta + n) * (jnp.expm1(jnp.minimum(x, 0.0)) - x)
+        return beta * x + jnp.where(x > 0, p * x * x, bent)
+
+
 class MLP(nnx.Module):
     """down(act(up(x)))."""
 
     def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
         self.activation = config.activation
+        self.xielu = XIELU(policy) if config.activation == "xielu" else None
         shape = {"bias": config.mlp_bias, "policy": policy, "rngs": rngs}
         self.up = Linear(config.hidden_size, config.ffn_size, **shape)
         self.down = Linear(config.ffn_size, config.hidden_size, **shape)
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        hidden = ACTIVATIONS[self.activation](self.up(x).astype(jnp.float32))
+        activate = ACTIVATIONS[self.activation] if self.xielu is None else self.xielu
+        hidden = activate(self.up(x).astype(jnp.float32))
         return self.down(hidden.astype(x.dtype))
 
 

@@ -175,6 +175,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"model_type": "hunyuan_v1_dense", "head_dim": 12, "attention_bias": True}
     | {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0}
        | {"rope_theta": 100.0}},
+    "apertus": SHAPE
+    | {"model_type": "apertus", "attention_bias": True, "pad_token_id": 0}
+    | {"rope_parameters": YARN | {"rope_type": "llama3", "low_freq_factor": 1.0}
+       | {"high_freq_factor": 4.0}},
     "qwen2_moe": SHAPE | QWEN_MOE | {
         "model_type": "qwen2_moe", "shared_expert_intermediate_size": 20, "mlp_only_layers": [0],
         "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2,

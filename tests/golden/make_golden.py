@@ -95,6 +95,8 @@ def random_model(seed: int, *, model_type: str = "llama", **fields: Any) -> Any:
             parameter.data.normal_(0, 0.5)
         elif "norm" in name or ".ln_" in name:
             parameter.data += torch.empty_like(parameter).uniform_(-0.3, 0.3)  # around 1 or 0
+        elif name.endswith(("alpha_p", "alpha_n", "beta")):  # of an activation
+            parameter.data += torch.empty_like(parameter).uniform_(0, 0.3)
     return model.to(torch.bfloat16).eval()
 
 

@@ -29,6 +29,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 SHORT, LONG = [9.0] * 6, [1.0, 1.2, 1.5, 2.0, 3.0, 4.0]
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN_OF_GOLDENS = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3_OF_GOLDENS = YARN_OF_GOLDENS | {"type": "llama3", "low_freq_factor": 1.0}
 
 
 def golden_config(name: str) -> dict[str, Any]:
@@ -80,6 +81,12 @@ def resolve(model: ModelConfig, **options) -> startup.ResolvedConfig:
             ["rope_parameters"],
             {"rope_theta": 100.0, "use_qk_norm": True, "use_cla": False}
             | {"rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0}},
+        ),
+        (
+            "apertus",
+            ["rope_parameters"],
+            {"rope_theta": 10000.0, "qk_norm": True, "post_norm": False}
+            | {"rope_scaling": LLAMA3_OF_GOLDENS},
         ),
     ],
 )
@@ -251,6 +258,8 @@ def test_unknown_type_is_refused_with_the_nearest_known_ones():
         ),
         ("ernie4_5", {"compression_ratio": 2.0}, "compression_ratio=2.0"),
         ("hunyuan_v1_dense", {"use_cla": True}, "use_cla=True"),
+        ("apertus", {"post_norm": True}, "post_norm=True"),
+        ("apertus", {"hidden_act": "silu"}, "hidden_act=.silu."),
     ],
 )
 def test_variant_that_is_not_supported_is_refused(name, changes, message):

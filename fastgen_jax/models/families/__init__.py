@@ -12,6 +12,7 @@ from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.families.refused import REFUSED
 
 FAMILIES = {  # model_type -> module
+    "apertus": "apertus",
     "bloom": "bloom",
     "cohere": "cohere",
     "cohere2": "cohere2",
