@@ -28,6 +28,8 @@ DEEPSEEK |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_
 DEEPSEEK |= {"first_k_dense_replace": 1, "num_key_value_heads": 4, "n_shared_experts": 2}
 DEEPSEEK |= {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}
 DEEPSEEK |= {"rms_norm_eps": 0.01}  # not the latents' norms'
+GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0}
+GRANITE |= {"residual_multiplier": 0.6, "attention_multiplier": 0.2}
 GLM_MOE = {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 3}
 GLM_MOE |= {"moe_intermediate_size": 24, "head_dim": 12}
 GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
@@ -102,9 +104,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "image_token_index": 70,
     },
     "olmo2": SHAPE | {"model_type": "olmo2"},
-    "granite": SHAPE
-    | {"model_type": "granite", "embedding_multiplier": 3.0, "logits_scaling": 2.0}
-    | {"residual_multiplier": 0.6, "attention_multiplier": 0.2},
+    "granite": SHAPE | GRANITE | {"model_type": "granite"},
     "cohere": SHAPE | TIED | {"model_type": "cohere", "use_qk_norm": True, "logit_scale": 0.5},
     "cohere_biases": SHAPE | {"model_type": "cohere", "attention_bias": True, "logit_scale": 0.3},
     "cohere2": SHAPE
@@ -208,6 +208,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": SHAPE | GLM_MOE | GROUPS | {"use_qk_norm": True},
     "glm4_moe_air": SHAPE | GLM_MOE | {
         "attention_bias": True, "n_shared_experts": 2, "partial_rotary_factor": 0.67,
+    },
+    "granitemoe": SHAPE | MOE | GRANITE | {
+        "model_type": "granitemoe", "intermediate_size": 24, "attention_bias": True,
+    },
+    "granitemoeshared": SHAPE | MOE | GRANITE | {
+        "model_type": "granitemoeshared", "intermediate_size": 24, "shared_intermediate_size": 20,
     },
     "minimax_m2": SHAPE | MOE | {
         "model_type": "minimax_m2", "head_dim": 12, "rotary_dim": 8, "intermediate_size": 24,

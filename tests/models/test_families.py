@@ -458,6 +458,11 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             {"rope_theta": 10000.0, "rope_scaling": None, "partial_rotary_factor": 0.67},
         ),
         (
+            "granitemoeshared",
+            ["rope_parameters"],
+            {"rope_theta": 10000.0, "rope_scaling": None},
+        ),
+        (
             "minimax_m2",
             ["rope_parameters", "attention_dropout"],
             {"rope_theta": 5000000, "scoring_func": "sigmoid", "use_routing_bias": True}

@@ -33,6 +33,8 @@ FAMILIES = {  # model_type -> module
     "gpt_oss": "gpt_oss",
     "gptj": "gptj",
     "granite": "granite",
+    "granitemoe": "granitemoe",
+    "granitemoeshared": "granitemoe",
     "kimi_k2": "kimi_k2",
     "hunyuan_v1_dense": "hunyuan_v1_dense",
     "llama": "llama",
