@@ -9,7 +9,7 @@ ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 RESIDUALS = ("sequential", "parallel", "post")
 NORM_PLACES = (("before",), ("after",), ("before", "after"))
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "xielu")
-EXPERT_SCORES = ("softmax", "chosen", "sigmoid")
+EXPERT_SCORES = ("softmax", "chosen", "sigmoid", "sparsemixer")
 QK_NORMS = (None, "head", "all", "each_head")
 
 
@@ -33,6 +33,8 @@ class RopeConfig:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    short_mscale: float | None = None  # longrope: in place of its own factor on cos and sin
+    long_mscale: float | None = None
     is_long: bool = False  # longrope: whether contexts may exceed original_max_position
     size: int | None = None  # elements of a head that turn; None: all
     interleaved: bool = False  # pairs are neighbours, not halves
@@ -56,7 +58,10 @@ class MoeConfig:
     n_chosen: int  # per token
     ffn_size: int  # of an expert
     layers: tuple[int, ...]  # which have experts; the others have the dense MLP
-    scores: str = "softmax"  # of all experts; "chosen": softmax of the chosen; "sigmoid"
+    scores: str = (
+        "softmax"  # of all experts; "chosen": softmax of the chosen; "sigmoid"; "sparsemixer"
+    )
+    tolerance: float = 0.0  # sparsemixer: how far from the best a score still counts, relative
     normalise: bool = False  # chosen scores sum to one
     scale: float = 1.0  # of the sum
     shared_size: int = 0  # of an MLP that every token takes as well

@@ -17,6 +17,8 @@ _ROPE_NAMES = {
     "mscale": "mscale",
     "mscale_all_dim": "mscale_all_dim",
     "truncate": "truncate",
+    "short_mscale": "short_mscale",
+    "long_mscale": "long_mscale",
 }
 
 

@@ -137,6 +137,8 @@ def route(
         case "chosen":
             top, experts = lax.top_k(logits, moe.n_chosen)
             return moe.scale * jax.nn.softmax(top, axis=-1), experts
+        case "sparsemixer":
+            return _sparsemixer(logits, moe)
         case "softmax":
             scores = jax.nn.softmax(logits, axis=-1)
         case _:
@@ -146,6 +148,23 @@ def route(
     if moe.normalise:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
     return moe.scale * weights, experts
+
+
+def _sparsemixer(
+    logits: Float[Array, "T E"], moe: MoeConfig
+) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
+    """The best expert, weighed by a softmax over those near it, then the best of the others (Liu et
+    al., GRIN, 2024), as it infers.
+    """
+    left, weights, experts = logits, [], []
+    for _ in range(moe.n_chosen):
+        best, expert = lax.top_k(left, 1)
+        is_far = best - logits > moe.tolerance * jnp.maximum(jnp.abs(logits), best)
+        near = jax.nn.logsumexp(jnp.where(is_far, -jnp.inf, left), axis=1, keepdims=True)
+        weights.append(moe.scale * jnp.exp(best - near))
+        experts.append(expert)
+        left = jnp.where(jax.nn.one_hot(expert[:, 0], moe.n_experts) > 0, -jnp.inf, left)
+    return jnp.concatenate(weights, axis=1), jnp.concatenate(experts, axis=1)
 
 
 def _best_groups(scores: Float[Array, "T E"], moe: MoeConfig) -> Float[Array, "T E"]:

@@ -130,9 +130,11 @@ def _yarn_scale(rope: RopeConfig) -> float:
 
 
 def _longrope_scale(rope: RopeConfig) -> float:
-    """LongRoPE (Ding et al., 2024), as Phi-3 uses it."""
-    if rope.attention_factor is not None:
-        return rope.attention_factor
+    """LongRoPE (Ding et al., 2024), as Phi-3 uses it, or as Phi-3.5-MoE says."""
+    mscale = rope.long_mscale if rope.is_long else rope.short_mscale
+    given = mscale if rope.attention_factor is None else rope.attention_factor
+    if given is not None:
+        return given
     assert rope.original_max_position is not None
     if rope.factor <= 1:
         return 1.0

@@ -215,6 +215,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoeshared": SHAPE | MOE | GRANITE | {
         "model_type": "granitemoeshared", "intermediate_size": 24, "shared_intermediate_size": 20,
     },
+    "phimoe": SHAPE | MOE | {
+        "model_type": "phimoe", "intermediate_size": 24, "attention_bias": True,
+        "lm_head_bias": True, "router_jitter_noise": 0.3, "sliding_window": 50,
+    },
+    "phimoe_longrope": SHAPE | MOE | {
+        "model_type": "phimoe", "intermediate_size": 24, "max_position_embeddings": 1024,
+        "rope_parameters": LONGROPE | {
+            "short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [9.0] * 4, "short_mscale": 1.3,
+            "long_mscale": 1.7, "original_max_position_embeddings": 256,
+        },
+    },
     "minimax_m2": SHAPE | MOE | {
         "model_type": "minimax_m2", "head_dim": 12, "rotary_dim": 8, "intermediate_size": 24,
     },

@@ -463,6 +463,11 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             {"rope_theta": 10000.0, "rope_scaling": None},
         ),
         (
+            "phimoe",
+            ["rope_parameters"],
+            {"rope_theta": 1000000.0, "rope_scaling": None},
+        ),
+        (
             "minimax_m2",
             ["rope_parameters", "attention_dropout"],
             {"rope_theta": 5000000, "scoring_func": "sigmoid", "use_routing_bias": True}
@@ -497,6 +502,8 @@ def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
         ("glm4_moe", {"n_group": 3}, "8 experts do not divide into 3 groups"),
         ("minimax_m2", {"attn_type_list": [0, 1]}, r"attn_type_list=\[0, 1\]"),
         ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type='per_head'"),
+        ("phimoe", {"num_experts_per_tok": 1}, "num_experts_per_tok=1.*only 2"),
+        ("phimoe", {"rope_parameters": LINEAR}, "phimoe with a rope type other than longrope"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=False"),
         ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8"),
     ],
@@ -506,6 +513,12 @@ def test_mixtures_that_nothing_here_computes_are_refused(name, changes, message)
     read(hf)
     with pytest.raises(ConfigError, match=message):
         read(hf | changes)
+
+
+def test_phimoe_scales_rotations_as_its_config_says():
+    config = read(golden_config("phimoe_longrope"))
+    ropes = {n: startup.fit_rope(config, n).rope for n in (256, 257)}
+    assert {n: rope_frequencies(8, rope)[1] for n, rope in ropes.items()} == {256: 1.3, 257: 1.7}
 
 
 def test_experts_are_in_the_layers_that_the_config_says():

@@ -31,6 +31,7 @@ ROUTES = {
     "normalised": {"normalise": True, "scale": 2.5},
     "chosen": {"scores": "chosen", "scale": 0.5},
     "sigmoid": {"scores": "sigmoid", "normalise": True},
+    "sparsemixer": {"scores": "sparsemixer", "tolerance": 0.6},
     "groups": {"n_groups": 4, "n_chosen_groups": 2},
     "all groups": {"n_groups": 4, "n_chosen_groups": 4},
     "sigmoid groups": {"scores": "sigmoid", "n_groups": 2, "scale": 1.5, "score_bias": True},
@@ -50,6 +51,8 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def route_one(logits: np.ndarray, score_bias: np.ndarray, moe: MoeConfig) -> dict[int, float]:
     """The experts of one token and their weights, as the papers say it."""
+    if moe.scores == "sparsemixer":
+        return sparsemixer_one(logits, moe)
     if moe.scores == "chosen":
         best = np.argsort(-logits)[: moe.n_chosen]
         return dict(zip(best.tolist(), moe.scale * softmax(logits[best]), strict=True))
@@ -62,6 +65,16 @@ def route_one(logits: np.ndarray, score_bias: np.ndarray, moe: MoeConfig) -> dic
     best = allowed[np.argsort(-choice[allowed])][: moe.n_chosen]
     total = scores[best].sum() if moe.normalise else 1.0
     return {int(i): float(moe.scale * scores[i] / total) for i in best}
+
+
+def sparsemixer_one(logits: np.ndarray, moe: MoeConfig) -> dict[int, float]:
+    left, found = dict(enumerate(logits)), {}
+    while len(found) < moe.n_chosen:
+        best = max(left, key=left.__getitem__)
+        top = left.pop(best)
+        near = [x for x in left.values() if (top - x) / max(abs(x), top) <= moe.tolerance]
+        found[best] = softmax(np.array([top, *near]))[0]
+    return found
 
 
 @pytest.mark.parametrize("has_biases", [False, True])
@@ -202,7 +215,7 @@ def test_dense_mlps_size_counts_only_where_a_layer_is_dense():
     ("changes", "message"),
     [
         ({"n_chosen": 9}, "9 experts per token of 8 experts"),
-        ({"scores": "tanh"}, "scores='tanh'.*known: softmax, chosen, sigmoid"),
+        ({"scores": "tanh"}, "scores='tanh'.*known: softmax, chosen, sigmoid, sparsemixer"),
         ({"n_groups": 3}, "8 experts .* 3 groups"),
         ({"n_groups": 4, "n_chosen_groups": 5}, "5 of 4 groups"),
         ({"n_groups": 4, "n_chosen_groups": 1}, "3 experts .* 2 "),

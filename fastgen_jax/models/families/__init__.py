@@ -50,6 +50,7 @@ FAMILIES = {  # model_type -> module
     "opt": "opt",
     "phi": "phi",
     "phi3": "phi3",
+    "phimoe": "phimoe",
     "qwen": "qwen",
     "qwen2": "qwen2",
     "qwen2_moe": "qwen2_moe",
