@@ -5,17 +5,21 @@ import re
 from types import ModuleType
 
 from fastgen_jax.models import families, hf_config
+from fastgen_jax.models.families.wrappers import WRAPPERS
 
 
 def table() -> str:
-    """A paragraph per model_type: its name, what it is, the keys of config.json that it reads."""
+    """A paragraph per model_type: its name, what it is, the keys of config.json that it reads; then
+    the types that also see or hear.
+    """
     paragraphs = []
     for model_type in sorted(families.FAMILIES):
         module = families.family(model_type)
         title = (module.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
         keys = ", ".join(sorted(config_keys(module)))
         paragraphs.append(f"{model_type}: {title}\n    reads {keys}")
-    return "\n".join(paragraphs)
+    wrappers = ", ".join(sorted(WRAPPERS))
+    return "\n".join([*paragraphs, f"their texts, which are one of the above: {wrappers}"])
 
 
 def config_keys(module: ModuleType) -> set[str]:

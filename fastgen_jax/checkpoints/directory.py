@@ -49,7 +49,7 @@ def read_config(directory: Path) -> ModelConfig:
     if "model_type" not in hf:
         raise ConfigError("config.json has no model_type")
     try:
-        return families.family(hf["model_type"]).config(hf)
+        return families.model_config(hf)
     except KeyError as error:
         raise ConfigError(f"config.json lacks {error}") from error
     except TypeError as error:

@@ -26,6 +26,7 @@ from fastgen_jax.errors import CheckpointError
 from fastgen_jax.models import families
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Model
+from fastgen_jax.models.families.wrappers import WRAPPERS
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.sharding import parameter_sharding
 
@@ -153,10 +154,12 @@ def find_parts(
             f"{name} in {stored[name].file.name} belongs to an adapter (LoRA) that is not merged; "
             "merge it into its base model (merge_and_unload of peft) and give what that saves"
         )
-    tensors, found = unquantised(read_json(directory / "config.json"), stored)
+    hf = read_json(directory / "config.json")
+    tensors, found = unquantised(hf, stored)
     problems += found
     known = [*family.WEIGHTS, *family.IGNORED]
-    ours, found = names.canonical(tensors, known)
+    others = WRAPPERS.get(hf["model_type"], ())
+    ours, found = names.canonical(tensors, known, others)
     problems += found
     tensors = {name: tensors[theirs] for name, theirs in ours.items()}
     shapes = {path: param.shape for path, param in params.items()}

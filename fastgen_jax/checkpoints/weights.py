@@ -3,8 +3,8 @@
 A family's WEIGHTS maps names to (path, part): `{}` in a name is the layer, a second one the expert
 or head. A part is a list of views of the parameter; laid one behind the other by rows they are the
 tensor. So one table serves loading and, read backwards, exporting. Of several names for one part
-the one that is stored counts. In IGNORED `{}` is any number, `{n_layers}` the config's, and `*`
-anything.
+the one that is stored counts, and of several parts for one name (`a|b`) the first whose shape fits.
+In IGNORED `{}` is any number, `{n_layers}` the config's, and `*` anything.
 """
 
 import math
@@ -46,7 +46,7 @@ def expand(weights: dict[str, tuple[str, str]], config: ModelConfig) -> list[Sou
         for i in range(config.n_layers if n_slots else 1):
             for j in range(n_inner) if n_slots == 2 else (None,):
                 source = Source(name.format(i, j), path.format(i), part, j)
-                is_one = part == PLAIN or part in TOGETHER
+                is_one = {*part.split("|")} <= {PLAIN, *TOGETHER}
                 sources += [source] if is_one else _weight_and_bias(source)
     return sources
 
@@ -180,7 +180,8 @@ def plan(
         stored: the checkpoint's tensors by name, each with shape, dtype and file.
     """
     expanded = expand(family.WEIGHTS, config)
-    sources = _named([s for s in expanded if _exists(s, shapes)], stored)
+    named = _named([s for s in expanded if _exists(s, shapes)], stored)
+    sources = [_fitting(s, stored, shapes[s.path], config, n_shards) for s in named]
     known = {s.name: s.path for s in expanded}
     wild = {".": r"\.", "{}": r"\d+", "{n_layers}": str(config.n_layers), "*": ".*"}
     ignored = [
@@ -220,6 +221,22 @@ def _named(sources: list[Source], stored: dict[str, Any]) -> list[Source]:
         if known.name not in stored and source.name in stored:
             by_part[source[1:]] = source
     return list(by_part.values())
+
+
+def _fitting(
+    source: Source,
+    stored: dict[str, Any],
+    shape: tuple[int, ...],
+    config: ModelConfig,
+    n_shards: int,
+) -> Source:
+    """With the first of its parts that has the stored shape, or its first part."""
+    choices = [source._replace(part=part) for part in source.part.split("|")]
+    if len(choices) == 1 or source.name not in stored:
+        return choices[0]
+    found = stored[source.name].shape
+    fitting = [c for c in choices if tensor_shape(c, shape, config, n_shards) == found]
+    return (fitting or choices)[0]
 
 
 def _exists(source: Source, shapes: dict[str, tuple[int, ...]]) -> bool:

@@ -31,7 +31,7 @@ def hf_rope(hf: dict[str, Any]) -> RopeConfig:
     """
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    kind = "longrope" if kind == "su" else kind  # its first name
+    kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)  # its first name; see wrappers
     fields = {ours: rope[name] for name, ours in _ROPE_NAMES.items() if rope.get(name) is not None}
     longest = hf.get("max_position_embeddings", 2048)
     original = hf.get("original_max_position_embeddings") or longest

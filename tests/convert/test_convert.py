@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -209,6 +210,7 @@ def test_families_are_listed_with_the_keys_that_they_read(capsys):
     assert "llama: Llama 1, 2 and 3" in out
     assert "num_key_value_heads" in out
     assert all(f"{name}: " in out for name in families.FAMILIES)
+    assert re.search("one of the above: .*llava, ", out)
 
 
 def test_existing_destination_is_kept_unless_told_otherwise(tmp_path, capsys):

@@ -61,6 +61,39 @@ GEMMA3 = (
         }
     }
 )
+SEES: dict[str, Any] = {  # the part that sees, of most models that do
+    "vision_config": {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 8,
+        "patch_size": 4,
+    },
+    "image_token_index": 70,
+    "tie_word_embeddings": False,
+}
+QWEN_SEES = SEES | {
+    "vision_config": {
+        "depth": 1,
+        "embed_dim": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 1,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+        "num_position_embeddings": 4,
+        "deepstack_visual_indexes": [0],
+        "fullatt_block_indexes": [0],
+    },
+}
+MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]}
+LLAMA, QWEN2 = SHAPE | {"model_type": "llama"}, SHAPE | {"model_type": "qwen2"}
+QWEN2_VL = SHAPE | {"rope_parameters": MROPE}
+QWEN3_VL = SHAPE | {"head_dim": 12, "rope_parameters": MROPE | {"mrope_section": [3, 2, 1]}}
+HEARS = {"audio_config": {"encoder_layers": 1, "encoder_attention_heads": 1, "d_model": 8}}
+HEARS["audio_config"] |= {"encoder_ffn_dim": 8, "num_mel_bins": 8, "max_source_positions": 8}
+HEARS["audio_config"] |= {"intermediate_size": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": SHAPE | {"model_type": "qwen2"},
     "mixtral": SHAPE | MOE | {"model_type": "mixtral", "sliding_window": None},
@@ -93,16 +126,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"model_type": "gemma2", "head_dim": 12, "query_pre_attn_scalar": 20}
     | {"sliding_window": 40, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
     "gemma3_text": GEMMA3 | {"model_type": "gemma3_text"},
-    "gemma3": {
-        "model_type": "gemma3",
-        "text_config": GEMMA3,
-        "vision_config": {
-            "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-            "num_attention_heads": 1, "image_size": 8, "patch_size": 4,
-        },
-        "mm_tokens_per_image": 4,
-        "image_token_index": 70,
-    },
     "olmo2": SHAPE | {"model_type": "olmo2"},
     "granite": SHAPE | GRANITE | {"model_type": "granite"},
     "cohere": SHAPE | TIED | {"model_type": "cohere", "use_qk_norm": True, "logit_scale": 0.5},
@@ -229,4 +252,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax_m2": SHAPE | MOE | {
         "model_type": "minimax_m2", "head_dim": 12, "rotary_dim": 8, "intermediate_size": 24,
     },
+    "gemma3": SEES | TIED | {
+        "model_type": "gemma3", "text_config": GEMMA3, "mm_tokens_per_image": 4,
+    },
+    "llava": SEES | {"model_type": "llava", "text_config": LLAMA},
+    "llava_next": SEES | {
+        "model_type": "llava_next", "image_grid_pinpoints": [[8, 8]],
+        "text_config": SHAPE | {"model_type": "mistral", "sliding_window": 50},
+    },
+    "llava_onevision": SEES | {
+        "model_type": "llava_onevision", "image_grid_pinpoints": [[8, 8]], "text_config": QWEN2,
+    },
+    "internvl": SEES | {"model_type": "internvl", "text_config": QWEN2},
+    "mistral3": SEES | {
+        "model_type": "mistral3", "text_config": SHAPE | {"model_type": "mistral", "head_dim": 12},
+    },
+    "aya_vision": SEES | TIED | {
+        "model_type": "aya_vision",
+        "text_config": SHAPE
+        | TIED
+        # transformers leaves out the scale of an Aya's logits.
+        | {"model_type": "cohere2", "sliding_window": 40, "logit_scale": 1.0},
+    },
+    "idefics3": SEES | {"model_type": "idefics3", "text_config": LLAMA},
+    "smolvlm": SEES | {"model_type": "smolvlm", "text_config": LLAMA},
+    "qwen2_vl": QWEN_SEES | {"model_type": "qwen2_vl", "text_config": QWEN2_VL},
+    "qwen2_5_vl": QWEN_SEES | TIED | {"model_type": "qwen2_5_vl", "text_config": QWEN2_VL | TIED},
+    "qwen3_vl": QWEN_SEES | {"model_type": "qwen3_vl", "text_config": QWEN3_VL},
+    "qwen3_vl_moe": QWEN_SEES | {
+        "model_type": "qwen3_vl_moe", "text_config": QWEN3_VL | QWEN_MOE,
+    },
+    "qwen2_audio": HEARS | {"model_type": "qwen2_audio", "text_config": QWEN2},
+    "voxtral": HEARS | {"model_type": "voxtral", "text_config": LLAMA | {"head_dim": 8}},
 }  # fmt: skip

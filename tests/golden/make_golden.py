@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 import transformers
 
+from fastgen_jax.models.families.wrappers import WRAPPERS
 from tests.golden.families import FAMILIES
 from tests.golden.pack_mxfp4 import pack_experts
 
@@ -82,6 +83,13 @@ KNOWN_AS = {"kimi_k2": "deepseek_v3"}  # model types that transformers knows by 
 OLD_FORM = ("gqa", "linear", "dynamic", "yarn", "llama3")
 
 
+def auto_class(model_type: str) -> Any:
+    """What makes and loads models of that type, the text's head included."""
+    if model_type in WRAPPERS:
+        return transformers.AutoModelForMultimodalLM
+    return transformers.AutoModelForCausalLM
+
+
 def random_model(seed: int, *, model_type: str = "llama", **fields: Any) -> Any:
     """A model whose every parameter, biases and norms included, is random, rounded to bfloat16."""
     torch.manual_seed(seed)
@@ -89,7 +97,7 @@ def random_model(seed: int, *, model_type: str = "llama", **fields: Any) -> Any:
     fields = shape | {"bos_token_id": 1, "eos_token_id": 2} | fields
     known_type = KNOWN_AS.get(model_type, model_type)
     config = transformers.AutoConfig.for_model(known_type, **fields)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = auto_class(model_type).from_config(config)
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if name.endswith("bias"):
             parameter.data.normal_(0, 0.5)
@@ -109,9 +117,8 @@ def load(path: pathlib.Path) -> Any:
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     if model_type in KNOWN_AS:
         options["config"] = transformers.AutoConfig.for_model(KNOWN_AS[model_type], **config)
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, experts_implementation="eager", **options
-    ).eval()
+    options |= {"dtype": torch.float32, "experts_implementation": "eager"}
+    return auto_class(model_type).from_pretrained(path, **options).eval()
 
 
 @torch.inference_mode()

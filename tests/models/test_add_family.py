@@ -9,6 +9,7 @@ import pytest
 
 from fastgen_jax.checkpoints import loading
 from fastgen_jax.models import families
+from fastgen_jax.models.families.wrappers import WRAPPERS
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.sharding import make_mesh
 from tests.golden.families import FAMILIES
@@ -52,7 +53,7 @@ def test_page_shows_the_files_as_they_are():
 
 
 def test_every_family_has_goldens_and_a_line_in_the_readme():
-    assert set(families.FAMILIES) <= set(goldens())
+    assert {*families.FAMILIES, *WRAPPERS} <= set(goldens())
     assert table() in (GOLDEN.parents[1] / "README.md").read_text()
 
 

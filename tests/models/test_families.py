@@ -37,7 +37,7 @@ def golden_config(name: str) -> dict[str, Any]:
 
 
 def read(hf: dict[str, Any]) -> ModelConfig:
-    return families.family(hf["model_type"]).config(hf)
+    return families.model_config(hf)
 
 
 def resolve(model: ModelConfig, **options) -> startup.ResolvedConfig:

@@ -7,9 +7,12 @@ anything); the module that they describe is decoder.Model.
 import difflib
 import importlib
 from types import ModuleType
+from typing import Any
 
 from fastgen_jax.errors import ConfigError
+from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.refused import REFUSED
+from fastgen_jax.models.families.wrappers import WRAPPERS, text_config
 
 FAMILIES = {  # model_type -> module
     "apertus": "apertus",
@@ -23,11 +26,10 @@ FAMILIES = {  # model_type -> module
     "falcon": "falcon",
     "gemma": "gemma",
     "gemma2": "gemma2",
-    "gemma3": "gemma3",
     "gemma3_text": "gemma3",
-    "glm4_moe": "glm4_moe",
     "glm": "glm",
     "glm4": "glm4",
+    "glm4_moe": "glm4_moe",
     "gpt2": "gpt2",
     "gpt_neox": "gpt_neox",
     "gpt_oss": "gpt_oss",
@@ -53,9 +55,13 @@ FAMILIES = {  # model_type -> module
     "phimoe": "phimoe",
     "qwen": "qwen",
     "qwen2": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
     "qwen2_moe": "qwen2_moe",
+    "qwen2_vl_text": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3_moe",
+    "qwen3_vl_moe_text": "qwen3_vl_moe",
+    "qwen3_vl_text": "qwen3",
     "seed_oss": "seed_oss",
     "smollm3": "smollm3",
     "stablelm": "stablelm",
@@ -74,6 +80,13 @@ def family(model_type: str) -> ModuleType:
     refusal = f"model type {model_type!r} is not supported"
     if model_type in REFUSED:
         raise ConfigError(f"{refusal}: {REFUSED[model_type]}")
-    if nearest := difflib.get_close_matches(model_type, FAMILIES):
+    known = sorted({*FAMILIES, *WRAPPERS})
+    if nearest := difflib.get_close_matches(model_type, known):
         refusal += f"; did you mean {' or '.join(map(repr, nearest))}?"
-    raise ConfigError(f"{refusal}; known: {', '.join(sorted(FAMILIES))}")
+    raise ConfigError(f"{refusal}; known: {', '.join(known)}")
+
+
+def model_config(hf: dict[str, Any]) -> ModelConfig:
+    """The ModelConfig of a Hugging Face config.json; of a model that also sees, its text's."""
+    text = text_config(hf)
+    return family(text["model_type"]).config(text)

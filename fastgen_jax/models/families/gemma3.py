@@ -1,5 +1,5 @@
 """Gemma 3 (Gemma Team, 2025): Gemma 2 with norms of queries and keys in place of soft caps, and
-another rotary base in layers with a window. Of checkpoints that also see, the text part.
+another rotary base in layers with a window.
 """
 
 import dataclasses
@@ -24,22 +24,20 @@ DEFAULTS = {
     "final_logit_softcapping": None,
 }
 GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
-OUTER = ("bos_token_id", "eos_token_id", "tie_word_embeddings")  # of a config with a text_config
 WEIGHTS = gemma2.WEIGHTS | QK_NORMS
-IGNORED = (*gemma2.IGNORED, "vision_tower.*", "multi_modal_projector.*")
+IGNORED = gemma2.IGNORED
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:
-    """The ModelConfig of a Hugging Face config.json, or of the text_config in it."""
-    text = DEFAULTS | hf.get("text_config", hf)
-    text |= {name: hf[name] for name in OUTER if name in hf}
-    rope, local_rope = _ropes(text)
+    """The ModelConfig of a Hugging Face config.json."""
+    hf = DEFAULTS | hf
+    rope, local_rope = _ropes(hf)
     return dataclasses.replace(
-        gemma2.config(text | {"rope_parameters": None, "rope_scaling": None}),
-        family=hf["model_type"],
+        gemma2.config(hf | {"rope_parameters": None, "rope_scaling": None}),
+        family="gemma3_text",
         rope=rope,
         local_rope=local_rope,
-        windows=layer_windows(text, every=6),
+        windows=layer_windows(hf, every=6),
         qk_norm="head",
     )
 
