@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.destination import new_directory
+from fastgen_jax.config import json_object
 from fastgen_jax.errors import FastGenError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -38,6 +39,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", nargs="?", metavar="SRC", help="directory or hub id")
     parser.add_argument("destination", nargs="?", metavar="DST", type=Path, help="new directory")
+    parser.add_argument("--revision", help="branch, tag or commit of SRC if it is a hub id")
+    parser.add_argument(
+        "--hf-overrides", type=json_object, default=None, metavar="JSON",
+        help="keys of SRC's config.json to change, which DST then has",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, help="of all weights (default: as they are)")
     parser.add_argument(
         "--shards", type=_shards, default=None, metavar="N",
@@ -77,11 +83,11 @@ def run(args: argparse.Namespace) -> None:
         raise FastGenError("give SRC and DST, or --check SRC; --help shows examples")
     from fastgen_jax.checkpoints.directory import locate
 
-    source = locate(args.source)
+    source = locate(args.source, revision=args.revision)
     if args.check:
         from convert import verification
 
-        print(verification.check(source))
+        print(verification.check(source, args.hf_overrides))
         return
     with new_directory(args.destination, overwrite=args.overwrite) as directory:
         convert(args, source, directory)
@@ -100,7 +106,9 @@ def convert(args: argparse.Namespace, source: Path, directory: Path) -> None:
     if args.to_hf:
         from convert import to_hf
 
-        to_hf.write(source, directory, dtype=args.dtype, n_files=args.shards)
+        to_hf.write(
+            source, directory, dtype=args.dtype, n_files=args.shards, overrides=args.hf_overrides
+        )
         return
     from tqdm import tqdm
 
@@ -114,7 +122,7 @@ def convert(args: argparse.Namespace, source: Path, directory: Path) -> None:
 
         to_orbax.write(
             source, directory, name=args.source, dtype=args.dtype, n_files=args.shards,
-            on_progress=on_progress,
+            overrides=args.hf_overrides, on_progress=on_progress,
         )  # fmt: skip
 
 

@@ -15,19 +15,28 @@ from convert.to_orbax import UNUSED, copy_texts
 from fastgen_jax.checkpoints import weights
 from fastgen_jax.checkpoints.converted import PAIRS, read_host_arrays, read_manifest
 from fastgen_jax.checkpoints.directory import read_config
+from fastgen_jax.checkpoints.overrides import Overrides
 from fastgen_jax.checkpoints.tensor_files import INDEX, read_header
 from fastgen_jax.models.config import ModelConfig
 
 
-def write(source: Path, destination: Path, *, dtype: str | None, n_files: int | None) -> None:
+def write(
+    source: Path,
+    destination: Path,
+    *,
+    dtype: str | None,
+    n_files: int | None,
+    overrides: Overrides,
+) -> None:
     """Fills an empty directory with the Hugging Face form of a converted model.
 
     Args:
         dtype: of all weights; None for what each was.
         n_files: how many hold the weights; None for as many as there were.
+        overrides: keys of config.json to change.
     """
     table = read_manifest(source)["tensors"]
-    config, arrays = read_config(source), read_host_arrays(source)
+    config, arrays = read_config(source, overrides), read_host_arrays(source)
     unused = _unused(source)
     files: dict[str, str] = {name: entry["file"] for name, entry in table.items()}
     files |= dict.fromkeys(unused, min(files.values()))
@@ -44,7 +53,7 @@ def write(source: Path, destination: Path, *, dtype: str | None, n_files: int | 
         }
         total += sum(tensor.nbytes for tensor in tensors.values())
         save_file(tensors, destination / file, metadata={"format": "pt"})
-    copy_texts(source, destination, is_quantised=False)
+    copy_texts(source, destination, overrides, is_quantised=False)
     if len(by_file) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (destination / INDEX).write_text(json.dumps(index, indent=2) + "\n")

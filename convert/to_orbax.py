@@ -19,14 +19,14 @@ from safetensors.numpy import save_file
 
 from fastgen_jax.checkpoints import loading
 from fastgen_jax.checkpoints.converted import FORMAT, MANIFEST, WEIGHTS, sha256, stored_shape
-from fastgen_jax.checkpoints.directory import read_config
+from fastgen_jax.checkpoints.directory import read_config, read_hf
 from fastgen_jax.checkpoints.loading import Parts
+from fastgen_jax.checkpoints.overrides import Overrides
 from fastgen_jax.checkpoints.quantised import Tensor
 from fastgen_jax.checkpoints.tensor_files import (
     INDEX,
     Stored,
     read_headers,
-    read_json,
     weight_files,
 )
 from fastgen_jax.errors import CheckpointError
@@ -49,6 +49,7 @@ def write(
     name: str,
     dtype: str | None,
     n_files: int | None,
+    overrides: Overrides,
     on_progress: loading.OnProgress,
 ) -> None:
     """Fills an empty directory with the converted model. Holds all weights in host memory once.
@@ -57,15 +58,16 @@ def write(
         name: of the source, for the manifest.
         dtype: of all weights; None keeps each one's.
         n_files: about how many hold the weights; None for files of FILE_BYTES.
+        overrides: keys of config.json to change.
     """
-    config = read_config(source)
+    config = read_config(source, overrides)
     params = loading.flat_params(loading.abstract_model(config, Policy()))
-    parts = loading.find_parts(source, config, 1, params)
+    parts = loading.find_parts(source, config, 1, params, overrides)
     arrays = fill_all(params, parts, config, dtype, on_progress)
     _save(arrays, destination / WEIGHTS, n_files)
     if not _is_quantised(parts):
         _save_unused(source, {*_tensors(parts)}, destination)
-    copy_texts(source, destination, is_quantised=_is_quantised(parts))
+    copy_texts(source, destination, overrides, is_quantised=_is_quantised(parts))
     manifest = {
         "format": FORMAT,
         "source": _provenance(source, name),
@@ -130,17 +132,20 @@ def _save_unused(source: Path, used: set[str], destination: Path) -> None:
         save_file(unused, destination / UNUSED, metadata={"format": "pt"})
 
 
-def copy_texts(source: Path, destination: Path, *, is_quantised: bool) -> None:
+def copy_texts(
+    source: Path, destination: Path, overrides: Overrides, *, is_quantised: bool
+) -> None:
     """Config, tokenizer, templates: every file that holds neither weights nor code."""
     for file in sorted(source.iterdir()):
         is_left = file.suffix in NO_TEXTS or file.name.startswith(".")
         if file.is_file() and not is_left and file.name not in (INDEX, MANIFEST):
             shutil.copyfile(file, destination / file.name)
-    if is_quantised:  # no longer
-        config = read_json(source / "config.json")
-        config.pop("quantization_config", None)
-        config.pop("compression_config", None)
-        (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if is_quantised or overrides:
+        hf = read_hf(source, overrides)
+        if is_quantised:  # no longer
+            hf.pop("quantization_config", None)
+            hf.pop("compression_config", None)
+        (destination / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
 
 def _is_quantised(parts: Parts) -> bool:

@@ -4,8 +4,10 @@ A config is validated in `__post_init__`, so that one that exists is valid. A fi
 part of the field (`metadata["help"]`): flags and the README's table are generated from it.
 """
 
+import argparse
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Iterable, Sequence
 from types import UnionType
@@ -16,9 +18,9 @@ from fastgen_jax.errors import ConfigError
 Idle = tuple[Any, ...] | type | UnionType  # values that change nothing here, or the type of all
 
 
-def option(default: Any, help: str, group: str = "engine") -> Any:
+def option(default: Any, help: str, group: str = "engine", *, hash: bool = True) -> Any:
     """A dataclass field that carries its own documentation."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+    return dataclasses.field(default=default, hash=hash, metadata={"help": help, "group": group})
 
 
 def check_known(kwargs: dict[str, Any], config_class: type) -> None:
@@ -51,6 +53,27 @@ def is_integer(value: Any) -> TypeGuard[int]:
 def is_real(value: Any) -> bool:
     """Whether `value` is a finite number."""
     return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def is_json_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f'expected a JSON object such as {{"rope_theta": 1000000}}: {show(text)}'
+        )
+    return value
 
 
 def show(value: Any) -> str:

@@ -28,7 +28,6 @@ LOADING: dict[str, Idle] = {
     "hf_token": (None,),
     "download_dir": (None,),
     "quantization": (None,),
-    "hf_overrides": NOTHING,
     "override_generation_config": NOTHING,
     "model_loader_extra_config": NOTHING,
     "use_tqdm_on_load": bool,

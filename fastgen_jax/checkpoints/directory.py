@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from fastgen_jax.checkpoints import hub
+from fastgen_jax.checkpoints.overrides import Overrides, overridden
 from fastgen_jax.checkpoints.tensor_files import read_json
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models import families
 from fastgen_jax.models.config import ModelConfig
 
 ADAPTER = "adapter_config.json"  # of peft
+EOS = "eos_token_id"
 
 
 def locate(model: str, *, revision: str | None = None, with_weights: bool = True) -> Path:
@@ -37,7 +39,16 @@ def locate(model: str, *, revision: str | None = None, with_weights: bool = True
     return hub.download(model, revision, with_weights=with_weights)
 
 
-def read_config(directory: Path) -> ModelConfig:
+def read_hf(directory: Path, overrides: Overrides = None) -> dict[str, Any]:
+    """config.json, as everything here is to see it.
+
+    Args:
+        overrides: what a user changes of it.
+    """
+    return overridden(read_json(directory / "config.json"), overrides)
+
+
+def read_config(directory: Path, overrides: Overrides = None) -> ModelConfig:
     """The ModelConfig of a checkpoint directory."""
     if (directory / ADAPTER).is_file() and not (directory / "config.json").exists():
         base = read_json(directory / ADAPTER).get("base_model_name_or_path")
@@ -45,7 +56,7 @@ def read_config(directory: Path) -> ModelConfig:
             f"{str(directory)!r} holds an adapter ({ADAPTER}), not a model; merge it into its base "
             f"model {base!r} (merge_and_unload of peft) and give what that saves"
         )
-    hf = read_json(directory / "config.json")
+    hf = read_hf(directory, overrides)
     if "model_type" not in hf:
         raise ConfigError("config.json has no model_type")
     try:
@@ -56,7 +67,12 @@ def read_config(directory: Path) -> ModelConfig:
         raise ConfigError(f"config.json has a value of the wrong type: {error}") from error
 
 
-def read_generation_config(directory: Path) -> dict[str, Any]:
-    """generation_config.json, or {} where there is none."""
+def read_generation_config(directory: Path, overrides: Overrides = None) -> dict[str, Any]:
+    """generation_config.json, or {} where there is none; without the end of sequence that a user
+    changes in config.json, for that one is to count.
+    """
     path = directory / "generation_config.json"
-    return read_json(path) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
+    if EOS in (overrides or {}):
+        found.pop(EOS, None)
+    return found

@@ -19,8 +19,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fastgen_jax.checkpoints import converted, names, weights
+from fastgen_jax.checkpoints.directory import read_hf
+from fastgen_jax.checkpoints.overrides import Overrides
 from fastgen_jax.checkpoints.quantised import Tensor, unquantised
-from fastgen_jax.checkpoints.tensor_files import read_headers, read_json, weight_files
+from fastgen_jax.checkpoints.tensor_files import read_headers, weight_files
 from fastgen_jax.checkpoints.weights import Source
 from fastgen_jax.errors import CheckpointError
 from fastgen_jax.models import families
@@ -78,10 +80,12 @@ def load_model(
     mesh: Mesh,
     on_progress: OnProgress = lambda done, total: None,
     transform: Transform | None = None,
+    overrides: Overrides = None,
 ) -> nnx.Module:
     """The model of a Hugging Face or converted directory, on the devices of the mesh.
 
     Args:
+        overrides: what was changed of config.json before `config` was made of it.
         transform: applied to each parameter before it is moved, to cast or quantise it.
 
     Raises:
@@ -90,8 +94,12 @@ def load_model(
     """
     model = abstract_model(config, policy)
     params = flat_params(model)
-    read = read_converted if converted.is_converted(directory) else read_safetensors
-    leaves = read(directory, config, mesh, params, on_progress, transform)
+    if converted.is_converted(directory):
+        leaves = read_converted(directory, config, mesh, params, on_progress, transform)
+    else:
+        leaves = read_safetensors(
+            directory, config, mesh, params, on_progress, transform, overrides
+        )
     return _filled(model, leaves)
 
 
@@ -122,9 +130,10 @@ def read_safetensors(
     params: dict[str, Any],
     on_progress: OnProgress,
     transform: Transform | None,
+    overrides: Overrides,
 ) -> list[jax.Array]:
     """The parameters, in order, on the devices of the mesh, from a Hugging Face directory."""
-    parts = find_parts(directory, config, mesh.size, params)
+    parts = find_parts(directory, config, mesh.size, params, overrides)
 
     def load(path: str) -> jax.Array:
         array = fill(params[path], parts[path], config, mesh.size)
@@ -140,9 +149,16 @@ Parts = dict[str, list[tuple[Source, Tensor]]]  # by path: what fills the parame
 
 
 def find_parts(
-    directory: Path, config: ModelConfig, n_shards: int, params: dict[str, Any]
+    directory: Path,
+    config: ModelConfig,
+    n_shards: int,
+    params: dict[str, Any],
+    overrides: Overrides = None,
 ) -> Parts:
     """Which tensors of a Hugging Face directory fill which parameters.
+
+    Args:
+        overrides: what was changed of config.json before `config` was made of it.
 
     Raises:
         CheckpointError: lists all problems.
@@ -154,7 +170,7 @@ def find_parts(
             f"{name} in {stored[name].file.name} belongs to an adapter (LoRA) that is not merged; "
             "merge it into its base model (merge_and_unload of peft) and give what that saves"
         )
-    hf = read_json(directory / "config.json")
+    hf = read_hf(directory, overrides)
     tensors, found = unquantised(hf, stored)
     problems += found
     known = [*family.WEIGHTS, *family.IGNORED]

@@ -1,8 +1,10 @@
 """EngineConfig: what a user may choose of an engine; `startup.resolve` decides the rest."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from fastgen_jax.config import is_integer, is_real, option, show
+from fastgen_jax.config import is_integer, is_json_object, is_real, option, show
 from fastgen_jax.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -21,6 +23,13 @@ class EngineConfig:
         None,
         "branch, tag or commit of the hub's repository of the model (default: its main branch)",
         "model",
+    )
+    hf_overrides: Mapping[str, Any] | None = option(
+        None,
+        "JSON object that changes keys of config.json before anything reads it; a config in it, "
+        "such as text_config, key by key",
+        "model",
+        hash=False,
     )
     dtype: str = option(
         "auto",
@@ -88,6 +97,8 @@ class EngineConfig:
             raise ConfigError(
                 f"revision must be a branch, tag or commit, got {show(self.revision)}"
             )
+        if not (self.hf_overrides is None or is_json_object(self.hf_overrides)):
+            raise ConfigError(f"hf_overrides must be a JSON object, got {show(self.hf_overrides)}")
         for name in ("max_model_len", "block_size", "num_kv_blocks", "max_num_batched_tokens",
                      "max_num_seqs", "max_queued_requests", "tensor_parallel_size"):  # fmt: skip
             value = getattr(self, name)

@@ -104,7 +104,7 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
         raise ConfigError("no model given; name a directory or a hub id")
     keep_compiled(config.compilation_cache)
     directory = model_directory(config)
-    model_config = read_config(directory)
+    model_config = read_config(directory, config.hf_overrides)
     backend = BACKENDS[jax.default_backend()]
     resolved = resolve(config, model_config, backend)
     model_config = fit_rope(model_config, resolved.max_model_len)
@@ -118,7 +118,7 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
         n_blocks = _fit_blocks(resolved, model_config, model, shapes, mesh)
         resolved = dataclasses.replace(resolved, num_kv_blocks=n_blocks)
     runner = make_runner(model, model_config, resolved, shapes, mesh)
-    generation_config = read_generation_config(directory)
+    generation_config = read_generation_config(directory, config.hf_overrides)
     return Started(resolved, model_config, generation_config, runner)
 
 
@@ -249,7 +249,9 @@ def _load(
     def on_progress(done: int, total: int) -> None:
         on_phase("loading", done, total)
 
-    return loading.load_model(directory, model_config, policy, mesh, on_progress)
+    return loading.load_model(
+        directory, model_config, policy, mesh, on_progress, overrides=config.hf_overrides
+    )
 
 
 def _shapes(config: ResolvedConfig, model: ModelConfig, backend: Backend) -> list[Shape]:

@@ -8,9 +8,10 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from fastgen_jax.config import json_object
 from fastgen_jax.errors import ConfigError
 
 Field = dataclasses.Field
@@ -129,5 +130,6 @@ def _kind(field: Field, annotation: Any) -> dict[str, Any]:
         return {"action": "append", "metavar": field.name.upper().split("_")[-1]}
     (kind,) = [t for t in typing.get_args(annotation) or (annotation,) if t is not type(None)]
     readers = {int: (whole_number, "N"), float: (float, "X"), str: (str, "TEXT")}
-    reader, metavar = readers[kind]
+    readers[Mapping] = (json_object, "JSON")
+    reader, metavar = readers[typing.get_origin(kind) or kind]
     return {"type": reader, "metavar": metavar}
