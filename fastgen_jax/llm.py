@@ -61,8 +61,8 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Any):
+        from fastgen_jax.checkpoints.directory import locate_tokenizer
         from fastgen_jax.engine.engine import Engine
-        from fastgen_jax.engine.startup import tokenizer_directory
         from fastgen_jax.progress import PhaseBars
 
         options = acting(options, LOADING, [f.name for f in dataclasses.fields(EngineConfig)])
@@ -70,8 +70,11 @@ class LLM:
         if options.get("tokenizer") is not None:
             options["tokenizer"] = _path("tokenizer", options["tokenizer"])
         config = EngineConfig(**options)
-        path = str(tokenizer_directory(config))
-        tokenizer = Tokenizer(path) if has_tokenizer(path) else None
+        directory = locate_tokenizer(
+            config.model, config.tokenizer, revision=config.revision, overrides=config.hf_overrides
+        )
+        path = str(directory)
+        tokenizer = Tokenizer(path) if config.tokenizer or has_tokenizer(path) else None
         with contextlib.closing(PhaseBars()) as on_phase:
             engine = Engine(config, on_phase=on_phase)
         self._set(engine, tokenizer)

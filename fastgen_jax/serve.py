@@ -146,30 +146,41 @@ class _Help(argparse.Action):
 def load(
     engine_config: EngineConfig, server_config: ServerConfig, on_phase: "OnPhase"
 ) -> "Backend":
-    """The engine, compiled, and the tokenizer, which loads meanwhile if its files are here."""
+    """The engine, compiled, and the tokenizer, which loads meanwhile. What can be told from names
+    of files and config.json is told before anything is loaded.
+    """
     template = chat_template(server_config.chat_template)
+    from fastgen_jax.checkpoints.directory import locate_tokenizer
+    from fastgen_jax.tokenizer.loading import tokenizer_file
+
+    directory = locate_tokenizer(
+        engine_config.model,
+        engine_config.tokenizer,
+        revision=engine_config.revision,
+        overrides=engine_config.hf_overrides,
+    )
+    tokenizer_file(directory)
     from fastgen_jax.engine.engine import Engine
-    from fastgen_jax.engine.startup import tokenizer_directory
     from fastgen_jax.server.service import Backend
     from fastgen_jax.tokenizer import Tokenizer
 
-    path = engine_config.tokenizer or engine_config.model
     # What loads now stays: walking it, as each full collection would, halts all tokens for 0.2 s.
     gc.disable()
     try:
         with ThreadPoolExecutor(1) as pool:
-            is_local = Path(path).is_dir()
-            early = pool.submit(Tokenizer, path, chat_template=template) if is_local else None
-            engine = Engine(engine_config, on_phase=on_phase)
-            if early:
-                tokenizer = early.result()
-            else:
-                path = str(tokenizer_directory(engine_config))
-                tokenizer = Tokenizer(path, chat_template=template)
+            tokenizer = pool.submit(Tokenizer, str(directory), chat_template=template)
+
+            def on_engine_phase(name: str, done: int, total: int) -> None:
+                if tokenizer.done():
+                    tokenizer.result()  # raises now what would else wait for the weights
+                on_phase(name, done, total)
+
+            engine = Engine(engine_config, on_phase=on_engine_phase)
+            backend = Backend(engine, tokenizer.result())
     finally:
         gc.freeze()
         gc.enable()
-    return Backend(engine, tokenizer)
+    return backend
 
 
 def chat_template(path: str | None) -> str | None:

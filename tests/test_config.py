@@ -16,7 +16,9 @@ def test_unknown_option_names_the_nearest_known_one():
 
 
 def test_unknown_option_without_a_near_one_lists_all():
-    with pytest.raises(ConfigError, match="unknown option 'zzz'; known: model, tokenizer, revision"):
+    with pytest.raises(
+        ConfigError, match="unknown option 'zzz'; known: model, tokenizer, revision"
+    ):
         check_known({"zzz": 1}, EngineConfig)
 
 

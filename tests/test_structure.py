@@ -79,7 +79,7 @@ UNSAFE_KEYWORDS = {"trust_remote_code", "allow_pickle", "shell"}
 BORDER = ("server/json_body", "server/protocol", "server/reader", "server/framing", "server/gate")
 BORDER += ("server/tools", "server/structure", "server/speech", "server/protocol_responses")
 BORDER += ("server/stream", "server/uploads", "server/connection", "server/config")
-BORDER += ("server/cors", "server/embeddings", "tokenizer/history")
+BORDER += ("server/cors", "server/embeddings", "tokenizer/history", "tokenizer/loading")
 BORDER += ("sampling_params", "prompts", "engine/admission", "engine/config", "models/config")
 BORDER += ("models/hf_config", "checkpoints/directory", "checkpoints/tensor_files")
 # What a server has no use for: other processes, but for one that tries clients' grammars, and

@@ -70,6 +70,14 @@ def with_tokens(path: str, *texts: str, special: bool = True) -> str:
     return path
 
 
+def make_old(directory: Path):
+    """Leaves the tokenizer in the form that had no tokenizer.json."""
+    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (directory / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    (directory / "tokenizer.json").unlink()
+
+
 KINDS = {"byte_level": byte_level, "sentencepiece": sentencepiece, "metaspace": metaspace}
 
 

@@ -39,6 +39,21 @@ def locate(model: str, *, revision: str | None = None, with_weights: bool = True
     return hub.download(model, revision, with_weights=with_weights)
 
 
+def locate_tokenizer(
+    model: str,
+    tokenizer: str | None = None,
+    *,
+    revision: str | None = None,
+    overrides: Overrides = None,
+) -> Path:
+    """Where the tokenizer's files are: the model's, unless it has its own. The model's config.json
+    is read first, so that what is not supported is told before anything large is downloaded.
+    """
+    directory = locate(model, revision=revision, with_weights=False)
+    read_config(directory, overrides)
+    return directory if tokenizer is None else locate(tokenizer, with_weights=False)
+
+
 def read_hf(directory: Path, overrides: Overrides = None) -> dict[str, Any]:
     """config.json, as everything here is to see it.
 

@@ -128,13 +128,6 @@ def model_directory(config: EngineConfig) -> Path:
     return locate(config.model, revision=config.revision, with_weights=has_weights)
 
 
-def tokenizer_directory(config: EngineConfig) -> Path:
-    """Where the tokenizer's files are: the model's, unless it has its own."""
-    if config.tokenizer is None:
-        return model_directory(config)
-    return locate(config.tokenizer, with_weights=False)
-
-
 def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> ResolvedConfig:
     """Fills in what the user left open; num_kv_blocks with the most that could ever be used."""
     longest = longest_context(model)

@@ -2,18 +2,78 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastgen_jax.checkpoints.tensor_files import read_json
 from fastgen_jax.errors import CheckpointError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# What a tokenizer is read from, the best first, and what each needs beside it.
+FORMATS = {"tokenizer.json": (), "vocab.json": ("merges.txt",)}
+CONFIG = "tokenizer_config.json"
 
 
 def has_tokenizer(path: str) -> bool:
     """False for a directory without tokenizer files; a hub id is taken to have them."""
     directory = Path(path)
-    return not directory.is_dir() or any((directory / name).exists() for name in TOKENIZER_FILES)
+    return not directory.is_dir() or any((directory / name).exists() for name in FORMATS)
+
+
+def tokenizer_file(directory: Path) -> str:
+    """The name of the file that the directory's tokenizer is read from; loads nothing.
+
+    Raises:
+        CheckpointError: there is none, or not what belongs to it. (transformers makes a tokenizer
+            without a vocabulary of tokenizer_config.json alone.)
+    """
+    for name, others in FORMATS.items():
+        if not (directory / name).exists():
+            continue
+        for other in others:
+            if not (directory / other).exists():
+                raise CheckpointError(
+                    f"{str(directory)!r} has {name} without {other}, and a tokenizer needs both; "
+                    f"copy {other} from where the model comes from"
+                )
+        _check_class(directory, name)
+        return name
+    _check_class(directory, None)
+    raise CheckpointError(
+        f"{str(directory)!r} has no tokenizer, which would be in {', or in '.join(FORMATS)}; copy "
+        "that from where the model comes from, or name a directory that has it with --tokenizer"
+    )
+
+
+def _check_class(directory: Path, file: str | None) -> None:
+    """Raises CheckpointError if only the checkpoint's own code could make its tokenizer.
+
+    Args:
+        file: what the tokenizer is read from, if anything.
+    """
+    own = list(_own_classes(_config(directory)))
+    if not own or file == "tokenizer.json":
+        return
+    raise CheckpointError(
+        f"the tokenizer of {str(directory)!r} is the class {own[0]} of its own code, and code of "
+        "checkpoints never runs here; where you trust it, have transformers save it as a "
+        "tokenizer.json (AutoTokenizer.from_pretrained, then save_pretrained), and add that"
+    )
+
+
+def _own_classes(config: dict[str, Any]) -> Iterator[str]:
+    """Classes of the checkpoint's code that its tokenizer_config.json names: `file.Class`."""
+    auto_map = config.get("auto_map") or {}
+    named = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    for name in [named] if isinstance(named, str) else named or ():
+        if name:
+            yield str(name)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    """tokenizer_config.json, or {} where there is none."""
+    path = directory / CONFIG
+    return read_json(path) if path.exists() else {}
 
 
 def load(path: str) -> Any:
@@ -22,26 +82,40 @@ def load(path: str) -> Any:
     tokenizer.json is taken as it stands. AutoTokenizer would rebuild it as the class that
     tokenizer_config.json names, and imports more; only older formats need it.
     """
+    directory = Path(path) if Path(path).is_dir() else _cached(path)
+    file = tokenizer_file(directory)
     logging.getLogger("transformers").addFilter(_is_not_about_torch)
     import transformers  # half a second, hence only when there is text to handle
-    from huggingface_hub import snapshot_download
 
+    # Left out, trust_remote_code would have transformers ask a terminal, and obey.
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        if not Path(path).is_dir():
-            path = snapshot_download(path, local_files_only=True)
-        if (Path(path) / "tokenizer.json").exists():
-            fast = transformers.PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        if file == "tokenizer.json":
+            fast = transformers.PreTrainedTokenizerFast.from_pretrained(directory, **options)
             fast._tokenizer = _with_specials_found_first(fast.backend_tokenizer)
         else:
-            # Left out, trust_remote_code would have transformers ask a terminal, and obey.
-            fast = transformers.AutoTokenizer.from_pretrained(
-                path, local_files_only=True, trust_remote_code=False
-            )
-        if not fast.is_fast:
-            raise ValueError("it has no fast form; convert it to a tokenizer.json")
+            fast = transformers.AutoTokenizer.from_pretrained(directory, **options)
+            if not fast.is_fast or len(fast) < len(read_json(directory / file)):
+                raise ValueError(f"{type(fast).__name__} does not read it; add a tokenizer.json")
     except Exception as error:  # tokenizers raises plain Exception at damaged files
-        raise CheckpointError(f"cannot load the tokenizer of {path!r}: {error}") from error
+        raise CheckpointError(
+            f"cannot load the tokenizer of {str(directory)!r} from {file}: {error}"
+        ) from error
     return fast
+
+
+def _cached(hub_id: str) -> Path:
+    """Where the local Hugging Face cache holds a repository."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(
+            f"cannot load the tokenizer of {hub_id!r}: it is neither a directory nor a repository "
+            f"that was downloaded ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _with_specials_found_first(backend: Any) -> Any:

@@ -1,6 +1,5 @@
 """What of a hub's repository is downloaded, from a hub on this machine."""
 
-import dataclasses
 import hashlib
 import json
 import threading
@@ -11,12 +10,11 @@ from typing import NamedTuple
 import pytest
 from huggingface_hub import constants
 
-from fastgen_jax.checkpoints.directory import locate
+from fastgen_jax.checkpoints.directory import locate, locate_tokenizer
 from fastgen_jax.checkpoints.hub import wanted
 from fastgen_jax.checkpoints.tensor_files import INDEX
-from fastgen_jax.engine import startup
-from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
+from tests.tiny import CONFIG as TINY
 
 MISTRAL = [
     ".gitattributes", "README.md", "config.json", "consolidated.safetensors",
@@ -25,6 +23,7 @@ MISTRAL = [
     "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer.model.v3",
     "tokenizer_config.json",
 ]  # fmt: skip
+CONFIG = json.dumps(TINY).encode()
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
@@ -86,7 +85,8 @@ class Hub(NamedTuple):
             about = {"id": name, "sha": commit, "siblings": [{"rfilename": f} for f in files]}
             return commit, json.dumps(entries if "tree" in what else about).encode()
         owner, name, _, revision, file = path.split("/", 4)
-        return self._revision(f"{owner}/{name}", revision)[0], file.encode()
+        body = CONFIG if file == "config.json" else file.encode()
+        return self._revision(f"{owner}/{name}", revision)[0], body
 
     def _revision(self, repository: str, revision: str) -> tuple[str, list[str]]:
         for name, files in self.repositories[repository].items():
@@ -105,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if body := self._answer():
             if "/resolve/" in self.path:
-                self.hub.taken.append(body.decode())
+                self.hub.taken.append(self.path.split("/resolve/")[1].partition("/")[2])
             self.wfile.write(body)
 
     def _answer(self) -> bytes:
@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Iterator[Hub]:
-    """A hub that huggingface_hub takes for its own, whose files hold their names."""
+    """A hub that huggingface_hub takes for its own, whose files hold their names, or a config."""
     hub = Hub({}, [])
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     url = f"http://127.0.0.1:{server.server_port}"
@@ -188,10 +188,18 @@ def test_a_revision_is_the_one_that_is_downloaded(hub, tmp_path):
 def test_a_tokenizer_is_of_the_models_revision_unless_it_has_a_repository_of_its_own(hub):
     hub.repositories["org/model"] = {"main": [], "v2": ["config.json", "model.safetensors"]}
     hub.repositories["org/other"] = {"main": ["tokenizer.json", "model.safetensors"]}
-    config = EngineConfig(model="org/model", revision="v2")
-    assert startup.tokenizer_directory(config) == startup.model_directory(config)
-    other = startup.tokenizer_directory(dataclasses.replace(config, tokenizer="org/other"))
+    directory = locate_tokenizer("org/model", revision="v2")
+    assert hub.taken == ["config.json"]
+    assert directory == locate("org/model", revision="v2")
+    other = locate_tokenizer("org/model", "org/other", revision="v2")
     assert names(other) == {"tokenizer.json"}
+
+
+def test_nothing_large_is_downloaded_of_a_model_that_is_not_supported(hub):
+    hub.repositories["org/model"] = {"main": ["config.json", "model.safetensors"]}
+    with pytest.raises(ConfigError, match="model type 'mamba' is not supported"):
+        locate_tokenizer("org/model", overrides={"model_type": "mamba"})
+    assert hub.taken == ["config.json"]
 
 
 def test_a_repository_that_nobody_knows_is_named(hub):

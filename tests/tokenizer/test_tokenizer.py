@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgen_jax.engine.types import Output
-from fastgen_jax.errors import CheckpointError, InvalidRequest
+from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.sampling_params import SamplingParams
-from fastgen_jax.tokenizer import TextDelta, TextStream, Tokenizer, has_tokenizer
+from fastgen_jax.tokenizer import TextDelta, TextStream, Tokenizer
 from fastgen_jax.tokenizer.stop_strings import StopMatcher, StopString
 from tests import tiny_tokenizers
 
@@ -432,19 +432,6 @@ def test_special_tokens_of_old_llama_files_are_special(tmp_path):
     ids = tokenizer.encode("the</s> the")
     assert [tokenizer.token_text(id) for id in ids] == ["<s>", " the", "</s>", " ", " the"]
     assert tokenizer.decode(ids) == "the  the"
-
-
-def test_damaged_and_missing_files_are_checkpoint_errors(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{")
-    for path in (str(tmp_path), "no-such-org/no-such-model", str(tmp_path / "absent")):
-        with pytest.raises(CheckpointError, match="cannot load the tokenizer of"):
-            Tokenizer(path)
-
-
-def test_directory_without_tokenizer_files_is_recognised(tmp_path):
-    assert not has_tokenizer(str(tmp_path))
-    assert has_tokenizer(tiny_tokenizers.byte_level(tmp_path))
-    assert has_tokenizer("some-org/some-model")
 
 
 # --- bounds
