@@ -22,6 +22,7 @@ from fastgen_jax.checkpoints.converted import FORMAT, MANIFEST, WEIGHTS, sha256,
 from fastgen_jax.checkpoints.directory import read_config, read_hf
 from fastgen_jax.checkpoints.loading import Parts
 from fastgen_jax.checkpoints.overrides import Overrides
+from fastgen_jax.checkpoints.quantisation import BESIDE, without_settings
 from fastgen_jax.checkpoints.quantised import Tensor
 from fastgen_jax.checkpoints.tensor_files import (
     INDEX,
@@ -143,8 +144,8 @@ def copy_texts(
     if is_quantised or overrides:
         hf = read_hf(source, overrides)
         if is_quantised:  # no longer
-            hf.pop("quantization_config", None)
-            hf.pop("compression_config", None)
+            hf = without_settings(hf)
+            (destination / BESIDE).unlink(missing_ok=True)
         (destination / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastgen_jax.checkpoints import hub
 from fastgen_jax.checkpoints.overrides import Overrides, overridden
+from fastgen_jax.checkpoints.quantisation import BESIDE, settings
 from fastgen_jax.checkpoints.tensor_files import read_json
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models import families
@@ -55,12 +56,16 @@ def locate_tokenizer(
 
 
 def read_hf(directory: Path, overrides: Overrides = None) -> dict[str, Any]:
-    """config.json, as everything here is to see it.
+    """config.json, as everything here is to see it: with what a file beside it says of
+    quantisation.
 
     Args:
         overrides: what a user changes of it.
     """
-    return overridden(read_json(directory / "config.json"), overrides)
+    hf, beside = read_json(directory / "config.json"), directory / BESIDE
+    if not settings(hf) and beside.exists():
+        hf["quantization_config"] = read_json(beside)
+    return overridden(hf, overrides)
 
 
 def read_config(directory: Path, overrides: Overrides = None) -> ModelConfig:

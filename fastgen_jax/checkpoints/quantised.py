@@ -13,18 +13,16 @@ import numpy as np
 from ml_dtypes import bfloat16
 
 from fastgen_jax.checkpoints.mxfp4 import BLOCK_SIZE, dequantize
+from fastgen_jax.checkpoints.quantisation import SCALED, method_of, settings
 from fastgen_jax.checkpoints.tensor_files import Stored
 from fastgen_jax.errors import CheckpointError
 
-# quant_method of those whose NAME.weight has a NAME.weight_scale beside it.
-SCALED = ("compressed-tensors", "fp8", "fbgemm_fp8")
-FORMATS = ("dense", "float-quantized", "int-quantized", "naive-quantized")  # of compressed-tensors
 BYTE = np.dtype(np.uint8)
 SCALES = ("_scale_inv", "_scale")  # both multiply; the first name is DeepSeek's
 ZERO_POINT = "_zero_point"
 # Scales of activations and of the KV cache, neither of which they fit here.
 UNUSED = ("input_scale", "input_scale_ub", "input_zero_point", "activation_scale")
-UNUSED += ("output_scale", "output_zero_point", "k_scale", "v_scale")
+UNUSED += ("output_scale", "output_zero_point", "k_scale", "v_scale", "kv_scale")
 
 
 @dataclass(frozen=True)
@@ -98,8 +96,8 @@ def unquantised(
     Raises:
         CheckpointError: a quantisation that is not supported.
     """
-    quantisation = hf.get("quantization_config") or hf.get("compression_config") or {}
-    method = _method(quantisation, stored)
+    given = settings(hf)
+    method = method_of(given, stored)
     if method is None:
         return {**stored}, []
     if method == "mxfp4":
@@ -121,7 +119,7 @@ def unquantised(
         weight, scale = stored[name], stored[name + ends[0]]
         zero_point = stored.get(name + ZERO_POINT)
         try:
-            block = _block(weight, scale, quantisation)
+            block = _block(weight, scale, given)
             if zero_point is not None and zero_point.shape != scale.shape:
                 raise ValueError(f"scales {scale.shape}, but zero points {zero_point.shape}")
         except ValueError as error:
@@ -149,18 +147,6 @@ def _unpacked(stored: dict[str, Stored]) -> tuple[dict[str, Tensor], list[str]]:
             continue
         tensors[name.removesuffix("_blocks")] = Packed(blocks, scales)
     return tensors, problems
-
-
-def _method(quantisation: dict[str, Any], stored: dict[str, Stored]) -> str | None:
-    """What the checkpoint is quantised with, and for compressed-tensors a format not in FORMATS."""
-    method = quantisation.get("quant_method")
-    if method is None:
-        return "gptq or awq" if any(name.endswith(".qweight") for name in stored) else None
-    if method != "compressed-tensors":
-        return str(method)
-    sparsity = (quantisation.get("sparsity_config") or {}).get("format") or "dense"
-    formats = {quantisation.get("format") or "dense", sparsity} - {*FORMATS}
-    return f"{method} ({', '.join(sorted(formats))})" if formats else method
 
 
 def _two_axes(shape: tuple[int, ...]) -> tuple[int, int]:
