@@ -202,6 +202,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"model_type": "apertus", "attention_bias": True, "pad_token_id": 0}
     | {"rope_parameters": YARN | {"rope_type": "llama3", "low_freq_factor": 1.0}
        | {"high_freq_factor": 4.0}},
+    "internlm2": SHAPE | {"model_type": "llama", "attention_bias": True},
     "qwen2_moe": SHAPE | QWEN_MOE | {
         "model_type": "qwen2_moe", "shared_expert_intermediate_size": 20, "mlp_only_layers": [0],
         "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2,

@@ -19,13 +19,13 @@ import zlib
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import transformers
 
 from fastgen_jax.models.families.wrappers import WRAPPERS
 from tests.golden.families import FAMILIES
 from tests.golden.pack_mxfp4 import pack_experts
+from tests.golden.renamed import RENAMED
 
 HERE = pathlib.Path(__file__).parent
 N_PROMPT, N_NEW, ORIGINAL, LONGEST = 150, 32, 64, 256
@@ -65,20 +65,6 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llama3": rope("llama3", **LLAMA3),
     **FAMILIES,
 }  # fmt: skip
-FIRST_QWEN_NAMES = {
-    "model.embed_tokens.": "transformer.wte.",
-    "model.layers.": "transformer.h.",
-    "model.norm.": "transformer.ln_f.",
-    ".input_layernorm.": ".ln_1.",
-    ".self_attn.o_proj.": ".attn.c_proj.",
-    ".post_attention_layernorm.": ".ln_2.",
-    ".mlp.up_proj.": ".mlp.w1.",
-    ".mlp.gate_proj.": ".mlp.w2.",
-    ".mlp.down_proj.": ".mlp.c_proj.",
-}
-FIRST_QWEN_FIELDS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings",
-)  # fmt: skip
 KNOWN_AS = {"kimi_k2": "deepseek_v3"}  # model types that transformers knows by another name only
 OLD_FORM = ("gqa", "linear", "dynamic", "yarn", "llama3")
 
@@ -180,34 +166,6 @@ def check_old_config(path: pathlib.Path, prompt: list[int], logits: np.ndarray) 
     assert np.array_equal(again, logits[: len(prompt)]), path.name
 
 
-def write_as_first_qwen(path: pathlib.Path) -> None:
-    """Turns a Qwen2 checkpoint into one of Qwen 1, which is the same mathematics under other names
-    and no class of transformers.
-    """
-    tensors = safetensors.torch.load_file(path / "model.safetensors")
-    for name in [name for name in tensors if ".q_proj." in name]:
-        parts = [tensors.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
-        tensors[name.replace("self_attn.q_proj", "attn.c_attn")] = torch.cat(parts)
-    for old, new in FIRST_QWEN_NAMES.items():
-        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
-    safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    config = {name: config[name] for name in FIRST_QWEN_FIELDS} | {
-        "model_type": "qwen",
-        "intermediate_size": 2 * config["intermediate_size"],
-        "kv_channels": config["hidden_size"] // config["num_attention_heads"],
-        "layer_norm_epsilon": config["rms_norm_eps"],
-        "no_bias": True,
-        "rotary_emb_base": config["rope_parameters"]["rope_theta"],
-        "rotary_pct": 1.0,
-        "scale_attn_weights": True,
-        "seq_length": config["max_position_embeddings"],
-        "use_dynamic_ntk": True,
-        "use_logn_attn": True,
-    }
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
 def make(name: str, seed: int) -> None:
     path = HERE / name
     shutil.rmtree(path, ignore_errors=True)
@@ -229,8 +187,8 @@ def make(name: str, seed: int) -> None:
         logits=logits,
         greedy_ids=np.array(greedy, np.int32),
     )
-    if name == "qwen":
-        write_as_first_qwen(path)
+    if name in RENAMED:
+        RENAMED[name](path)
     size = sum(file.stat().st_size for file in path.iterdir())
     rounding = np.abs(run(model.double(), prompt, 1)[0] - logits[:N_PROMPT]).max()
     print(

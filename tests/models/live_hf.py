@@ -19,7 +19,7 @@ from tests.golden import make_golden
 
 N_NEW = 24
 N_STEPS = 64
-UNKNOWN = {"qwen"}  # to transformers; its golden is a renamed Qwen2
+UNKNOWN = set(make_golden.RENAMED)  # to transformers
 FAMILIES = sorted(set(make_golden.FAMILIES) - UNKNOWN)
 STORED = sorted(set(make_golden.CHECKPOINTS) - UNKNOWN)
 ROPES = [

@@ -39,6 +39,7 @@ FAMILIES = {  # model_type -> module
     "granitemoeshared": "granitemoe",
     "kimi_k2": "kimi_k2",
     "hunyuan_v1_dense": "hunyuan_v1_dense",
+    "internlm2": "internlm2",
     "llama": "llama",
     "ministral": "ministral",
     "ministral3": "ministral3",

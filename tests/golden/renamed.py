@@ -1,0 +1,111 @@
+"""Checkpoints of families that bring their own code and have no class in transformers: saved by a
+class that computes the same, rewritten under the names of that code.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import safetensors.torch
+import torch
+
+Tensors = dict[str, torch.Tensor]
+
+QWEN_NAMES = {
+    "model.embed_tokens.": "transformer.wte.",
+    "model.layers.": "transformer.h.",
+    "model.norm.": "transformer.ln_f.",
+    ".input_layernorm.": ".ln_1.",
+    ".self_attn.o_proj.": ".attn.c_proj.",
+    ".post_attention_layernorm.": ".ln_2.",
+    ".mlp.up_proj.": ".mlp.w1.",
+    ".mlp.gate_proj.": ".mlp.w2.",
+    ".mlp.down_proj.": ".mlp.c_proj.",
+}
+QWEN_FIELDS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings",
+)  # fmt: skip
+INTERNLM2_NAMES = {
+    "model.embed_tokens.": "model.tok_embeddings.",
+    ".input_layernorm.": ".attention_norm.",
+    ".self_attn.o_proj.": ".attention.wo.",
+    ".post_attention_layernorm.": ".ffn_norm.",
+    ".mlp.gate_proj.": ".feed_forward.w1.",
+    ".mlp.up_proj.": ".feed_forward.w3.",
+    ".mlp.down_proj.": ".feed_forward.w2.",
+    "lm_head.": "output.",
+}
+LLAMA_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("rms_norm_eps", "hidden_act", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
+)
+
+
+def as_first_qwen(path: pathlib.Path) -> None:
+    """Qwen2 with as many KV heads as others."""
+    tensors, config = read(path)
+    fields = {name: config[name] for name in QWEN_FIELDS} | {
+        "model_type": "qwen",
+        "intermediate_size": 2 * config["intermediate_size"],
+        "kv_channels": config["hidden_size"] // config["num_attention_heads"],
+        "layer_norm_epsilon": config["rms_norm_eps"],
+        "no_bias": True,
+        "rotary_emb_base": config["rope_parameters"]["rope_theta"],
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": config["max_position_embeddings"],
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+    }
+    write(path, join_qkv(tensors, "attn.c_attn"), QWEN_NAMES, fields)
+
+
+def as_internlm2(path: pathlib.Path) -> None:
+    """Llama with biases of attention."""
+    tensors, config = read(path)
+    n_kv_heads = config["num_key_value_heads"]
+    fields = {name: config[name] for name in LLAMA_FIELDS} | {
+        "model_type": "internlm2",
+        "bias": config["attention_bias"],
+        "max_position_embeddings": config["max_position_embeddings"],
+        "num_key_value_heads": n_kv_heads,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},  # beyond these positions
+        "rope_theta": config["rope_parameters"]["rope_theta"],
+    }
+    write(path, join_qkv(tensors, "attention.wqkv", n_kv_heads), INTERNLM2_NAMES, fields)
+
+
+RENAMED: dict[str, Callable[[pathlib.Path], None]] = {  # golden -> what rewrites it
+    "internlm2": as_internlm2,
+    "qwen": as_first_qwen,
+}
+
+
+def read(path: pathlib.Path) -> tuple[Tensors, dict[str, Any]]:
+    config = json.loads((path / "config.json").read_text())
+    return safetensors.torch.load_file(path / "model.safetensors"), config
+
+
+def join_qkv(tensors: Tensors, name: str, n_groups: int = 1) -> Tensors:
+    """Queries, keys and values as one tensor of that name, group by group of heads."""
+    joined = {}
+    for old, tensor in tensors.items():
+        if ".self_attn.q_proj." in old:
+            parts = [tensors[old.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            groups = zip(*[part.chunk(n_groups) for part in parts], strict=True)
+            new = old.replace("self_attn.q_proj", name)
+            joined[new] = torch.cat([tensor for group in groups for tensor in group])
+        elif ".k_proj." not in old and ".v_proj." not in old:
+            joined[old] = tensor
+    return joined
+
+
+def write(
+    path: pathlib.Path, tensors: Tensors, names: dict[str, str], config: dict[str, Any]
+) -> None:
+    """Replaces the checkpoint by these tensors, with parts of their names replaced in turn."""
+    for old, new in names.items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+    safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
