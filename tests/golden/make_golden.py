@@ -85,6 +85,8 @@ def random_model(seed: int, *, model_type: str = "llama", **fields: Any) -> Any:
     config = transformers.AutoConfig.for_model(known_type, **fields)
     model = auto_class(model_type).from_config(config)
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if not parameter.is_floating_point():  # a mask
+            continue
         if name.endswith("bias"):
             parameter.data.normal_(0, 0.5)
         elif "norm" in name or ".ln_" in name:

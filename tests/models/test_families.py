@@ -317,6 +317,7 @@ GPT_ALIASES = {
         ("bloom", {"hidden_size": 64, "n_head": 8}, {"n_embed": 64, "num_attention_heads": 8}),
         ("mpt", {"d_model": 64, "n_heads": 8}, {"hidden_size": 64, "num_attention_heads": 8}),
         ("falcon_40b", {"num_kv_heads": 4}, {"n_head_kv": 4}),
+        ("gpt_bigcode", GPT, GPT_ALIASES),
     ],
 )
 def test_fields_under_other_names_read_alike(name, fields, aliases):

@@ -31,6 +31,7 @@ FAMILIES = {  # model_type -> module
     "glm4": "glm4",
     "glm4_moe": "glm4_moe",
     "gpt2": "gpt2",
+    "gpt_bigcode": "gpt_bigcode",
     "gpt_neox": "gpt_neox",
     "gpt_oss": "gpt_oss",
     "gptj": "gptj",
