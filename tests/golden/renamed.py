@@ -36,6 +36,14 @@ INTERNLM2_NAMES = {
     ".mlp.down_proj.": ".feed_forward.w2.",
     "lm_head.": "output.",
 }
+PHI_NAMES = {
+    "lm_head.": "lm_head.linear.",
+    "model.embed_tokens.": "transformer.embd.wte.",
+    "model.layers.": "transformer.h.",
+    "model.final_layernorm.": "lm_head.ln.",
+    ".input_layernorm.": ".ln.",
+    ".self_attn.dense.": ".mixer.out_proj.",
+}
 LLAMA_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("rms_norm_eps", "hidden_act", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
@@ -76,8 +84,31 @@ def as_internlm2(path: pathlib.Path) -> None:
     write(path, join_qkv(tensors, "attention.wqkv", n_kv_heads), INTERNLM2_NAMES, fields)
 
 
+def as_first_phi(path: pathlib.Path) -> None:
+    """Phi."""
+    tensors, config = read(path)
+    rope = config["rope_parameters"]
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    fields = {
+        "model_type": "phi-msft",
+        "vocab_size": config["vocab_size"],
+        "n_embd": config["hidden_size"],
+        "n_head": config["num_attention_heads"],
+        "n_head_kv": config["num_key_value_heads"],
+        "n_inner": config["intermediate_size"],
+        "n_layer": config["num_hidden_layers"],
+        "n_positions": config["max_position_embeddings"],
+        "rotary_dim": int(rope["partial_rotary_factor"] * head_dim),
+        "activation_function": config["hidden_act"],
+        "layer_norm_epsilon": config["layer_norm_eps"],
+        "tie_word_embeddings": False,
+    }
+    write(path, join_qkv(tensors, "mixer.Wqkv"), PHI_NAMES, fields)
+
+
 RENAMED: dict[str, Callable[[pathlib.Path], None]] = {  # golden -> what rewrites it
     "internlm2": as_internlm2,
+    "phi_msft": as_first_phi,
     "qwen": as_first_qwen,
 }
 

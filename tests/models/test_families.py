@@ -127,6 +127,14 @@ def test_ministral_without_layer_types_has_windows_everywhere():
     assert read({field: hf[field] for field in hf if field != "sliding_window"}).windows[0] == 4096
 
 
+def test_first_config_of_phi_2_says_what_differs_from_its_shape():
+    hf = {"model_type": "phi-msft", "vocab_size": 51200, "n_embd": 2560, "n_head": 32}
+    hf |= {"n_head_kv": None, "n_inner": None, "n_layer": 32, "n_positions": 2048}
+    config = read(hf | {"rotary_dim": 32, "tie_word_embeddings": False})
+    assert (config.n_kv_heads, config.head_dim, config.ffn_size) == (32, 80, 10240)
+    assert config.rope is not None and config.rope.size == 32
+
+
 def test_seed_oss_has_biases_of_queries_keys_and_values_unless_it_says_otherwise():
     hf = golden_config("seed_oss")
     biases = "attention_bias", "attention_out_bias", "mlp_bias"
@@ -260,6 +268,7 @@ def test_unknown_type_is_refused_with_the_nearest_known_ones():
         ("hunyuan_v1_dense", {"use_cla": True}, "use_cla=True"),
         ("apertus", {"post_norm": True}, "post_norm=True"),
         ("apertus", {"hidden_act": "silu"}, "hidden_act=.silu."),
+        ("phi_msft", {"num_local_experts": 4}, "num_local_experts=4"),
     ],
 )
 def test_variant_that_is_not_supported_is_refused(name, changes, message):

@@ -53,6 +53,7 @@ FAMILIES = {  # model_type -> module
     "olmoe": "olmoe",
     "opt": "opt",
     "phi": "phi",
+    "phi-msft": "phi_msft",
     "phi3": "phi3",
     "phimoe": "phimoe",
     "qwen": "qwen",
