@@ -8,7 +8,7 @@ from typing import Any
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import gpt2
 
-PREFIX, IGNORED = gpt2.PREFIX, gpt2.IGNORED
+IGNORED = gpt2.IGNORED
 # Each KV head's queries, key and value follow one another, as ours do.
 WEIGHTS = {
     name: (path, "linear" if part.startswith("T:") else part)
