@@ -17,6 +17,7 @@ import numpy as np
 from fastgen_jax.models.config import ModelConfig
 
 PLAIN = "plain"  # the tensor is the parameter
+ROW = "row"  # the tensor has the parameter as its one row
 # All experts in one tensor, (E, in, out) if a weight; gate and up alternate by outputs.
 TOGETHER = ("experts", "experts_gate_up")
 # All other parts stand for a weight and its bias.
@@ -46,7 +47,7 @@ def expand(weights: dict[str, tuple[str, str]], config: ModelConfig) -> list[Sou
         for i in range(config.n_layers if n_slots else 1):
             for j in range(n_inner) if n_slots == 2 else (None,):
                 source = Source(name.format(i, j), path.format(i), part, j)
-                is_one = {*part.split("|")} <= {PLAIN, *TOGETHER}
+                is_one = {*part.split("|")} <= {PLAIN, ROW, *TOGETHER}
                 sources += [source] if is_one else _weight_and_bias(source)
     return sources
 
@@ -79,7 +80,7 @@ def views(
         return parameter.reshape(*layout, *rest)
 
     match part:
-        case "plain" | "linear" | "expert":
+        case "plain" | "row" | "linear" | "expert":
             return [parameter]
         case "q" | "k" | "v" | "qkv":
             g = config.group_size
@@ -110,6 +111,8 @@ def tensor_shape(
     """The shape that the tensor must have on disk."""
     if source.part == PLAIN and source.index is None:
         return tuple(shape)
+    if source.part == ROW:
+        return (1, *shape)
     found = views(source, np.empty(shape, np.bool_), config, n_shards)  # never touched, so free
     if source.part in TOGETHER:
         n_kept = len(shape) - 1

@@ -28,6 +28,8 @@ DEEPSEEK |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_
 DEEPSEEK |= {"first_k_dense_replace": 1, "num_key_value_heads": 4, "n_shared_experts": 2}
 DEEPSEEK |= {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}
 DEEPSEEK |= {"rms_norm_eps": 0.01}  # not the latents' norms'
+ERNIE_MOE = {"model_type": "ernie4_5_moe", "moe_num_experts": 6, "moe_k": 3}
+ERNIE_MOE |= {"moe_intermediate_size": 24}
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0}
 GRANITE |= {"residual_multiplier": 0.6, "attention_multiplier": 0.2}
 GLM_MOE = {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 3}
@@ -237,6 +239,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": SHAPE | GLM_MOE | GROUPS | {"use_qk_norm": True},
     "glm4_moe_air": SHAPE | GLM_MOE | {
         "attention_bias": True, "n_shared_experts": 2, "partial_rotary_factor": 0.67,
+    },
+    "ernie4_5_moe": SHAPE | ERNIE_MOE | {
+        "num_hidden_layers": 4, "head_dim": 12, "moe_layer_start_index": 1,
+        "moe_layer_end_index": 2, "moe_layer_interval": 2, "moe_num_shared_experts": 1,
+    },
+    "ernie4_5_moe_unshared": SHAPE | ERNIE_MOE | TIED | {
+        "moe_layer_start_index": 0, "moe_num_shared_experts": 0,
     },
     "granitemoe": SHAPE | MOE | GRANITE | {
         "model_type": "granitemoe", "intermediate_size": 24, "attention_bias": True,

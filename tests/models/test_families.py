@@ -4,6 +4,7 @@ variants that are refused.
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -478,6 +479,17 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             {"rope_theta": 1000000.0, "rope_scaling": None},
         ),
         (
+            "ernie4_5_moe",
+            ["rope_parameters"],
+            {"rope_theta": 500000.0, "rope_scaling": None, "moe_use_aux_free": True}
+            | {"moe_gate_act": None, "num_nextn_predict_layers": 1},
+        ),
+        (
+            "ernie4_5_moe_unshared",
+            ["moe_num_shared_experts", "moe_layer_end_index", "moe_layer_interval"],
+            {"moe_num_shared_experts": None, "moe_layer_end_index": -1},
+        ),
+        (
             "minimax_m2",
             ["rope_parameters", "attention_dropout"],
             {"rope_theta": 5000000, "scoring_func": "sigmoid", "use_routing_bias": True}
@@ -514,6 +526,8 @@ def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
         ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type='per_head'"),
         ("phimoe", {"num_experts_per_tok": 1}, "num_experts_per_tok=1.*only 2"),
         ("phimoe", {"rope_parameters": LINEAR}, "phimoe with a rope type other than longrope"),
+        ("ernie4_5_moe", {"use_bias": True}, "use_bias=True"),
+        ("ernie4_5_moe", {"moe_use_aux_free": False}, "moe_use_aux_free=False"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=False"),
         ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8"),
     ],
@@ -537,6 +551,10 @@ def test_experts_are_in_the_layers_that_the_config_says():
     assert read(hf | {"mlp_only_layers": [3]}).moe.layers == (1,)
     assert read(hf | {"decoder_sparse_step": 1, "mlp_only_layers": [0]}).moe.layers == (1, 2, 3)
     assert read(golden_config("deepseek_v3")).moe.layers == (1,)
+    ernie = golden_config("ernie4_5_moe")
+    assert read(ernie).moe.layers == (1,)
+    assert read(ernie | {"moe_layer_end_index": 3}).moe.layers == (1, 3)
+    assert read(ernie | {"moe_layer_start_index": 2, "moe_layer_end_index": -1}).moe.layers == (3,)
 
 
 def test_yarn_of_deepseek_v3_scales_attention_not_queries():
@@ -551,19 +569,26 @@ def test_yarn_of_deepseek_v3_scales_attention_not_queries():
     assert rope_frequencies(64, config.rope)[1] == 1.0
 
 
-@pytest.mark.parametrize(("layer", "is_known"), [(2, True), (1, False)])
-def test_layer_that_predicts_a_second_token_is_ignored(tmp_path, layer, is_known):
+@pytest.mark.parametrize(
+    ("name", "extra", "is_known"),
+    [
+        ("deepseek_v3", "model.layers.2.eh_proj.weight", True),
+        ("deepseek_v3", "model.layers.1.eh_proj.weight", False),
+        ("glm4_moe", "model.layers.2.eh_proj.weight", True),
+        ("ernie4_5_moe", "model.mtp_linear_proj.0.weight", True),
+    ],
+)
+def test_layer_that_predicts_a_second_token_is_ignored(tmp_path, name, extra, is_known):
     for file in ("config.json", "model.safetensors"):
-        name = file.replace("model", "first")  # no index: all files are read
-        (tmp_path / name).write_bytes((GOLDEN / "deepseek_v3" / file).read_bytes())
-    extra = {f"model.layers.{layer}.eh_proj.weight": np.zeros((32, 64), np.float32)}
-    save_file(extra, tmp_path / "second.safetensors")
+        copy = file.replace("model", "first")  # no index: all files are read
+        (tmp_path / copy).write_bytes((GOLDEN / name / file).read_bytes())
+    save_file({extra: np.zeros((32, 64), np.float32)}, tmp_path / "second.safetensors")
     config = read_config(tmp_path)
     params = loading.flat_params(loading.abstract_model(config, Policy()))
     if is_known:
         assert set(loading.find_parts(tmp_path, config, 1, params)) == set(params)
     else:
-        with pytest.raises(CheckpointError, match=r"unused: model\.layers\.1\.eh_proj\.weight"):
+        with pytest.raises(CheckpointError, match=f"unused: {re.escape(extra)}"):
             loading.find_parts(tmp_path, config, 1, params)
 
 

@@ -22,6 +22,7 @@ FAMILIES = {  # model_type -> module
     "deepseek_v2": "deepseek_v2",
     "deepseek_v3": "deepseek_v3",
     "ernie4_5": "ernie4_5",
+    "ernie4_5_moe": "ernie4_5_moe",
     "exaone4": "exaone4",
     "falcon": "falcon",
     "gemma": "gemma",
