@@ -12,7 +12,9 @@ WEIGHTS = llama.WEIGHTS | deepseek_v2.EXPERTS | {
     f"{STATICS}.e_score_correction_bias": ("layers.{}.mlp.score_bias", "row"),
 }  # fmt: skip
 # The layer that predicts a second token; nothing here uses it.
-IGNORED = (*llama.IGNORED, "model.mtp_*")
+IGNORED = tuple(
+    f"model.mtp_{part}.*" for part in ("block", "emb_norm", "hidden_norm", "linear_proj")
+)
 DEFAULTS = {
     "head_dim": None,
     "moe_layer_end_index": None,

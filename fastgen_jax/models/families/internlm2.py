@@ -22,7 +22,7 @@ WEIGHTS = {
     "model.norm.weight": ("norm.weight", "plain"),
     "output": ("lm_head", "linear"),
 }
-IGNORED = (f"{LAYER}.attention.rotary_emb.inv_freq",)
+IGNORED = ()
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:

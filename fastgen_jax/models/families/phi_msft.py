@@ -20,7 +20,7 @@ WEIGHTS = {
     "lm_head.ln": ("norm", "linear"),
     "lm_head.linear": ("lm_head", "linear"),
 }
-IGNORED = (f"{LAYER}.mixer.rotary_emb.inv_freq",)
+IGNORED = ()
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:
