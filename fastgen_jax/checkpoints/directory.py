@@ -11,7 +11,6 @@ from fastgen_jax.errors import ConfigError
 from fastgen_jax.models import families
 from fastgen_jax.models.config import ModelConfig
 
-ADAPTER = "adapter_config.json"  # of peft
 EOS = "eos_token_id"
 
 
@@ -70,11 +69,11 @@ def read_hf(directory: Path, overrides: Overrides = None) -> dict[str, Any]:
 
 def read_config(directory: Path, overrides: Overrides = None) -> ModelConfig:
     """The ModelConfig of a checkpoint directory."""
-    if (directory / ADAPTER).is_file() and not (directory / "config.json").exists():
-        base = read_json(directory / ADAPTER).get("base_model_name_or_path")
+    if (directory / hub.ADAPTER).is_file() and not (directory / "config.json").exists():
+        base = read_json(directory / hub.ADAPTER).get("base_model_name_or_path")
         raise ConfigError(
-            f"{str(directory)!r} holds an adapter ({ADAPTER}), not a model; merge it into its base "
-            f"model {base!r} (merge_and_unload of peft) and give what that saves"
+            f"{str(directory)!r} holds an adapter ({hub.ADAPTER}), not a model; merge it into its "
+            f"base model {base!r} (merge_and_unload of peft) and give what that saves"
         )
     hf = read_hf(directory, overrides)
     if "model_type" not in hf:

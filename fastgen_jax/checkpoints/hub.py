@@ -7,7 +7,7 @@ from pathlib import Path
 from fastgen_jax.checkpoints.tensor_files import weight_names
 from fastgen_jax.errors import CheckpointError, ConfigError
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"  # of a model, of peft
 # Configs, tokenizers and chat templates, beside the weights.
 TEXTS = ("*.json", "*.jinja", "merges.txt", "vocab.txt")
 TEXTS += ("*.model", "tokenizer.model.*", "*.tiktoken")
@@ -23,7 +23,8 @@ def wanted(files: Collection[str], repository: str, *, with_weights: bool = True
     names = [file for file in files if "/" not in file]
     found = [name for name in names if any(fnmatchcase(name, text) for text in TEXTS)]
     found += [file for file in files if file.startswith(FOLDER) and file.endswith(".jinja")]
-    if with_weights:
+    is_adapter = ADAPTER in names and CONFIG not in names  # who reads the config says what to do
+    if with_weights and not is_adapter:
         found += weight_names(names, repository)
         if CONFIG not in names:
             raise CheckpointError(

@@ -54,6 +54,11 @@ def test_all_that_describes_a_model_is_wanted_and_nothing_else():
     assert sorted(wanted(files, "org/model", with_weights=False)) == sorted(texts)
 
 
+def test_an_adapter_brings_no_weights_but_what_says_whose_it_is():
+    files = ["adapter_config.json", "adapter_model.safetensors", "README.md"]
+    assert wanted(files, "org/lora") == ["adapter_config.json"]
+
+
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
