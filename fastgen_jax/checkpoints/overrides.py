@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fastgen_jax.checkpoints.quantisation import KEYS
 from fastgen_jax.errors import ConfigError
 
 Overrides = Mapping[str, Any] | None
 Object = dict[str, Any]
 
-WHOLE = ("quantization_config", "compression_config")  # are replaced, unlike other configs in one
+# What counts outside of a text_config, even if that has it, too.
+OUTSIDE = ("model_type", "bos_token_id", "eos_token_id", "tie_word_embeddings")
 SCALING, PARAMETERS, LOCAL_THETA = "rope_scaling", "rope_parameters", "rope_local_base_freq"
 FULL, LOCAL = "full_attention", "sliding_attention"  # keys of rope_parameters by type of layer
 # What transformers 4 has beside rope_scaling -> in rope_parameters. Scaling leaves it as it is.
@@ -42,16 +44,18 @@ def overridden(hf: Object, overrides: Overrides) -> Object:
 
 
 def _is_config(name: str, value: Any) -> bool:
-    return name.endswith("_config") and name not in WHOLE and isinstance(value, dict)
+    return name.endswith("_config") and name not in KEYS and isinstance(value, dict)
 
 
 def _check(hf: Object, overrides: Object) -> None:
     text = hf.get("text_config")
-    rope = (SCALING, PARAMETERS, LOCAL_THETA, *BESIDE)
     for name, value in overrides.items():
-        if _is_config(name, value) and not isinstance(hf.get(name), dict):
-            raise ConfigError(f"hf_overrides: config.json has no {name}; leave it out")
-        if isinstance(text, dict) and name not in hf and (name in rope or name in text):
+        if _is_config(name, value):
+            if not isinstance(hf.get(name), dict):
+                raise ConfigError(f"hf_overrides: config.json has no {name}; leave it out")
+            continue
+        is_inside = isinstance(text, dict) and (name in text or name not in {*hf, *KEYS})
+        if is_inside and name not in OUTSIDE:
             raise ConfigError(
                 f"hf_overrides: {name} belongs into the text_config of this config.json; write "
                 f'{{"text_config": {{"{name}": ...}}}}'

@@ -72,11 +72,18 @@ def test_rope_by_type_of_layer_is_scaled_where_all_is_seen(changes, expected):
     assert rope == hf["rope_parameters"] | expected
 
 
+def test_the_text_of_a_model_that_also_sees_is_stretched_and_ends_elsewhere():
+    golden, changes = GOLDEN / "qwen2_5_vl", {"text_config": {"rope_scaling": YARN}}
+    config = read_config(golden, changes | {"eos_token_id": 9})
+    assert config.rope is not None
+    assert (config.rope.kind, config.rope.factor, config.eos_token_ids) == ("yarn", 4.0, (9,))
+
+
 @pytest.mark.parametrize(
     ("hf", "changes", "message"),
     [
         ({}, {"text_config": {"vocab_size": 9}}, "config.json has no text_config; leave it out"),
-        ({"text_config": {"a": 1}}, {"a": 2}, "a belongs into the text_config of this"),
+        ({"a": 0, "text_config": {"a": 1}}, {"a": 2}, "a belongs into the text_config of this"),
         ({"text_config": {}}, {"rope_scaling": YARN}, 'write {"text_config": {"rope_scaling": ...'),
         ({}, {"rope_scaling": "yarn"}, "rope_scaling must be a JSON object or null, got 'yarn'"),
         ({}, {"rope_scaling": YARN, "rope_parameters": YARN}, "give one of them"),
