@@ -201,6 +201,16 @@ def test_links_as_in_the_cache_of_the_hub_are_followed(tmp_path):
     assert load(directory)
 
 
+def test_a_second_copy_of_the_weights_is_not_read(tmp_path):
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in [*shards, "consolidated.safetensors", ".model.safetensors"]:
+        (tmp_path / name).touch()
+    assert [path.name for path in weight_files(tmp_path)] == shards
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys("ab", shards[0])}))
+    assert [path.name for path in weight_files(tmp_path)] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
