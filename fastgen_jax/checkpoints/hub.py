@@ -41,11 +41,16 @@ def download(repository: str, revision: str | None, *, with_weights: bool) -> Pa
         ConfigError: it cannot be downloaded.
         CheckpointError: there is nothing that can be read.
     """
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError
     from huggingface_hub.utils import httpx
 
     try:
         return _download(repository, revision, with_weights)
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"{repository!r} is gated on the hub; ask for access on its page, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from error
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise ConfigError(

@@ -118,17 +118,22 @@ class Handler(BaseHTTPRequestHandler):
             commit, body = self.hub.answer(self.path)
         except KeyError:
             is_known = any(f"/{name}/" in f"{self.path}/" for name in self.hub.repositories)
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RevisionNotFound" if is_known else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return b""
+            if "/org/gated" in self.path:
+                return self._refuse(403, "GatedRepo")
+            return self._refuse(404, "RevisionNotFound" if is_known else "RepoNotFound")
         self.send_response(200)
         self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
         self.send_header("X-Repo-Commit", commit)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         return body
+
+    def _refuse(self, status: int, code: str) -> bytes:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return b""
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -207,9 +212,11 @@ def test_nothing_large_is_downloaded_of_a_model_that_is_not_supported(hub):
     assert hub.taken == ["config.json"]
 
 
-def test_a_repository_that_nobody_knows_is_named(hub):
+def test_a_repository_that_is_not_there_or_gated_is_named(hub):
     with pytest.raises(ConfigError, match="'org/none' is no directory here and could not be"):
         locate("org/none")
+    with pytest.raises(ConfigError, match="'org/gated' is gated on the hub; ask for access"):
+        locate("org/gated")
 
 
 @pytest.mark.parametrize(
