@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from fastgen_jax import serve
 from fastgen_jax.engine.config import EngineConfig
@@ -98,6 +99,51 @@ def test_directory_without_tokenizer_files_is_recognised(tmp_path):
     assert not has_tokenizer(str(tmp_path))
     assert has_tokenizer(tiny_tokenizers.byte_level(tmp_path))
     assert has_tokenizer("some-org/some-model")
+
+
+# --- BOS and EOS of texts
+
+
+def template_of(path: Path, text: str, tokens: dict[str, int]):
+    """Has tokenizer.json put these tokens around texts."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    around = tokenizers.processors.TemplateProcessing(single=text, special_tokens=[*tokens.items()])
+    tokenizer.post_processor = around
+    tokenizer.save(str(path))
+
+
+@pytest.mark.parametrize("has_bos", [True, False])
+@pytest.mark.parametrize(
+    ("name", "config", "ends"),
+    [
+        ("LlamaTokenizerFast", {"add_bos_token": True, "add_eos_token": False}, (1, 0)),
+        ("LlamaTokenizer", {"add_bos_token": False}, (0, 0)),
+        ("LlamaTokenizer", {"add_eos_token": True}, (1, 1)),
+        ("LlamaTokenizer", {"add_bos_token": True, "bos_token": None}, (0, 0)),
+        ("GemmaTokenizer", {"add_bos_token": True}, (1, 0)),
+        ("CohereTokenizerFast", {"add_bos_token": True}, (1, 0)),
+        ("GPTNeoXTokenizerFast", {"add_eos_token": True}, (0, 1)),
+        ("LlamaTokenizer", {}, None),
+        ("LlamaTokenizer", {"add_bos_token": None}, None),
+        ("PreTrainedTokenizerFast", {"add_bos_token": True, "add_eos_token": True}, None),
+        ("Qwen2Tokenizer", {"add_bos_token": True}, None),
+        (None, {"add_bos_token": True}, None),
+    ],
+)
+def test_texts_have_the_ends_that_their_class_gives_them(directory, name, config, ends, has_bos):
+    """None: those of tokenizer.json."""
+    template_of(directory / "tokenizer.json", "<s> $A" if has_bos else "$A", {"<s>": 0})
+    configure(directory, tokenizer_class=name, **config)
+    tokenizer = Tokenizer(str(directory))
+    text = tokenizer.encode("one", add_special_tokens=False)
+    bos, eos = ends or (has_bos, False)
+    assert tokenizer.encode("one") == [0] * bos + text + [1] * eos
+
+
+def test_a_template_that_writes_bos_has_it_once(directory):
+    configure(directory, tokenizer_class="LlamaTokenizerFast", add_bos_token=True)
+    ids = Tokenizer(str(directory)).apply_chat_template([{"role": "user", "content": "one"}])
+    assert ids.count(0) == 1
 
 
 # --- before anything is loaded
