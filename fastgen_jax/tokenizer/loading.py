@@ -8,13 +8,22 @@ from typing import Any
 
 from fastgen_jax.checkpoints.tensor_files import read_json
 from fastgen_jax.errors import CheckpointError
+from fastgen_jax.tokenizer.ranks import tekken_tokenizer, tiktoken_tokenizer
 from fastgen_jax.tokenizer.sentencepiece import sentencepiece_tokenizer
 
-# What a tokenizer is read from, the best first, and what each needs beside it.
-FORMATS = {"tokenizer.json": (), "tokenizer.model": (), "vocab.json": ("merges.txt",)}
 CONFIG = "tokenizer_config.json"
-# Classes that heed add_bos_token and add_eos_token whatever tokenizer.json says, and whether they
-# add BOS where only the other one is there. transformers 5 heeds neither beside a tokenizer.json.
+# What a tokenizer is read from, the best first, and what each needs beside it.
+FORMATS = {
+    "tokenizer.json": (),
+    "tekken.json": (),
+    "tokenizer.model": (),
+    "vocab.json": ("merges.txt",),
+    "qwen.tiktoken": (CONFIG,),
+    "tiktoken.model": (CONFIG,),
+}
+ENDS = ("add_bos_token", "add_eos_token")
+# Classes that heed ENDS whatever tokenizer.json says, and whether they add BOS where only the other
+# one is there. transformers 5 heeds neither beside a tokenizer.json.
 HEEDING = {
     "LlamaTokenizer": True,
     "CodeLlamaTokenizer": True,
@@ -37,38 +46,32 @@ def tokenizer_file(directory: Path) -> str:
         CheckpointError: there is none, or not what belongs to it. (transformers makes a tokenizer
             without a vocabulary of tokenizer_config.json alone.)
     """
-    for name, others in FORMATS.items():
-        if not (directory / name).exists():
-            continue
-        for other in others:
-            if not (directory / other).exists():
-                raise CheckpointError(
-                    f"{str(directory)!r} has {name} without {other}, and a tokenizer needs both; "
-                    f"copy {other} from where the model comes from"
-                )
-        _check_class(directory, name)
-        return name
-    _check_class(directory, None)
-    raise CheckpointError(
-        f"{str(directory)!r} has no tokenizer, which would be in {', or in '.join(FORMATS)}; copy "
-        "that from where the model comes from, or name a directory that has it with --tokenizer"
-    )
+    name = next((name for name in FORMATS if (directory / name).exists()), None)
+    for other in FORMATS.get(name or "", ()):
+        if not (directory / other).exists():
+            raise CheckpointError(
+                f"{str(directory)!r} has {name} without {other}, and a tokenizer needs both; "
+                f"copy {other} from where the model comes from"
+            )
+    if name in (None, "vocab.json"):
+        _check_class(directory)
+    if name is None:
+        raise CheckpointError(
+            f"{str(directory)!r} has no tokenizer, which would be in {', or in '.join(FORMATS)}; "
+            "copy that from where the model comes from, or name a directory that has it with "
+            "--tokenizer"
+        )
+    return name
 
 
-def _check_class(directory: Path, file: str | None) -> None:
-    """Raises CheckpointError if only the checkpoint's own code could make its tokenizer.
-
-    Args:
-        file: what the tokenizer is read from, if anything.
-    """
+def _check_class(directory: Path) -> None:
+    """Raises CheckpointError if only the checkpoint's own code could make its tokenizer."""
     own = list(_own_classes(_config(directory)))
-    if not own or file in ("tokenizer.json", "tokenizer.model"):
-        return
-    raise CheckpointError(
-        f"the tokenizer of {str(directory)!r} is the class {own[0]} of its own code, and code of "
-        "checkpoints never runs here; where you trust it, have transformers save it as a "
-        "tokenizer.json (AutoTokenizer.from_pretrained, then save_pretrained), and add that"
-    )
+    if own:
+        raise CheckpointError(
+            f"the tokenizer of {str(directory)!r} is the class {own[0]} of its own code, and code "
+            "of checkpoints never runs here; add a tokenizer.json, as converted copies have it"
+        )
 
 
 def _own_classes(config: dict[str, Any]) -> Iterator[str]:
@@ -108,10 +111,13 @@ def load(path: str) -> Any:
             return fast
         if file == "tokenizer.json":
             fast = transformers.PreTrainedTokenizerFast.from_pretrained(directory, **options)
+            fast._tokenizer = _with_specials_found_first(fast.backend_tokenizer)
+            adds_bos = HEEDING.get(str(config.get("tokenizer_class")).removesuffix("Fast"))
+            if adds_bos is not None and any(config.get(name) is not None for name in ENDS):
+                _set_ends(fast, config, adds_bos)
         else:
             fast = _converted(directory, file, config, options)
-        fast._tokenizer = _with_specials_found_first(fast.backend_tokenizer)
-        _set_ends(fast, config, file)
+            _set_ends(fast, config, adds_bos=not file.startswith(("qwen", "tiktoken")))
     except Exception as error:  # tokenizers raises plain Exception at damaged files
         raise CheckpointError(
             f"cannot load the tokenizer of {str(directory)!r} from {file}: {error}"
@@ -128,13 +134,21 @@ def _converted(directory: Path, file: str, config: dict[str, Any], options: dict
     from transformers import PreTrainedTokenizerFast
 
     added = _added_tokens(directory, config)
-    is_legacy = config.get("legacy") is not False
-    backend, special_tokens = sentencepiece_tokenizer(directory / file, added, is_legacy=is_legacy)
+    if file == "tokenizer.model":
+        is_legacy = config.get("legacy") is not False
+        backend, named = sentencepiece_tokenizer(directory / file, added, is_legacy=is_legacy)
+    elif file == "tekken.json":
+        backend = tekken_tokenizer(directory / file)
+        named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    else:
+        name = str(config.get("tokenizer_class"))
+        backend, eos = tiktoken_tokenizer(directory / file, name, added)
+        named = {"eos_token": eos} if eos else {}
     # Without a vocab_file of its own it would look for one, and convert that.
     fast: Any = PreTrainedTokenizerFast.from_pretrained(
         directory, tokenizer_object=backend, vocab_file="", **options
     )
-    for name, text in special_tokens.items():
+    for name, text in named.items():
         if getattr(fast, name) is None:
             setattr(fast, name, text)
     for id, text in added.items():
@@ -152,17 +166,14 @@ def _added_tokens(directory: Path, config: dict[str, Any]) -> dict[int, str]:
     return {int(id): token["content"] for id, token in listed.items()}
 
 
-def _set_ends(fast: Any, config: dict[str, Any], file: str) -> None:
-    """Has the tokenizer begin texts with BOS, or end them with EOS, as the class that
-    tokenizer_config.json names would. Chats have what their template writes.
+def _set_ends(fast: Any, config: dict[str, Any], adds_bos: bool) -> None:
+    """Has the tokenizer begin texts with BOS, or end them with EOS, as tokenizer_config.json says.
+    Chats have what their template writes.
+
+    Args:
+        adds_bos: where it does not say.
     """
-    wanted = {name: config.get(name) for name in ("add_bos_token", "add_eos_token")}
-    adds_bos = True  # the classes of SentencePiece's files all do
-    if file == "tokenizer.json":
-        adds_bos = HEEDING.get(str(config.get("tokenizer_class")).removesuffix("Fast"))
-        if adds_bos is None or wanted == dict.fromkeys(wanted):
-            return
-    bos, eos = wanted.values()
+    bos, eos = (config.get(name) for name in ENDS)
     fast.add_bos_token = adds_bos if bos is None else bool(bos)
     fast.add_eos_token = bool(eos)
 
