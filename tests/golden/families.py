@@ -93,6 +93,9 @@ MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]
 LLAMA, QWEN2 = SHAPE | {"model_type": "llama"}, SHAPE | {"model_type": "qwen2"}
 QWEN2_VL = SHAPE | {"rope_parameters": MROPE}
 QWEN3_VL = SHAPE | {"head_dim": 12, "rope_parameters": MROPE | {"mrope_section": [3, 2, 1]}}
+GLM_SEES = SEES | {"vision_config": QWEN_SEES["vision_config"] | {"image_size": 8}}
+GLM4V = SHAPE | {"model_type": "glm4v_text"}
+GLM4V |= {"rope_parameters": MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}}
 HEARS = {"audio_config": {"encoder_layers": 1, "encoder_attention_heads": 1, "d_model": 8}}
 HEARS["audio_config"] |= {"encoder_ffn_dim": 8, "num_mel_bins": 8, "max_source_positions": 8}
 HEARS["audio_config"] |= {"intermediate_size": 32}
@@ -277,6 +280,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "llava_onevision": SEES | {
         "model_type": "llava_onevision", "image_grid_pinpoints": [[8, 8]], "text_config": QWEN2,
+    },
+    "glm4v": GLM_SEES | {"model_type": "glm4v", "text_config": GLM4V},
+    "glm46v": GLM_SEES | {"model_type": "glm46v", "text_config": GLM4V},
+    "glm4v_moe": GLM_SEES | {
+        "model_type": "glm4v_moe",
+        "text_config": SHAPE | GLM_MOE | GROUPS | {
+            "model_type": "glm4v_moe_text", "n_shared_experts": 2,
+            "rope_parameters": MROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 1]},
+        },
     },
     "internvl": SEES | {"model_type": "internvl", "text_config": QWEN2},
     "mistral3": SEES | {

@@ -31,6 +31,8 @@ FAMILIES = {  # model_type -> module
     "glm": "glm",
     "glm4": "glm4",
     "glm4_moe": "glm4_moe",
+    "glm4v_moe_text": "glm4_moe",
+    "glm4v_text": "glm4",
     "gpt2": "gpt2",
     "gpt_bigcode": "gpt_bigcode",
     "gpt_neox": "gpt_neox",

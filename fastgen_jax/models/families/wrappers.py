@@ -13,6 +13,9 @@ SOUNDS = ("audio_tower", "multi_modal_projector")
 WRAPPERS = {  # model_type -> first words of the names of what is not the language model
     "aya_vision": IMAGES,
     "gemma3": IMAGES,
+    "glm46v": ("visual",),
+    "glm4v": ("visual",),
+    "glm4v_moe": ("visual",),
     "idefics3": ("vision_model", "connector"),
     "internvl": IMAGES,
     "llava": IMAGES,
@@ -49,6 +52,7 @@ DEFAULTS = {
         "bos_token_id": 5,
         "eos_token_id": 255001,
     },
+    "glm4v_text": {"head_dim": None, "partial_rotary_factor": None},  # not GLM-4's
     "llama": LLAMA,
     "mistral": LLAMA
     | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072},
