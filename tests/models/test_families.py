@@ -260,6 +260,7 @@ def test_unknown_type_is_refused_with_the_nearest_known_ones():
         ("mpt", {"attn_config": {"qk_ln": True}}, "qk_ln=True"),
         ("mpt", {"attn_config": {"attn_type": "multiquery_attention"}}, "multiquery_attention"),
         ("starcoder2", {"norm_type": "rms_norm"}, "norm_type='rms_norm'"),
+        ("ministral3", {"is_causal": False}, "is_causal=False in config.json is not supported"),
         (
             "ministral3",
             {"rope_parameters": {"llama_4_scaling_beta": 1, "original_max_position_embeddings": 0}},

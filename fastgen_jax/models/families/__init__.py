@@ -13,6 +13,7 @@ from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families.refused import REFUSED
 from fastgen_jax.models.families.wrappers import WRAPPERS, text_config
+from fastgen_jax.models.hf_config import only
 
 FAMILIES = {  # model_type -> module
     "apertus": "apertus",
@@ -95,4 +96,5 @@ def family(model_type: str) -> ModuleType:
 def model_config(hf: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json; of a model that also sees, its text's."""
     text = text_config(hf)
+    only(text, is_causal=True)
     return family(text["model_type"]).config(text)
