@@ -281,6 +281,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llava_onevision": SEES | {
         "model_type": "llava_onevision", "image_grid_pinpoints": [[8, 8]], "text_config": QWEN2,
     },
+    "exaone4_5": QWEN_SEES | {
+        "model_type": "exaone4_5",
+        "text_config": SHAPE | {
+            "model_type": "exaone4", "num_hidden_layers": 3, "sliding_window": 40,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    },
     "glm4v": GLM_SEES | {"model_type": "glm4v", "text_config": GLM4V},
     "glm46v": GLM_SEES | {"model_type": "glm46v", "text_config": GLM4V},
     "glm4v_moe": GLM_SEES | {

@@ -12,6 +12,7 @@ IMAGES = ("vision_tower", "multi_modal_projector")
 SOUNDS = ("audio_tower", "multi_modal_projector")
 WRAPPERS = {  # model_type -> first words of the names of what is not the language model
     "aya_vision": IMAGES,
+    "exaone4_5": ("visual", "mtp"),
     "gemma3": IMAGES,
     "glm46v": ("visual",),
     "glm4v": ("visual",),
@@ -31,6 +32,7 @@ WRAPPERS = {  # model_type -> first words of the names of what is not the langua
     "voxtral": SOUNDS,
 }
 FLAT = ("qwen2_5_vl", "qwen2_vl")  # whose first checkpoints have the text's fields at the top
+TEXTS = {"exaone4_5_text": "exaone4"}  # that are a family of another name
 OUTER = ("bos_token_id", "eos_token_id")  # count where both say them
 # What a text_config leaves out: transformers once wrote only what differs from its class.
 LLAMA = {
@@ -77,7 +79,7 @@ def text_config(hf: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(text, dict):
         raise ConfigError(f"text_config in config.json must be an object, got {text!r}")
     inner = text.get("model_type", outer)
-    inner = f"{outer}_text" if inner == outer else inner
+    inner = f"{outer}_text" if inner == outer else TEXTS.get(inner, inner)
     text = DEFAULTS.get(inner, {}) | text | {name: hf[name] for name in OUTER if hf.get(name)}
     # The head is the embedding only where nobody denies it: one that is its own must be stored.
     ties = {config.get("tie_word_embeddings") for config in (hf, text)} - {None}
