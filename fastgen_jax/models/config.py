@@ -210,6 +210,7 @@ class ModelConfig:
     # Logits.
     tie_embeddings: bool = False
     head_bias: bool = False
+    unit_head: bool = False  # its rows count as if they had length one
     logits_scale: float = 1.0
     logits_soft_cap: float | None = None
     eos_token_ids: tuple[int, ...] = ()

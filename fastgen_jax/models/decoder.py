@@ -84,6 +84,12 @@ def scale_queries(attend: Attend, positions: Int[Array, "T"], scale: QueryScale)
     return scaled
 
 
+def row_lengths(weight: Float[Array, "V D"]) -> Float[Array, "V"]:
+    """Euclidean; a row of zeros, which pads, counts as very short."""
+    w32 = weight.astype(jnp.float32)
+    return jnp.maximum(jnp.sqrt(jnp.sum(w32 * w32, axis=1)), 1e-12)
+
+
 class Model(nnx.Module):
     """Token ids to final hidden states; `unembed` turns the rows that are sampled into logits."""
 
@@ -139,6 +145,9 @@ class Model(nnx.Module):
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         logits = self.embed.unembed(hidden) if self.lm_head is None else self.lm_head(hidden)
+        if self.config.unit_head:
+            assert self.lm_head is not None
+            logits = logits / row_lengths(self.lm_head.weight[...])[None]
         logits = logits * self.config.logits_scale
         cap = self.config.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

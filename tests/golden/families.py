@@ -213,6 +213,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"model_type": "gpt_bigcode", "multi_query": False, "scale_attn_weights": False}
     | {"initializer_range": 0.15, "tie_word_embeddings": False, "activation_function": "gelu"},
     "phi_msft": SHAPE | {"model_type": "phi"},
+    "baichuan_7b": SHAPE | {"model_type": "llama", "num_key_value_heads": 4},
+    "baichuan_13b": SHAPE
+    | SIX_HEADS
+    | {"model_type": "llama", "num_key_value_heads": 6, "intermediate_size": 32},
     "qwen2_moe": SHAPE | QWEN_MOE | {
         "model_type": "qwen2_moe", "shared_expert_intermediate_size": 20, "mlp_only_layers": [0],
         "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2,

@@ -25,7 +25,7 @@ import transformers
 from fastgen_jax.models.families.wrappers import WRAPPERS
 from tests.golden.families import FAMILIES
 from tests.golden.pack_mxfp4 import pack_experts
-from tests.golden.renamed import RENAMED
+from tests.golden.renamed import REFERENCES, RENAMED
 
 # Threads that wait for each other's parts of tiny products take forty times their time.
 torch.set_num_threads(1)
@@ -181,7 +181,7 @@ def make(name: str, seed: int) -> None:
         pack_experts(path)
     if CHECKPOINTS[name].get("model_type") in KNOWN_AS:
         set_model_type(path, CHECKPOINTS[name]["model_type"])
-    model = load(path)
+    model = REFERENCES.get(name, lambda model: model)(load(path))
     prompt, logits, greedy = clear_prompt(model, N_PROMPT, N_NEW, seed)
     if name in OLD_FORM:
         write_old_config(path)

@@ -9,6 +9,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import transformers
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 Tensors = dict[str, torch.Tensor]
 
@@ -106,10 +108,59 @@ def as_first_phi(path: pathlib.Path) -> None:
     write(path, join_qkv(tensors, "mixer.Wqkv"), PHI_NAMES, fields)
 
 
+def as_baichuan_7b(path: pathlib.Path) -> None:
+    """Llama with as many KV heads as others, and a head of rows of length one."""
+    tensors, config = read(path)
+    fields = {name: config[name] for name in LLAMA_FIELDS} | {"model_type": "baichuan"}
+    fields |= {"max_position_embeddings": config["max_position_embeddings"]}
+    write(path, join_qkv(tensors, "self_attn.W_pack"), {}, fields)
+
+
+def as_baichuan_13b(path: pathlib.Path) -> None:
+    """The same with ALiBi."""
+    tensors, config = read(path)
+    fields = {name: config[name] for name in LLAMA_FIELDS} | {"model_type": "baichuan"}
+    fields |= {"model_max_length": config["max_position_embeddings"]}
+    write(path, join_qkv(tensors, "self_attn.W_pack"), {}, fields)
+
+
+def with_unit_head(model: Any) -> Any:
+    """Of Baichuan 2, whose code normalises the head's rows before it takes their products."""
+    model.lm_head.weight.data = torch.nn.functional.normalize(model.lm_head.weight.data)
+    return model
+
+
+def with_alibi(model: Any) -> Any:
+    """Nothing turns; scores fall with distance."""
+    model.model.rotary_emb.inv_freq.zero_()
+    transformers.AttentionInterface.register("alibi", alibi_attention)
+    model.config._attn_implementation = "alibi"
+    return with_unit_head(model)
+
+
+def alibi_attention(
+    layer: Any, query: Any, key: Any, value: Any, mask: Any, *, scaling: float, **_
+):
+    """Of queries for the last tokens of the keys'; the causal mask is made here."""
+    n_queries, n_keys = query.shape[2], key.shape[2]
+    bias = build_alibi_tensor(torch.ones(1, n_keys), query.shape[1], query.dtype)
+    is_later = torch.ones(n_queries, n_keys).triu(n_keys - n_queries + 1).bool()
+    scores = query @ key.transpose(2, 3) * scaling + bias[None]
+    weights = scores.masked_fill(is_later, -torch.inf).softmax(dim=-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
 RENAMED: dict[str, Callable[[pathlib.Path], None]] = {  # golden -> what rewrites it
+    "baichuan_13b": as_baichuan_13b,
+    "baichuan_7b": as_baichuan_7b,
     "internlm2": as_internlm2,
     "phi_msft": as_first_phi,
     "qwen": as_first_qwen,
+}
+# Golden -> what makes the class that was saved compute as that code does, where it does not.
+REFERENCES: dict[str, Callable[[Any], Any]] = {
+    "baichuan_13b": with_alibi,
+    "baichuan_7b": with_unit_head,
 }
 
 

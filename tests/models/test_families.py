@@ -136,6 +136,16 @@ def test_first_config_of_phi_2_says_what_differs_from_its_shape():
     assert config.rope is not None and config.rope.size == 32
 
 
+def test_baichuan_13b_is_known_by_its_longest_context_and_the_first_one_by_its_vocabulary():
+    small, large = golden_config("baichuan_7b"), golden_config("baichuan_13b")
+    config = read(small | {"model_max_length": 4096})  # Baichuan 2 of 7B says both
+    assert config.rope is not None and config.alibi_slopes == ()
+    assert (config.max_position, config.unit_head) == (256, True)
+    config = read(large | {"vocab_size": 64000})
+    assert config.rope is None and config.alibi_slopes == alibi_slopes(6)
+    assert (config.max_position, config.unit_head) == (256, False)
+
+
 def test_seed_oss_has_biases_of_queries_keys_and_values_unless_it_says_otherwise():
     hf = golden_config("seed_oss")
     biases = "attention_bias", "attention_out_bias", "mlp_bias"
@@ -271,6 +281,7 @@ def test_unknown_type_is_refused_with_the_nearest_known_ones():
         ("apertus", {"post_norm": True}, "post_norm=True"),
         ("apertus", {"hidden_act": "silu"}, "hidden_act=.silu."),
         ("phi_msft", {"num_local_experts": 4}, "num_local_experts=4"),
+        ("baichuan_7b", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
     ],
 )
 def test_variant_that_is_not_supported_is_refused(name, changes, message):
