@@ -8,7 +8,7 @@ from fastgen_jax.errors import ConfigError
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 RESIDUALS = ("sequential", "parallel", "post")
 NORM_PLACES = (("before",), ("after",), ("before", "after"))
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "xielu")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu")
 EXPERT_SCORES = ("softmax", "chosen", "sigmoid", "sparsemixer")
 QK_NORMS = (None, "head", "all", "each_head")
 

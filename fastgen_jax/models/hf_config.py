@@ -119,7 +119,7 @@ def activation(name: str) -> str:
     names = {
         **dict.fromkeys(("silu", "swish"), "silu"),
         **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh"),
-        **{"gelu": "gelu", "relu": "relu"},
+        **{"gelu": "gelu", "relu": "relu", "relu2": "relu2"},
     }
     if name not in names:
         raise ConfigError(f"activation {name!r} is not supported; known: {', '.join(names)}")

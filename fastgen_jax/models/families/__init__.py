@@ -17,6 +17,7 @@ from fastgen_jax.models.hf_config import only
 
 FAMILIES = {  # model_type -> module
     "apertus": "apertus",
+    "arcee": "arcee",
     "baichuan": "baichuan",
     "bloom": "bloom",
     "cohere": "cohere",
