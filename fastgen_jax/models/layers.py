@@ -94,21 +94,30 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean(x)) / std(x) * weight + bias, statistics in float32 (Ba et al., 2016).
+    """(x - mean(x)) / std(x) * (weight + offset) + bias, statistics in float32 (Ba et al., 2016).
 
     size: of the weight; its last axis is normalised.
     """
 
-    def __init__(self, size: int | tuple[int, ...], *, eps: float, policy: Policy, bias: bool):
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones(size, policy.weights))
+    def __init__(
+        self,
+        size: int | tuple[int, ...],
+        *,
+        eps: float,
+        policy: Policy,
+        bias: bool,
+        offset: float = 0.0,
+    ):
+        self.eps, self.offset = eps, offset
+        self.weight = nnx.Param(jnp.full(size, 1.0 - offset, policy.weights))
         self.bias = nnx.Param(jnp.zeros(size, policy.weights)) if bias else None
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        y = x32 * scale * along_last(self.weight[...].astype(jnp.float32), x)
+        weight = self.weight[...].astype(jnp.float32) + self.offset
+        y = x32 * scale * along_last(weight, x)
         if self.bias is not None:
             y = y + along_last(self.bias[...].astype(jnp.float32), x)
         return y.astype(x.dtype)
@@ -121,11 +130,10 @@ def along_last(weight: Array, x: Array) -> Array:
 
 def make_norm(config: ModelConfig, policy: Policy) -> nnx.Module:
     """The kind of norm that the hidden states of this model have."""
+    shape = {"eps": config.norm_eps, "policy": policy, "offset": config.norm_offset}
     if config.norm == "rms":
-        offset = config.norm_offset
-        return RMSNorm(config.hidden_size, eps=config.norm_eps, policy=policy, offset=offset)
-    bias = config.norm_bias
-    return LayerNorm(config.hidden_size, eps=config.norm_eps, policy=policy, bias=bias)
+        return RMSNorm(config.hidden_size, **shape)
+    return LayerNorm(config.hidden_size, bias=config.norm_bias, **shape)
 
 
 class Embedding(nnx.Module):

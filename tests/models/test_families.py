@@ -89,6 +89,7 @@ def resolve(model: ModelConfig, **options) -> startup.ResolvedConfig:
             {"rope_theta": 10000.0, "qk_norm": True, "post_norm": False}
             | {"rope_scaling": LLAMA3_OF_GOLDENS},
         ),
+        ("nemotron", ["rope_parameters"], {"rope_theta": 10000.0}),
     ],
 )
 def test_older_form_of_a_config_reads_alike(name, dropped, added):

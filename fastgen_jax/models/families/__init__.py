@@ -54,6 +54,7 @@ FAMILIES = {  # model_type -> module
     "mistral": "mistral",
     "mixtral": "mixtral",
     "mpt": "mpt",
+    "nemotron": "nemotron",
     "olmo2": "olmo2",
     "olmo3": "olmo3",
     "olmoe": "olmoe",
