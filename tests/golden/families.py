@@ -219,6 +219,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"model_type": "llama", "num_key_value_heads": 6, "intermediate_size": 32},
     "arcee": SHAPE | {"model_type": "arcee", "head_dim": 12, "mlp_bias": True},
     "nemotron": SHAPE | {"model_type": "nemotron"},
+    "helium": SHAPE | {"model_type": "helium", "head_dim": 8, "attention_bias": True},
     "qwen2_moe": SHAPE | QWEN_MOE | {
         "model_type": "qwen2_moe", "shared_expert_intermediate_size": 20, "mlp_only_layers": [0],
         "use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2,

@@ -44,6 +44,7 @@ FAMILIES = {  # model_type -> module
     "granite": "granite",
     "granitemoe": "granitemoe",
     "granitemoeshared": "granitemoe",
+    "helium": "helium",
     "kimi_k2": "kimi_k2",
     "hunyuan_v1_dense": "hunyuan_v1_dense",
     "internlm2": "internlm2",
