@@ -9,8 +9,8 @@ ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 RESIDUALS = ("sequential", "parallel", "post")
 NORM_PLACES = (("before",), ("after",), ("before", "after"))
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "xielu")
-EXPERT_SCORES = ("softmax", "chosen", "sigmoid", "sparsemixer")
-QK_NORMS = (None, "head", "all", "each_head")
+EXPERT_SCORES = ("softmax", "chosen", "sigmoid", "sparsemixer", "each_chosen")
+QK_NORMS = (None, "head", "all", "each_head", "unit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,10 @@ class MoeConfig:
     n_chosen: int  # per token
     ffn_size: int  # of an expert
     layers: tuple[int, ...]  # which have experts; the others have the dense MLP
-    scores: str = (
-        "softmax"  # of all experts; "chosen": softmax of the chosen; "sigmoid"; "sparsemixer"
-    )
+    # Of all experts: "softmax", "sigmoid". Of those with the highest logits: "chosen", a softmax;
+    # "each_chosen", a sigmoid; "sparsemixer".
+    scores: str = "softmax"
+    weighs_input: bool = False  # scores weigh what experts read, not what they make
     tolerance: float = 0.0  # sparsemixer: how far from the best a score still counts, relative
     normalise: bool = False  # chosen scores sum to one
     scale: float = 1.0  # of the sum
@@ -194,7 +195,9 @@ class ModelConfig:
     windows: tuple[int | None, ...] = ()  # per layer; (): none
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: str | None = None  # RMS of each "head" or of "all" heads; layer norm of "each_head"
+    # RMS of each "head" or of "all" heads; layer norm of "each_head"; "unit": RMS of each head that
+    # turns, without weights.
+    qk_norm: str | None = None
     qk_norm_last: bool = False  # after queries and keys are turned
     attention_scale: float | None = None  # None: H ** -0.5
     query_scale: QueryScale | None = None

@@ -93,6 +93,18 @@ class RMSNorm(nnx.Module):
         return (x32 * scale * along_last(weight, x)).astype(x.dtype)
 
 
+class UnitNorm(nnx.Module):
+    """x / rms(x), in float32."""
+
+    def __init__(self, *, eps: float):
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... H"]) -> Float[Array, "... H"]:
+        x32 = x.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """(x - mean(x)) / std(x) * (weight + offset) + bias, statistics in float32 (Ba et al., 2016).
 
@@ -237,8 +249,8 @@ class Attention(nnx.Module):
         heads = size + 2 * config.n_kv_heads * config.head_dim
         self.qkv = Linear(config.hidden_size, heads, bias=config.qkv_bias, policy=policy, rngs=rngs)
         self.out = Linear(size, config.hidden_size, bias=config.out_bias, policy=policy, rngs=rngs)
-        self.q_norm = _qk_norm(config, config.n_heads, policy)
-        self.k_norm = _qk_norm(config, config.n_kv_heads, policy)
+        self.q_norm = _qk_norm(config, layer, config.n_heads, policy)
+        self.k_norm = _qk_norm(config, layer, config.n_kv_heads, policy)
         self.sinks = nnx.Param(jnp.zeros(config.n_heads, policy.weights)) if config.sinks else None
 
     def __call__(
@@ -277,7 +289,7 @@ class Attention(nnx.Module):
         return norm(heads)
 
 
-def _qk_norm(config: ModelConfig, n_heads: int, policy: Policy) -> nnx.Module | None:
+def _qk_norm(config: ModelConfig, layer: int, n_heads: int, policy: Policy) -> nnx.Module | None:
     """Of queries or keys: "T N H", but "T N*H" if over all heads."""
     rms = functools.partial(RMSNorm, eps=config.norm_eps, policy=policy, offset=config.norm_offset)
     match config.qk_norm:
@@ -288,4 +300,6 @@ def _qk_norm(config: ModelConfig, n_heads: int, policy: Policy) -> nnx.Module | 
         case "each_head":
             size = n_heads, config.head_dim
             return LayerNorm(size, eps=config.norm_eps, policy=policy, bias=False)
+        case "unit" if config.rope_of(layer):
+            return UnitNorm(eps=config.norm_eps)
     return None

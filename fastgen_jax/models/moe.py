@@ -101,7 +101,11 @@ class MoE(nnx.Module):
         order = jnp.argsort(expert, stable=True)
         sizes = jnp.bincount(expert, length=n_experts + 1)[:n_experts].astype(jnp.int32)
         expert = expert[order]  # n_experts: no expert's
-        both = grouped_product(x[order // n_chosen].astype(gate_up.dtype), gate_up, sizes)
+        rows = x[order // n_chosen]
+        if self.moe.weighs_input:
+            rows = rows.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
+            weights = jnp.ones_like(weights)
+        both = grouped_product(rows.astype(gate_up.dtype), gate_up, sizes)
         both = both + _rows(gate_up_bias, expert)
         hidden = self._activated(*jnp.split(both, 2, axis=1))
         out = grouped_product(hidden.astype(down.dtype), down, sizes) + _rows(down_bias, expert)
@@ -137,6 +141,9 @@ def route(
         case "chosen":
             top, experts = lax.top_k(logits, moe.n_chosen)
             return moe.scale * jax.nn.softmax(top, axis=-1), experts
+        case "each_chosen":
+            top, experts = lax.top_k(logits, moe.n_chosen)
+            return moe.scale * jax.nn.sigmoid(top), experts
         case "sparsemixer":
             return _sparsemixer(logits, moe)
         case "softmax":

@@ -30,6 +30,8 @@ DEEPSEEK |= {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2}}
 DEEPSEEK |= {"rms_norm_eps": 0.01}  # not the latents' norms'
 ERNIE_MOE = {"model_type": "ernie4_5_moe", "moe_num_experts": 6, "moe_k": 3}
 ERNIE_MOE |= {"moe_intermediate_size": 24}
+LLAMA4 = {"model_type": "llama4_text", "intermediate_size_mlp": 40, "intermediate_size": 24}
+LLAMA4 |= {"num_local_experts": 6, "no_rope_layer_interval": 2, "attention_chunk_size": 256}
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0}
 GRANITE |= {"residual_multiplier": 0.6, "attention_multiplier": 0.2}
 GLM_MOE = {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 3}
@@ -274,11 +276,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "long_mscale": 1.7, "original_max_position_embeddings": 256,
         },
     },
+    "llama4_text": SHAPE | LLAMA4 | {
+        "head_dim": 12, "interleave_moe_layer_step": 2, "floor_scale": 20, "attn_scale": 0.5,
+    },
+    "llama4_text_unscaled": SHAPE | LLAMA4 | {
+        "head_dim": 8, "num_experts_per_tok": 2, "use_qk_norm": False,
+        "attn_temperature_tuning": False,
+        "rope_parameters": YARN | {"rope_type": "llama3", "low_freq_factor": 1.0}
+        | {"high_freq_factor": 4.0},
+    },
     "minimax_m2": SHAPE | MOE | {
         "model_type": "minimax_m2", "head_dim": 12, "rotary_dim": 8, "intermediate_size": 24,
     },
     "gemma3": SEES | TIED | {
         "model_type": "gemma3", "text_config": GEMMA3, "mm_tokens_per_image": 4,
+    },
+    "llama4": {
+        "model_type": "llama4", "text_config": SHAPE | LLAMA4 | {"head_dim": 8},
+        "vision_config": SEES["vision_config"] | {
+            "vision_output_dim": 8, "projector_input_dim": 8, "projector_output_dim": 8,
+        },
     },
     "llava": SEES | {"model_type": "llava", "text_config": LLAMA},
     "llava_next": SEES | {

@@ -503,6 +503,12 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             {"moe_num_shared_experts": None, "moe_layer_end_index": -1},
         ),
         (
+            "llama4_text",
+            ["rope_parameters", "layer_types", "moe_layers", "no_rope_layers"],
+            {"rope_theta": 500000.0, "rope_scaling": None, "no_rope_layers": []}
+            | {"attn_temperature_tuning": 4, "attention_chunk_size": 256},
+        ),
+        (
             "minimax_m2",
             ["rope_parameters", "attention_dropout"],
             {"rope_theta": 5000000, "scoring_func": "sigmoid", "use_routing_bias": True}
@@ -550,6 +556,14 @@ def test_mixtures_that_nothing_here_computes_are_refused(name, changes, message)
     read(hf)
     with pytest.raises(ConfigError, match=message):
         read(hf | changes)
+
+
+def test_llama4_serves_contexts_that_are_one_chunk():
+    hf = golden_config("llama4_text") | {"max_position_embeddings": 1024}
+    assert read(hf).max_position == 256
+    assert read(hf | {"layer_types": None}).max_position == 256
+    assert read(hf | {"attention_chunk_size": None}).max_position == 1024
+    assert read(hf | {"layer_types": ["full_attention"] * 2}).max_position == 1024
 
 
 def test_phimoe_scales_rotations_as_its_config_says():

@@ -31,6 +31,7 @@ ROUTES = {
     "normalised": {"normalise": True, "scale": 2.5},
     "chosen": {"scores": "chosen", "scale": 0.5},
     "sigmoid": {"scores": "sigmoid", "normalise": True},
+    "each chosen": {"scores": "each_chosen", "scale": 0.5},
     "sparsemixer": {"scores": "sparsemixer", "tolerance": 0.6},
     "groups": {"n_groups": 4, "n_chosen_groups": 2},
     "all groups": {"n_groups": 4, "n_chosen_groups": 4},
@@ -56,6 +57,9 @@ def route_one(logits: np.ndarray, score_bias: np.ndarray, moe: MoeConfig) -> dic
     if moe.scores == "chosen":
         best = np.argsort(-logits)[: moe.n_chosen]
         return dict(zip(best.tolist(), moe.scale * softmax(logits[best]), strict=True))
+    if moe.scores == "each_chosen":
+        best = np.argsort(-logits)[: moe.n_chosen]
+        return {int(i): float(moe.scale / (1 + np.exp(-logits[i]))) for i in best}
     scores = softmax(logits) if moe.scores == "softmax" else 1 / (1 + np.exp(-logits))
     groups = np.split(np.arange(moe.n_experts), moe.n_groups)
     choice = scores + score_bias
@@ -159,17 +163,19 @@ def make_moe(moe: MoeConfig, n_devices: int = 1) -> MoE:
     return made
 
 
-@pytest.mark.parametrize("clamp", [None, 1.5])
-def test_output_is_the_weighted_sum_over_each_tokens_experts(clamp):
+@pytest.mark.parametrize(("clamp", "weighs_input"), [(None, False), (1.5, False), (None, True)])
+def test_output_is_the_weighted_sum_over_each_tokens_experts(clamp, weighs_input):
     biases = {"router_bias": True, "expert_bias": True}
     moe = dataclasses.replace(MOE, scores="chosen", clamp=clamp, **biases)
+    moe = dataclasses.replace(moe, weighs_input=weighs_input)
     layer = make_moe(moe)
     params = {name: np.asarray(v[...], np.float64) for name, v in flat_params(layer).items()}
     x = np.random.default_rng(1).normal(0, 2, (9, 16)).astype(np.float32)
     expected = np.zeros((9, 16))
     for token, logits in enumerate(x @ params["router"].T + params["router_bias"]):
         for e, weight in route_one(logits, np.zeros(8), moe).items():
-            both = params["gate_up"][e] @ x[token] + params["gate_up_bias"][e]
+            before, after = (weight, 1.0) if weighs_input else (1.0, weight)
+            both = params["gate_up"][e] @ (before * x[token]) + params["gate_up_bias"][e]
             gate, up = np.split(both, 2)
             if clamp is None:
                 hidden = gate / (1 + np.exp(-gate)) * up
@@ -177,7 +183,7 @@ def test_output_is_the_weighted_sum_over_each_tokens_experts(clamp):
                 assert np.abs(both).max() > clamp
                 gate, up = np.minimum(gate, clamp), np.clip(up, -clamp, clamp)
                 hidden = gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
-            expected[token] += weight * (params["down"][e] @ hidden + params["down_bias"][e])
+            expected[token] += after * (params["down"][e] @ hidden + params["down_bias"][e])
     np.testing.assert_allclose(layer(jnp.array(x)), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -215,7 +221,10 @@ def test_dense_mlps_size_counts_only_where_a_layer_is_dense():
     ("changes", "message"),
     [
         ({"n_chosen": 9}, "9 experts per token of 8 experts"),
-        ({"scores": "tanh"}, "scores='tanh'.*known: softmax, chosen, sigmoid, sparsemixer"),
+        (
+            {"scores": "tanh"},
+            "scores='tanh'.*known: softmax, chosen, sigmoid, sparsemixer, each_chosen",
+        ),
         ({"n_groups": 3}, "8 experts .* 3 groups"),
         ({"n_groups": 4, "n_chosen_groups": 5}, "5 of 4 groups"),
         ({"n_groups": 4, "n_chosen_groups": 1}, "3 experts .* 2 "),

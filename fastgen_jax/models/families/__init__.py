@@ -49,6 +49,7 @@ FAMILIES = {  # model_type -> module
     "hunyuan_v1_dense": "hunyuan_v1_dense",
     "internlm2": "internlm2",
     "llama": "llama",
+    "llama4_text": "llama4",
     "ministral": "ministral",
     "ministral3": "ministral3",
     "minimax_m2": "minimax_m2",

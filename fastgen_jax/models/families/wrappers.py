@@ -19,6 +19,7 @@ WRAPPERS = {  # model_type -> first words of the names of what is not the langua
     "glm4v_moe": ("visual",),
     "idefics3": ("vision_model", "connector"),
     "internvl": IMAGES,
+    "llama4": ("vision_model", "multi_modal_projector"),
     "llava": IMAGES,
     "llava_next": (*IMAGES, "image_newline"),
     "llava_onevision": (*IMAGES, "image_newline"),
