@@ -79,8 +79,8 @@ def text_config(hf: dict[str, Any]) -> dict[str, Any]:
     text = hf if outer in FLAT and "text_config" not in hf else hf["text_config"]
     if not isinstance(text, dict):
         raise ConfigError(f"text_config in config.json must be an object, got {text!r}")
-    inner = text.get("model_type", outer)
-    inner = f"{outer}_text" if inner == outer else TEXTS.get(inner, inner)
+    named: str = text.get("model_type") or outer
+    inner = f"{outer}_text" if named == outer else TEXTS.get(named, named)
     text = DEFAULTS.get(inner, {}) | text | {name: hf[name] for name in OUTER if hf.get(name)}
     # The head is the embedding only where nobody denies it: one that is its own must be stored.
     ties = {config.get("tie_word_embeddings") for config in (hf, text)} - {None}
