@@ -57,11 +57,29 @@ def _read(path: Path) -> Any:
         model.Clear()
     if not model.pieces:
         raise ValueError("it is no SentencePiece model; copy it again")
-    if any(piece.type == UNUSED for piece in model.pieces):
-        raise ValueError("it has unused pieces, which nothing here computes")
-    if model.trainer_spec.treat_whitespace_as_suffix:
-        raise ValueError("it has spaces at the ends of words, which nothing here computes")
+    for problem in _problems(model):
+        raise ValueError(f"{problem}, which nothing here computes; add a tokenizer.json")
     return model
+
+
+def _problems(model: Any) -> Iterator[str]:
+    """What is in a model that its tokenizer could not do."""
+    from tokenizers import normalizers
+
+    kind, normalizer = model.trainer_spec.model_type, model.normalizer_spec
+    symbols = [piece.piece for piece in model.pieces if piece.type == USER_DEFINED]
+    if kind not in (UNIGRAM, BPE):
+        yield f"it is a model of type {kind}, neither Unigram nor BPE"
+    if any(piece.type == UNUSED for piece in model.pieces):
+        yield "it has unused pieces"
+    if model.trainer_spec.treat_whitespace_as_suffix:
+        yield "it has spaces at the ends of words"
+    if kind == UNIGRAM and any(not text.strip(SPACE) for text in symbols):
+        yield "it has symbols of spaces alone"
+    if normalizer.precompiled_charsmap:
+        normalize = normalizers.Precompiled(normalizer.precompiled_charsmap).normalize_str
+        if changed := [text for text in symbols if normalize(text) != text]:
+            yield f"it does not normalize the symbol {changed[0]!r}"
 
 
 def _renamed(piece: str, name: str, known: set[str]) -> str:
@@ -88,8 +106,6 @@ def _model(model: Any, names: list[str]) -> Any:
 
     spec = model.trainer_spec
     if spec.model_type == UNIGRAM:
-        if any(p.type == USER_DEFINED and p.piece == SPACE * len(p.piece) for p in model.pieces):
-            raise ValueError("it has symbols of several spaces, which are not computed for Unigram")
         best = max(piece.score for piece in model.pieces)
         scores = [
             len(piece.piece) * best - 0.1 if piece.type == USER_DEFINED else piece.score
@@ -97,8 +113,6 @@ def _model(model: Any, names: list[str]) -> Any:
         ]
         vocab = list(zip(names, scores, strict=True))
         return models.Unigram(vocab, unk_id=spec.unk_id, byte_fallback=spec.byte_fallback)
-    if spec.model_type != BPE:
-        raise ValueError(f"it is a model of type {spec.model_type}, neither Unigram nor BPE")
     ids = {name: id for id, name in enumerate(names)}
     return models.BPE(
         vocab=ids,
@@ -145,12 +159,6 @@ def _set_steps(backend: Any, model: Any, is_legacy: bool) -> None:
     if spec.add_dummy_prefix and not is_legacy:
         splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
     symbols = [p.piece for p in model.pieces if p.type == USER_DEFINED and not _is_markup(p.piece)]
-    if spec.precompiled_charsmap:
-        changed = [text for text in symbols if before[0].normalize_str(text) != text]
-        if changed:
-            raise ValueError(
-                f"its symbol {changed[0]!r} is not normalized, as nothing here computes"
-            )
     if symbols and model.trainer_spec.model_type == BPE:
         pattern = "|".join(map(_pattern, sorted(symbols, key=len, reverse=True)))
         splits.append(pre_tokenizers.Split(Regex(pattern), "isolated"))

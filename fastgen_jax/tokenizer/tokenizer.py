@@ -191,7 +191,7 @@ class Tokenizer:
         if not self.has_chat_template:
             raise InvalidRequest(
                 "this model has no chat template: send a plain prompt (/v1/completions, "
-                "LLM.generate), or put a chat_template.jinja beside its tokenizer.json",
+                "LLM.generate), or put a chat_template.jinja beside its tokenizer",
                 param="messages",
             )
         self._check_variables(variables)

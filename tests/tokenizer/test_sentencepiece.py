@@ -149,8 +149,11 @@ def test_symbols_that_look_like_markup_are_tokens_of_chats(tmp_path):
     [
         ({"model_type": "char"}, "a model of type 4, neither Unigram nor BPE"),
         ({"treat_whitespace_as_suffix": True}, "spaces at the ends of words"),
-        ({"model_type": "unigram", "user_defined_symbols": SYMBOLS}, "symbols of several spaces"),
-        ({"normalization_rule_name": "nmt_nfkc", "user_defined_symbols": SYMBOLS}, "symbol"),
+        ({"model_type": "unigram", "user_defined_symbols": SYMBOLS}, "symbols of spaces alone"),
+        (
+            {"normalization_rule_name": "nmt_nfkc", "user_defined_symbols": SYMBOLS},
+            "normalize the symbol",
+        ),
     ],
 )
 def test_what_nothing_here_computes_is_refused(tmp_path, changes, message):
