@@ -33,6 +33,12 @@ THINKING = CHATML.replace("m.content", "m.content.split('</think>')[-1].lstrip()
 ALTERNATING = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}" + CHATML
 ALWAYS_OPENING = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
 REFUSING = "{{ raise_exception('one turn only') if messages[1] }}<|im_end|>"
+KIMI_K3 = (
+    "{% for m in messages %}{% if m.reasoning_content %}<|open|>think<|sep|>{{ m.reasoning_content "
+    "}}<|close|>think<|sep|>{% endif %}<|open|>response<|sep|>{{ m.content }}<|close|>response"
+    "<|sep|><|end_of_msg|>{% endfor %}"
+)
+STRICT = "{% for m in messages if m.reasoning_content %}{{ raise_exception('no') }}{% endfor %}"
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 ENDS = {
     "chatml": (CHATML, "<|im_end|>"),
@@ -45,12 +51,17 @@ ENDS = {
     "thinking": (THINKING, "<|im_end|>"),
     "alternating": (ALTERNATING, "<|im_end|>"),
     "always_opening": (ALWAYS_OPENING, "<|im_end|>"),
+    "kimi_k3": (KIMI_K3, "<|end_of_msg|>"),
+    "strict": (STRICT + CHATML, "<|im_end|>"),
     "refusing": (REFUSING, None),
     "plain": (PLAIN, None),
+    "silent": ("<|im_start|>", None),
+    "bare": ("{% for m in messages if m.role != 'user' %}{{ m.content }}</s>{% endfor %}", "</s>"),
     "spaced": (CHATML.replace("<|im_end|>", " \n<|im_end|>"), "<|im_end|>"),
     "longer": (CHATML.replace("<|im_end|>", "<|im_end|>>"), "<|im_end|>>"),
 }
-TOKENS = sorted({end for _, end in ENDS.values() if end and end != "</s>"} | {"<|im_start|>"})
+TOKENS = sorted({end for _, end in ENDS.values() if end and end != "</s>"})
+TOKENS += ["<|im_start|>", "<|open|>", "<|sep|>", "<|close|>"]
 
 
 @pytest.fixture(scope="module")
