@@ -34,6 +34,9 @@ LLAMA4 = {"model_type": "llama4_text", "intermediate_size_mlp": 40, "intermediat
 LLAMA4 |= {"num_local_experts": 6, "no_rope_layer_interval": 2, "attention_chunk_size": 256}
 GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 2.0}
 GRANITE |= {"residual_multiplier": 0.6, "attention_multiplier": 0.2}
+GRANITE_4 = GRANITE | {"model_type": "granitemoehybrid", "layer_types": ["attention"] * 2}
+GRANITE_4 |= {"num_local_experts": 0, "shared_intermediate_size": 40, "mamba_n_heads": 8}
+GRANITE_4 |= {"position_embedding_type": "rope"}
 GLM_MOE = {"model_type": "glm4_moe", "n_routed_experts": 8, "num_experts_per_tok": 3}
 GLM_MOE |= {"moe_intermediate_size": 24, "head_dim": 12}
 GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
@@ -261,6 +264,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "granitemoe": SHAPE | MOE | GRANITE | {
         "model_type": "granitemoe", "intermediate_size": 24, "attention_bias": True,
+    },
+    "granitemoehybrid": SHAPE | GRANITE_4,
+    "granitemoehybrid_nope": SHAPE | GRANITE_4 | {
+        "position_embedding_type": "nope", "attention_bias": True,
     },
     "granitemoeshared": SHAPE | MOE | GRANITE | {
         "model_type": "granitemoeshared", "intermediate_size": 24, "shared_intermediate_size": 20,

@@ -271,6 +271,13 @@ def test_unknown_type_is_refused_with_the_nearest_known_ones():
         ("mpt", {"attn_config": {"qk_ln": True}}, "qk_ln=True"),
         ("mpt", {"attn_config": {"attn_type": "multiquery_attention"}}, "multiquery_attention"),
         ("starcoder2", {"norm_type": "rms_norm"}, "norm_type='rms_norm'"),
+        (
+            "granitemoehybrid",
+            {"layer_types": ["mamba", "attention"]},
+            r"\['mamba'\]: .*a recurrent",
+        ),
+        ("granitemoehybrid", {"layer_types": None}, r"\['mamba'\]: its layers keep a recurrent"),
+        ("granitemoehybrid", {"num_local_experts": 4}, "num_local_experts=4"),
         ("ministral3", {"is_causal": False}, "is_causal=False in config.json is not supported"),
         (
             "ministral3",

@@ -43,6 +43,7 @@ FAMILIES = {  # model_type -> module
     "gptj": "gptj",
     "granite": "granite",
     "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitemoehybrid",
     "granitemoeshared": "granitemoe",
     "helium": "helium",
     "kimi_k2": "kimi_k2",

@@ -11,7 +11,7 @@ ENCODER = "it is an encoder, or has one; only decoders are served"
 REFUSED = {
     **dict.fromkeys(
         (
-            "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba",
+            "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "jamba",
             "kimi_linear", "mamba", "mamba2", "minimax", "minimax_m1", "minimax_text_01",
             "nemotron_h", "nemotron_h_omni", "olmo_hybrid", "plamo2", "qwen3_5", "qwen3_5_moe",
             "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "rwkv7",
