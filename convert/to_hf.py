@@ -67,7 +67,7 @@ def _tensor(
     if source.path.endswith(PAIRS):
         stored = stored.reshape(-1, *stored.shape[2:])
     tensor = weights.extract(source, stored, config, 1)
-    return np.ascontiguousarray(tensor.astype(jax.numpy.dtype(dtype or entry["dtype"])))
+    return np.asarray(tensor, jax.numpy.dtype(dtype or entry["dtype"]), order="C")
 
 
 def _unused(source: Path) -> dict[str, np.ndarray]:
