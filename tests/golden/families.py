@@ -283,6 +283,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "long_mscale": 1.7, "original_max_position_embeddings": 256,
         },
     },
+    "hunyuan_v1_moe": SHAPE | TIED | {
+        "model_type": "hunyuan_v1_moe", "num_experts": 6, "moe_topk": 3, "intermediate_size": 24,
+        "head_dim": 12,
+    },
     "llama4_text": SHAPE | LLAMA4 | {
         "head_dim": 12, "interleave_moe_layer_step": 2, "floor_scale": 20, "attn_scale": 0.5,
     },

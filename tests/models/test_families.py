@@ -516,6 +516,13 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             | {"attn_temperature_tuning": 4, "attention_chunk_size": 256},
         ),
         (
+            "hunyuan_v1_moe",
+            ["rope_parameters", "moe_topk"],
+            {"rope_theta": 10000.0, "rope_scaling": None, "moe_topk": [3, 3]}
+            | {"moe_intermediate_size": [24, 24], "num_shared_expert": [1, 1]}
+            | {"use_mixed_mlp_moe": True, "moe_layer_num_skipped": 0, "use_cla": False},
+        ),
+        (
             "minimax_m2",
             ["rope_parameters", "attention_dropout"],
             {"rope_theta": 5000000, "scoring_func": "sigmoid", "use_routing_bias": True}
@@ -554,6 +561,9 @@ def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
         ("phimoe", {"rope_parameters": LINEAR}, "phimoe with a rope type other than longrope"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias=True"),
         ("ernie4_5_moe", {"moe_use_aux_free": False}, "moe_use_aux_free=False"),
+        ("hunyuan_v1_moe", {"moe_topk": [3, 2]}, "layers with different moe_topk"),
+        ("hunyuan_v1_moe", {"use_mixed_mlp_moe": False}, "use_mixed_mlp_moe=False"),
+        ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=True"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=False"),
         ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8"),
     ],

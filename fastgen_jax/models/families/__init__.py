@@ -48,6 +48,7 @@ FAMILIES = {  # model_type -> module
     "helium": "helium",
     "kimi_k2": "kimi_k2",
     "hunyuan_v1_dense": "hunyuan_v1_dense",
+    "hunyuan_v1_moe": "hunyuan_v1_moe",
     "internlm2": "internlm2",
     "llama": "llama",
     "llama4_text": "llama4",
