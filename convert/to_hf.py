@@ -66,7 +66,7 @@ def _tensor(
     stored = arrays[source.path]
     if source.path.endswith(PAIRS):
         stored = stored.reshape(-1, *stored.shape[2:])
-    tensor = weights.extract(source, stored, config, 1)
+    tensor = weights.extract(source, stored, config)
     return np.asarray(tensor, jax.numpy.dtype(dtype or entry["dtype"]), order="C")
 
 

@@ -63,7 +63,7 @@ def write(
     """
     config = read_config(source, overrides)
     params = loading.flat_params(loading.abstract_model(config, Policy()))
-    parts = loading.find_parts(source, config, 1, params, overrides)
+    parts = loading.find_parts(source, config, params, overrides)
     arrays = fill_all(params, parts, config, dtype, on_progress)
     _save(arrays, destination / WEIGHTS, n_files)
     if not _is_quantised(parts):
@@ -94,7 +94,7 @@ def fill_all(
     def fill(path: str) -> np.ndarray:
         kind = jax.numpy.dtype(dtype) if dtype else common_dtype(t for _, t in parts[path])
         wanted = jax.ShapeDtypeStruct(params[path].shape, kind)
-        array = loading.fill(wanted, parts[path], config, 1)
+        array = loading.fill(wanted, parts[path], config)
         return array.reshape(stored_shape(path, array.shape))
 
     filled = loading.in_parallel(fill, [(path, 0) for path in params], on_progress)

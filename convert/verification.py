@@ -22,7 +22,7 @@ def check(directory: Path, overrides: Overrides = None) -> str:
     config = read_config(directory, overrides)
     params = loading.flat_params(loading.abstract_model(config, Policy()))
     if not is_converted(directory):
-        loading.find_parts(directory, config, 1, params, overrides)
+        loading.find_parts(directory, config, params, overrides)
         return f"{len(params)} parameters: all there, none damaged that headers would tell"
     manifest = read_manifest(directory)
     problems = [*damages(directory, manifest["files"], checksums=True)]

@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 
-TPU_TOPOLOGIES = {name: f"{name}:2x2x1" for name in ("v4", "v5e", "v5p", "v6e", "tpu7x")}
+TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 
 # Operations of a compiled program's text that devices communicate by.
 COLLECTIVE = r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -115,9 +115,11 @@ def has_compilers() -> bool:
 
 
 def tpu_target(name: str = "v5e", n_devices: int = 1) -> Target:
-    """A TPU: v4, v5e, v5p, v6e or tpu7x; up to four devices."""
+    """A TPU: v4, v5e, v5p, v6e or tpu7x; up to four devices, of v5e and v6e eight."""
     _require("libtpu", "pip install libtpu")
-    return _target("tpu", n_devices, topology_name=TPU_TOPOLOGIES[name])
+    assert name in TPUS, name
+    slice_of = "2x2x1" if n_devices <= 4 else "2x4x1"
+    return _target("tpu", n_devices, topology_name=f"{name}:{slice_of}")
 
 
 def gpu_target(name: str = "h100", n_devices: int = 1) -> Target:

@@ -2,7 +2,7 @@
 tokenizer and a manifest.
 
 Parameters are stored as one device holds them, gate and up as two rows of one array, so that every
-mesh can read its own part. The manifest is written last and names every file.
+mesh that divides it can read its own part. The manifest is written last and names every file.
 """
 
 import hashlib
@@ -17,13 +17,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fastgen_jax.checkpoints.tensor_files import read_json
 from fastgen_jax.errors import CheckpointError
-from fastgen_jax.models.sharding import parameter_sharding
+from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.sharding import lines_of, place, placed
 
 MANIFEST = "fastgen.json"
 WEIGHTS = "weights"
 FORMAT = 1
 MAX_IN_FLIGHT = 2**29  # bytes read at once, but at least one parameter
 PAIRS = (".gate_up.weight", ".gate_up.bias")  # see layers.GatedMLP
+
+
+Transform = Callable[[str, np.ndarray], np.ndarray]  # of a parameter's path and value, on the host
 
 
 def is_converted(directory: Path) -> bool:
@@ -78,8 +82,17 @@ def misfits(stored: dict[str, Any], params: dict[str, Any]) -> Iterator[str]:
             yield f"shape: {path} is {have}, the config wants {want}"
 
 
-def restore(directory: Path, params: dict[str, Any], mesh: Mesh) -> list[jax.Array]:
+def restore(
+    directory: Path,
+    params: dict[str, Any],
+    config: ModelConfig,
+    mesh: Mesh,
+    transform: Transform | None = None,
+) -> list[jax.Array]:
     """The parameters, in the order of `params`, with their dtypes, on the devices of the mesh.
+
+    Each device reads its own part. What is to be transformed, or does not divide as it is stored,
+    goes through the host, one parameter after the other.
 
     Raises:
         CheckpointError: lists all that is damaged or does not fit the model.
@@ -92,22 +105,38 @@ def restore(directory: Path, params: dict[str, Any], mesh: Mesh) -> list[jax.Arr
             f"the converted checkpoint is damaged or does not fit its config.json "
             f"({len(problems)} problems); convert the model again:\n  " + "\n  ".join(problems)
         )
-    wanted = {}
-    for path, param in params.items():
-        sharding = parameter_sharding(path, mesh)
-        if path.endswith(PAIRS):
-            sharding = NamedSharding(mesh, PartitionSpec(None, *sharding.spec))
-        shape = stored_shape(path, param.shape)
-        wanted[path] = jax.ShapeDtypeStruct(shape, param.dtype, sharding=sharding)
-    arrays = _read(directory / WEIGHTS, wanted)
+    found = {path: _parts(path, param, config, mesh) for path, param in params.items()}
+    parts = {} if transform else {path: part for path, part in found.items() if part is not None}
+    arrays = _read(directory / WEIGHTS, parts) if parts else {}
     # A function of this call: jax keeps its programs, one per shape, as long as it lives.
     join = jax.jit(lambda pair: pair.reshape(-1, *pair.shape[2:]))
-    return [
-        _joined(arrays.pop(path), parameter_sharding(path, mesh), join)
-        if path.endswith(PAIRS)
-        else arrays.pop(path)
-        for path in params
-    ]
+
+    def leaf(path: str) -> jax.Array:
+        if path not in parts:
+            array = _read_whole(directory, path, params[path])
+            return place(path, transform(path, array) if transform else array, config, mesh)
+        return _joined(arrays.pop(path), join) if path.endswith(PAIRS) else arrays.pop(path)
+
+    return [leaf(path) for path in params]
+
+
+def _parts(
+    path: str, param: jax.ShapeDtypeStruct, config: ModelConfig, mesh: Mesh
+) -> jax.ShapeDtypeStruct | None:
+    """The stored parameter split so that each device has its own part; None: it does not divide."""
+    want = placed(path, param, config, mesh)
+    if path.endswith(PAIRS) and want.shape == param.shape:
+        assert isinstance(want.sharding, NamedSharding)
+        sharding = NamedSharding(mesh, PartitionSpec(None, *want.sharding.spec))
+        shape = stored_shape(path, param.shape)
+        return jax.ShapeDtypeStruct(shape, param.dtype, sharding=sharding)
+    return want if lines_of(path, param.shape, config, mesh.size) is None else None
+
+
+def _read_whole(directory: Path, path: str, param: jax.ShapeDtypeStruct) -> np.ndarray:
+    """A parameter as one device has it, on the host."""
+    wanted = {path: np.empty(stored_shape(path, param.shape), param.dtype)}
+    return _read(directory / WEIGHTS, wanted)[path].reshape(param.shape)
 
 
 def read_host_arrays(directory: Path) -> dict[str, np.ndarray]:
@@ -127,6 +156,7 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     largest = max(math.prod(array.shape) for array in wanted.values()) * 8 + 1
     context = ocp.Context()
     context.memory.read_concurrent_bytes = max(largest, MAX_IN_FLIGHT)
+    context.pytree.loading.partial_load = True  # what is wanted, not all that is there
     try:
         with context:
             return ocp.load(str(path.resolve()), wanted)
@@ -136,10 +166,10 @@ def _read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def _joined(
-    pair: jax.Array, sharding: NamedSharding, join: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
+def _joined(pair: jax.Array, join: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """(2, F, ...) split by F as (2 F, ...) in which each device has its gates, then its ups."""
     shape = (2 * pair.shape[1], *pair.shape[2:])
+    assert isinstance(pair.sharding, NamedSharding)
+    sharding = NamedSharding(pair.sharding.mesh, PartitionSpec(*pair.sharding.spec[1:]))
     shards = [join(s.data) for s in pair.addressable_shards]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)

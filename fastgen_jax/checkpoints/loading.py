@@ -19,6 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from fastgen_jax.checkpoints import converted, names, weights
+from fastgen_jax.checkpoints.converted import Transform
 from fastgen_jax.checkpoints.directory import read_hf
 from fastgen_jax.checkpoints.overrides import Overrides
 from fastgen_jax.checkpoints.quantised import Tensor, unquantised
@@ -30,18 +31,17 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Model
 from fastgen_jax.models.families.wrappers import WRAPPERS
 from fastgen_jax.models.layers import Policy
-from fastgen_jax.models.sharding import parameter_sharding
+from fastgen_jax.models.sharding import laid_out, place, placed
 
 N_THREADS = 4
 MAX_IN_FLIGHT = 2**30  # bytes of parameters that are filled at once, but at least one parameter
 MAX_PROBLEMS = 100  # printed
 
 OnProgress = Callable[[int, int], None]  # done, total
-Transform = Callable[[str, np.ndarray], np.ndarray]  # of a parameter's path and value, on the host
 
 
-def abstract_model(config: ModelConfig, policy: Policy) -> nnx.Module:
-    """The model with shapes in place of arrays."""
+def abstract_model(config: ModelConfig, policy: Policy) -> Model:
+    """The model with shapes in place of arrays, those of one device."""
     return nnx.eval_shape(lambda: Model(config, policy=policy, rngs=nnx.Rngs(0)))
 
 
@@ -54,12 +54,19 @@ def flat_params(model: nnx.Module) -> dict[str, Any]:
 
 
 def random_model(config: ModelConfig, policy: Policy, mesh: Mesh, seed: int) -> nnx.Module:
-    """A model of random weights (load_format="dummy"), made on the devices."""
+    """A model of random weights (load_format="dummy"), made on the devices: the same on one as on
+    several.
+    """
     model = abstract_model(config, policy)
-    shardings = [parameter_sharding(path, mesh) for path in flat_params(model)]
+    params = flat_params(model)
+    shardings = [placed(path, param, config, mesh).sharding for path, param in params.items()]
 
     def init():
-        return jax.tree.leaves(Model(config, policy=policy, rngs=nnx.Rngs(seed)))
+        leaves = jax.tree.leaves(Model(config, policy=policy, rngs=nnx.Rngs(seed)))
+        return [
+            laid_out(path, leaf, config, mesh.size)
+            for path, leaf in zip(params, leaves, strict=True)
+        ]
 
     return _filled(model, jax.jit(init, out_shardings=shardings)())
 
@@ -113,12 +120,7 @@ def read_converted(
 ) -> list[jax.Array]:
     """The parameters, in order, on the devices of the mesh, from what `python -m convert` made."""
     on_progress(0, len(params))
-    leaves = converted.restore(directory, params, mesh)
-    if transform is not None:
-        leaves = [
-            jax.device_put(transform(path, np.asarray(leaf)), parameter_sharding(path, mesh))
-            for path, leaf in zip(params, leaves, strict=True)
-        ]
+    leaves = converted.restore(directory, params, config, mesh, transform)
     on_progress(len(params), len(params))
     return leaves
 
@@ -133,13 +135,13 @@ def read_safetensors(
     overrides: Overrides,
 ) -> list[jax.Array]:
     """The parameters, in order, on the devices of the mesh, from a Hugging Face directory."""
-    parts = find_parts(directory, config, mesh.size, params, overrides)
+    parts = find_parts(directory, config, params, overrides)
 
     def load(path: str) -> jax.Array:
-        array = fill(params[path], parts[path], config, mesh.size)
+        array = fill(params[path], parts[path], config)
         if transform is not None:
             array = transform(path, array)
-        return jax.device_put(array, parameter_sharding(path, mesh)).block_until_ready()
+        return place(path, array, config, mesh)
 
     sizes = [(path, param.size * param.dtype.itemsize) for path, param in params.items()]
     return in_parallel(load, sizes, on_progress)
@@ -149,11 +151,7 @@ Parts = dict[str, list[tuple[Source, Tensor]]]  # by path: what fills the parame
 
 
 def find_parts(
-    directory: Path,
-    config: ModelConfig,
-    n_shards: int,
-    params: dict[str, Any],
-    overrides: Overrides = None,
+    directory: Path, config: ModelConfig, params: dict[str, Any], overrides: Overrides = None
 ) -> Parts:
     """Which tensors of a Hugging Face directory fill which parameters.
 
@@ -179,7 +177,7 @@ def find_parts(
     problems += found
     tensors = {name: tensors[theirs] for name, theirs in ours.items()}
     shapes = {path: param.shape for path, param in params.items()}
-    sources, found = weights.plan(family, config, n_shards, shapes, tensors)
+    sources, found = weights.plan(family, config, shapes, tensors)
     problems += found
     if problems:
         shown = problems[:MAX_PROBLEMS]
@@ -197,13 +195,11 @@ def find_parts(
     return parts
 
 
-def fill(
-    param: Any, parts: list[tuple[Source, Tensor]], config: ModelConfig, n_shards: int
-) -> np.ndarray:
+def fill(param: Any, parts: list[tuple[Source, Tensor]], config: ModelConfig) -> np.ndarray:
     """A parameter with the shape and dtype of `param`, from its parts."""
     array = np.empty(param.shape, param.dtype)
     for source, tensor in parts:
-        weights.fill(source, array, tensor, config, n_shards)
+        weights.fill(source, array, tensor, config)
     return array
 
 

@@ -65,12 +65,11 @@ def _is_of_experts(source: Source) -> bool:
     return source.part.removeprefix(TRANSPOSED).startswith("expert")
 
 
-def views(
-    source: Source, parameter: np.ndarray, config: ModelConfig, n_shards: int
-) -> list[np.ndarray]:
+def views(source: Source, parameter: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
     """The views of a parameter that a tensor fills, in the order of its rows.
 
-    See layers.Attention, layers.GatedMLP and moe.MoE for the layouts of their rows.
+    See layers.Attention, layers.GatedMLP and moe.MoE for the layouts of their rows, here on one
+    device.
     """
     if source.index is not None:
         parameter = parameter[source.index]
@@ -88,8 +87,8 @@ def views(
             parts = {"q": heads[:, :g], "k": heads[:, g], "v": heads[:, g + 1]}
             return [parts[name] for name in part]
         case "gate" | "up" | "gate_up":
-            pairs = rows(n_shards, 2, -1)
-            parts = {"gate": pairs[:, 0], "up": pairs[:, 1]}
+            pairs = rows(2, -1)
+            parts = {"gate": pairs[0], "up": pairs[1]}
             return [parts[name] for name in part.split("_")]
         case "expert_gate" | "expert_up":
             return [rows(2, -1)[0 if part == "expert_gate" else 1]]
@@ -105,15 +104,13 @@ def _reversed_per_expert(parameter: np.ndarray) -> np.ndarray:
     return np.moveaxis(parameter.T, -1, 0)
 
 
-def tensor_shape(
-    source: Source, shape: tuple[int, ...], config: ModelConfig, n_shards: int
-) -> tuple[int, ...]:
+def tensor_shape(source: Source, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
     """The shape that the tensor must have on disk."""
     if source.part == PLAIN and source.index is None:
         return tuple(shape)
     if source.part == ROW:
         return (1, *shape)
-    found = views(source, np.empty(shape, np.bool_), config, n_shards)  # never touched, so free
+    found = views(source, np.empty(shape, np.bool_), config)  # never touched, so free
     if source.part in TOGETHER:
         n_kept = len(shape) - 1
         return (*found[0].shape[:n_kept], math.prod(found[0].shape[n_kept:]))
@@ -123,9 +120,7 @@ def tensor_shape(
     return whole[::-1] if source.part.startswith(TRANSPOSED) else whole
 
 
-def fill(
-    source: Source, parameter: np.ndarray, tensor: Any, config: ModelConfig, n_shards: int
-) -> None:
+def fill(source: Source, parameter: np.ndarray, tensor: Any, config: ModelConfig) -> None:
     """Writes the tensor into its part of the parameter.
 
     Args:
@@ -135,7 +130,7 @@ def fill(
         tensor = tensor[:].T
     n_rest = max(math.prod(tensor.shape[1:]), 1)
     start = 0
-    for view in views(source, parameter, config, n_shards):
+    for view in views(source, parameter, config):
         for piece in _pieces(view, n_rest):
             n_rows = piece.size // n_rest
             piece[...] = tensor[start : start + n_rows].reshape(piece.shape)
@@ -156,14 +151,12 @@ def _pieces(view: np.ndarray, n_rest: int) -> Iterator[np.ndarray]:
             yield view[i : i + n_rows]
 
 
-def extract(
-    source: Source, parameter: np.ndarray, config: ModelConfig, n_shards: int
-) -> np.ndarray:
+def extract(source: Source, parameter: np.ndarray, config: ModelConfig) -> np.ndarray:
     """The tensor that would fill that part: the inverse of `fill`."""
-    shape = tensor_shape(source, parameter.shape, config, n_shards)
+    shape = tensor_shape(source, parameter.shape, config)
     is_transposed = source.part.startswith(TRANSPOSED)
     rest = shape[:-1] if is_transposed else shape[1:]
-    pieces = [view.reshape(-1, *rest) for view in views(source, parameter, config, n_shards)]
+    pieces = [view.reshape(-1, *rest) for view in views(source, parameter, config)]
     tensor = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
     return tensor.T if is_transposed else tensor.reshape(shape)
 
@@ -171,7 +164,6 @@ def extract(
 def plan(
     family: Any,
     config: ModelConfig,
-    n_shards: int,
     shapes: dict[str, tuple[int, ...]],
     stored: dict[str, Any],
 ) -> tuple[list[Source], list[str]]:
@@ -184,7 +176,7 @@ def plan(
     """
     expanded = expand(family.WEIGHTS, config)
     named = _named([s for s in expanded if _exists(s, shapes)], stored)
-    sources = [_fitting(s, stored, shapes[s.path], config, n_shards) for s in named]
+    sources = [_fitting(s, stored, shapes[s.path], config) for s in named]
     known = {s.name: s.path for s in expanded}
     wild = {".": r"\.", "{}": r"\d+", "{n_layers}": str(config.n_layers), "*": ".*"}
     ignored = [
@@ -203,7 +195,7 @@ def plan(
             problems.append(f"unused: {name} in {tensor.file.name} ({why})")
     for source in sources:
         if source.name in stored:
-            want = tensor_shape(source, shapes[source.path], config, n_shards)
+            want = tensor_shape(source, shapes[source.path], config)
             problems += _misfits(source.name, stored[source.name], want)
     return sources, problems
 
@@ -231,14 +223,13 @@ def _fitting(
     stored: dict[str, Any],
     shape: tuple[int, ...],
     config: ModelConfig,
-    n_shards: int,
 ) -> Source:
     """With the first of its parts that has the stored shape, or its first part."""
     choices = [source._replace(part=part) for part in source.part.split("|")]
     if len(choices) == 1 or source.name not in stored:
         return choices[0]
     found = stored[source.name].shape
-    fitting = [c for c in choices if tensor_shape(c, shape, config, n_shards) == found]
+    fitting = [c for c in choices if tensor_shape(c, shape, config) == found]
     return (fitting or choices)[0]
 
 

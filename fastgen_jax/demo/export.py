@@ -24,7 +24,7 @@ def hf_tensors(model: Model) -> dict[str, np.ndarray]:
     sources = [s for s in weights.expand(llama.WEIGHTS, model.config) if s.path in params]
     return {
         s.name: np.ascontiguousarray(
-            weights.extract(s, params[s.path], model.config, 1).astype(ml_dtypes.bfloat16)
+            weights.extract(s, params[s.path], model.config).astype(ml_dtypes.bfloat16)
         )
         for s in sources
     }

@@ -42,6 +42,7 @@ from fastgen_jax.engine.step import (
     step,
 )
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.layout import HeadLayout
 from fastgen_jax.models.sharding import cache_sharding, replicated
 from pallas_kernels import cache_dtype as stored_dtype
 from pallas_kernels import cache_shape
@@ -108,14 +109,15 @@ class Runner:
         self._hidden_size, self._hidden_dtype = config.hidden_size, hidden_dtype
         self._mask_width = mask_width(config.vocab_size)
         self._state_shape = (n_rows + 1, max_tokens)
+        heads = HeadLayout.of(config, mesh.size)
         own = cache_shape(  # of one device
             attention_backend,
             n_blocks=n_blocks,
-            n_kv_heads=config.n_kv_heads // mesh.size,
+            n_kv_heads=heads.n_own_kv_slots,
             block_size=block_size,
             head_size=config.head_dim,
         )
-        shape = (n_blocks, config.n_kv_heads, *own[2:])
+        shape = (n_blocks, heads.n_kv_slots, *own[2:])
         dtype = stored_dtype(cache_dtype, jax.default_backend())
         self._n_layers = config.n_layers
         self._empty_cache = zeros(shape, dtype, cache_sharding(mesh))

@@ -27,7 +27,8 @@ from fastgen_jax.engine.runner import Runner, make_shapes
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import Policy
-from fastgen_jax.models.sharding import check_divides, make_mesh
+from fastgen_jax.models.layout import HeadLayout
+from fastgen_jax.models.sharding import make_mesh
 from pallas_kernels import BACKENDS as BACKENDS_BY_NAME
 from pallas_kernels import (
     MAX_CACHE_SIZE,
@@ -108,7 +109,6 @@ def start(config: EngineConfig, on_phase: OnPhase) -> Started:
     backend = BACKENDS[jax.default_backend()]
     resolved = resolve(config, model_config, backend)
     model_config = fit_rope(model_config, resolved.max_model_len)
-    check_divides(model_config, config.tensor_parallel_size)
     check_cache(resolved, model_config, config.num_kv_blocks or 2)
     mesh = make_mesh(config.tensor_parallel_size)
     policy = make_policy(resolved, mesh)
@@ -204,17 +204,18 @@ def check_cache(config: ResolvedConfig, model: ModelConfig, n_blocks: int) -> No
     """Raises ConfigError unless the attention backend takes the model's heads and can have a cache
     of so many blocks.
     """
+    heads = HeadLayout.of(model, config.tensor_parallel_size)
     try:
         check_heads(
             config.attention_backend,
             head_size=model.head_dim,
-            group_size=model.group_size,
+            group_size=heads.group_size,
             dtype=jnp.dtype(config.dtype),
         )
         cache_shape(
             config.attention_backend,
             n_blocks=n_blocks,
-            n_kv_heads=model.n_kv_heads // config.tensor_parallel_size,
+            n_kv_heads=heads.n_own_kv_slots,
             block_size=config.block_size,
             head_size=model.head_dim,
         )
@@ -259,13 +260,14 @@ def _shapes(config: ResolvedConfig, model: ModelConfig, backend: Backend) -> lis
 
 
 def _plan_sizes(shape: Shape, config: ResolvedConfig, model: ModelConfig) -> PlanSizes | None:
+    heads = HeadLayout.of(model, config.tensor_parallel_size)
     n_processors = getattr(jax.devices()[0], "core_count", DEFAULT_PROCESSORS)
     return plan_sizes(
         config.attention_backend,
         n_tokens=shape.n_tokens,
         n_seqs=shape.n_seqs,
-        n_heads=model.n_heads // config.tensor_parallel_size,
-        n_kv_heads=model.n_kv_heads // config.tensor_parallel_size,
+        n_heads=heads.n_own_query_slots,
+        n_kv_heads=heads.n_own_kv_slots,
         head_size=model.head_dim,
         max_context=config.table_width * config.block_size,
         n_ctas=2 * n_processors,
@@ -297,8 +299,8 @@ def make_runner(
 
 def block_elements(config: ResolvedConfig, model: ModelConfig) -> int:
     """Elements of one block in one layer on one device."""
-    heads = model.n_kv_heads // config.tensor_parallel_size
-    return 2 * heads * config.block_size * model.head_dim
+    heads = HeadLayout.of(model, config.tensor_parallel_size)
+    return 2 * heads.n_own_kv_slots * config.block_size * model.head_dim
 
 
 def block_bytes(config: ResolvedConfig, model: ModelConfig) -> int:

@@ -144,10 +144,13 @@ class Model(nnx.Module):
         """Logits in float32."""
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        logits = self.embed.unembed(hidden) if self.lm_head is None else self.lm_head(hidden)
-        if self.config.unit_head:
-            assert self.lm_head is not None
-            logits = logits / row_lengths(self.lm_head.weight[...])[None]
+        if self.lm_head is None:
+            logits = self.embed.unembed(hidden)
+        else:
+            logits = self.lm_head(hidden)
+            if self.config.unit_head:
+                logits = logits / row_lengths(self.lm_head.weight[...])[None]
+            logits = logits[:, : self.config.vocab_size]  # the rest fills devices
         logits = logits * self.config.logits_scale
         cap = self.config.logits_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

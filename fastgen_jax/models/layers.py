@@ -12,12 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.layout import HeadLayout
 from fastgen_jax.models.rope import Rotation
 from pallas_kernels import AttentionSpec
 
@@ -80,15 +82,21 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * (weight + offset), statistics in float32 (Zhang and Sennrich, 2019)."""
+    """x / rms(x) * (weight + offset), statistics in float32 (Zhang and Sennrich, 2019).
 
-    def __init__(self, size: int, *, eps: float, policy: Policy, offset: float = 0.0):
-        self.eps, self.offset = eps, offset
+    n_copies: how often x has each of its `size` elements; beside them it may have zeros.
+    """
+
+    def __init__(
+        self, size: int, *, eps: float, policy: Policy, offset: float = 0.0, n_copies: int = 1
+    ):
+        self.eps, self.offset, self.n_summed = eps, offset, size * n_copies
         self.weight = nnx.Param(jnp.full(size, 1.0 - offset, policy.weights))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        mean = jnp.sum(x32 * x32, axis=-1, keepdims=True) / self.n_summed
+        scale = lax.rsqrt(mean + self.eps)
         weight = self.weight[...].astype(jnp.float32) + self.offset
         return (x32 * scale * along_last(weight, x)).astype(x.dtype)
 
@@ -213,8 +221,8 @@ class MLP(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(act(gate(x)) * up(x)); gate and up are one product (Shazeer, 2020).
 
-    Rows of `gate_up` are (shard, gate|up, F / n_shards), so that splitting them over devices
-    keeps pairs together.
+    Rows of `gate_up` are (shard, gate|up, F / n_shards), F as large as divides, so that splitting
+    them over devices keeps pairs together.
     """
 
     def __init__(
@@ -238,7 +246,7 @@ class Attention(nnx.Module):
     """Grouped-query attention of one layer; queries, keys and values are one product.
 
     Rows of `qkv` are (K, G + 2, H): each KV head with its queries, so that splitting over KV
-    heads is contiguous.
+    heads is contiguous. On several devices K and G count slots.
     """
 
     def __init__(self, config: ModelConfig, layer: int, *, policy: Policy, rngs: nnx.Rngs):
@@ -249,26 +257,28 @@ class Attention(nnx.Module):
         heads = size + 2 * config.n_kv_heads * config.head_dim
         self.qkv = Linear(config.hidden_size, heads, bias=config.qkv_bias, policy=policy, rngs=rngs)
         self.out = Linear(size, config.hidden_size, bias=config.out_bias, policy=policy, rngs=rngs)
+        self.heads = HeadLayout.of(config, policy.n_shards)
         self.q_norm = _qk_norm(config, layer, config.n_heads, policy)
-        self.k_norm = _qk_norm(config, layer, config.n_kv_heads, policy)
+        self.k_norm = _qk_norm(config, layer, config.n_kv_heads, policy, self.heads.n_copies)
         self.sinks = nnx.Param(jnp.zeros(config.n_heads, policy.weights)) if config.sinks else None
 
     def __call__(
         self, x: Float[Array, "T D"], rotation: Rotation | None, cache: Cache, attend: Attend
     ) -> tuple[Float[Array, "T D"], Cache]:
-        c = self.config
-        qkv = self.qkv(x).reshape(len(x), c.n_kv_heads, c.group_size + 2, c.head_dim)
+        c, g = self.config, self.heads.group_size
+        qkv = self.qkv(x).reshape(len(x), -1, g + 2, c.head_dim)
         if c.qkv_clip is not None:
             qkv = jnp.clip(qkv, -c.qkv_clip, c.qkv_clip)
-        q = qkv[:, :, : c.group_size].reshape(len(x), -1, c.head_dim)
+        q = qkv[:, :, :g].reshape(len(x), -1, c.head_dim)
         q = self._prepared(q, self.q_norm, rotation)
-        k = self._prepared(qkv[:, :, c.group_size], self.k_norm, rotation)
+        k = self._prepared(qkv[:, :, g], self.k_norm, rotation)
         extras: dict[str, Array] = {}
         if c.alibi_slopes:
-            extras["alibi_slopes"] = jnp.array(c.alibi_slopes, jnp.float32)
+            slopes = self.heads.queries(np.array(c.alibi_slopes, np.float32), empty=0)
+            extras["alibi_slopes"] = jnp.array(slopes.reshape(-1))
         if self.sinks is not None:
             extras["sinks"] = self.sinks[...].astype(jnp.float32)
-        out, cache = attend(q, k, qkv[:, :, c.group_size + 1], cache, spec=self.spec, **extras)
+        out, cache = attend(q, k, qkv[:, :, g + 1], cache, spec=self.spec, **extras)
         return self.out(out.reshape(len(x), -1)), cache
 
     def _prepared(
@@ -289,14 +299,16 @@ class Attention(nnx.Module):
         return norm(heads)
 
 
-def _qk_norm(config: ModelConfig, layer: int, n_heads: int, policy: Policy) -> nnx.Module | None:
+def _qk_norm(
+    config: ModelConfig, layer: int, n_heads: int, policy: Policy, n_copies: int = 1
+) -> nnx.Module | None:
     """Of queries or keys: "T N H", but "T N*H" if over all heads."""
     rms = functools.partial(RMSNorm, eps=config.norm_eps, policy=policy, offset=config.norm_offset)
     match config.qk_norm:
         case "head":
             return rms(config.head_dim)
         case "all":
-            return rms(n_heads * config.head_dim)
+            return rms(n_heads * config.head_dim, n_copies=n_copies)
         case "each_head":
             size = n_heads, config.head_dim
             return LayerNorm(size, eps=config.norm_eps, policy=policy, bias=False)

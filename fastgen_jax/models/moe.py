@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from fastgen_jax.models.config import ModelConfig, MoeConfig
 from fastgen_jax.models.layers import ACTIVATIONS, GatedMLP, Linear, Policy, product
+from fastgen_jax.models.layout import padded
 
 GLU_SLOPE = 1.702  # of GPT-OSS's clamped gate
 
@@ -74,7 +75,7 @@ class MoE(nnx.Module):
         if mesh is None or mesh.size == 1:
             return self._own_experts(x, weights, experts, arrays)
         (axis,) = mesh.axis_names
-        n_own = self.moe.n_experts // mesh.size
+        n_own = padded(self.moe.n_experts, mesh.size) // mesh.size
 
         def own(x, weights, experts, arrays):
             out = self._own_experts(x, weights, experts - n_own * lax.axis_index(axis), arrays)

@@ -2,40 +2,61 @@
 Megatron-LM, 2019).
 
 Queries, keys, values, gate and up are split by their outputs, the products that follow by their
-inputs, the cache by KV heads.
+inputs, the cache by KV heads. A module is made with the parameters of one device, as checkpoints
+have them; `place` lays them out for several.
 """
 
+from typing import Any, NamedTuple
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.layout import EMPTY, places, taken
 
 AXIS = "tensor"
+
+
+class Split(NamedTuple):
+    """The axis of a parameter that devices split, and what lies along it (see layout.places)."""
+
+    axis: int
+    kind: str
+
+
 # Suffix of a parameter's path -> how it is split; parameters not named are replicated.
-RULES = {
-    "attention.qkv.weight": PartitionSpec(AXIS, None),
-    "attention.qkv.bias": PartitionSpec(AXIS),
-    "attention.q.weight": PartitionSpec(AXIS, None),  # latent attention's
-    "attention.q_up.weight": PartitionSpec(AXIS, None),
-    "attention.kv_up.weight": PartitionSpec(AXIS, None),
-    "attention.out.weight": PartitionSpec(None, AXIS),
-    "mlp.gate_up.weight": PartitionSpec(AXIS, None),
-    "mlp.gate_up.bias": PartitionSpec(AXIS),
-    "mlp.down.weight": PartitionSpec(None, AXIS),
-    "mlp.up.weight": PartitionSpec(AXIS, None),
-    "mlp.up.bias": PartitionSpec(AXIS),
-    "mlp.shared.gate_up.weight": PartitionSpec(AXIS, None),
-    "mlp.shared.down.weight": PartitionSpec(None, AXIS),
-    "lm_head.weight": PartitionSpec(AXIS, None),
-    "lm_head.bias": PartitionSpec(AXIS),
-    "attention.sinks": PartitionSpec(AXIS),
+SPLITS = {
+    "attention.qkv.weight": Split(0, "qkv"),
+    "attention.qkv.bias": Split(0, "qkv"),
+    "attention.q.weight": Split(0, "queries"),  # latent attention's
+    "attention.q_up.weight": Split(0, "queries"),
+    "attention.kv_up.weight": Split(0, "keys"),
+    "attention.out.weight": Split(1, "queries"),
+    "attention.sinks": Split(0, "queries"),
+    "mlp.gate_up.weight": Split(0, "gate_up"),
+    "mlp.gate_up.bias": Split(0, "gate_up"),
+    "mlp.down.weight": Split(1, "even"),
+    "mlp.up.weight": Split(0, "even"),
+    "mlp.up.bias": Split(0, "even"),
+    "mlp.shared.gate_up.weight": Split(0, "gate_up"),
+    "mlp.shared.gate_up.bias": Split(0, "gate_up"),
+    "mlp.shared.down.weight": Split(1, "even"),
+    "lm_head.weight": Split(0, "even"),
+    "lm_head.bias": Split(0, "even"),
     # Experts whole, each on one device.
-    "mlp.gate_up": PartitionSpec(AXIS),
-    "mlp.gate_up_bias": PartitionSpec(AXIS),
-    "mlp.down": PartitionSpec(AXIS),
-    "mlp.down_bias": PartitionSpec(AXIS),
+    "mlp.gate_up": Split(0, "even"),
+    "mlp.gate_up_bias": Split(0, "even"),
+    "mlp.down": Split(0, "even"),
+    "mlp.down_bias": Split(0, "even"),
+}
+# Norms over heads, if they are not of each head alike.
+HEAD_NORMS = {
+    "attention.q_norm.weight": Split(0, "queries"),
+    "attention.k_norm.weight": Split(0, "keys"),
 }
 CACHE = PartitionSpec(None, AXIS)  # "B K 2 C H" by KV heads
 HEADS = PartitionSpec(None, AXIS)  # "T N H" by heads
@@ -52,30 +73,73 @@ def make_mesh(n_devices: int) -> Mesh:
     return Mesh(np.array(devices[:n_devices]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def check_divides(config: ModelConfig, n_devices: int) -> None:
-    """Raises ConfigError unless heads, feed-forward, experts and the head's vocabulary split evenly
-    (a tied head is not split).
-    """
-    sizes = {"n_kv_heads": config.n_kv_heads}
-    if not config.tie_embeddings:
-        sizes["vocab_size"] = config.vocab_size
-    moe = config.moe
-    if moe is None or len(moe.layers) < config.n_layers:
-        sizes["ffn_size"] = config.ffn_size
-    if moe is not None:
-        sizes |= {"n_experts": moe.n_experts, "shared_size": moe.shared_size}
-    for name, size in sizes.items():
-        if size % n_devices:
-            raise ConfigError(
-                f"tensor_parallel_size={n_devices} does not divide the model's {name}={size}"
-            )
-
-
-def parameter_sharding(path: str, mesh: Mesh) -> NamedSharding:
-    for suffix, spec in RULES.items():
+def split_of(path: str, config: ModelConfig) -> Split | None:
+    """How the parameter at a path is split; None: it is replicated."""
+    has_head_norms = config.qk_norm in ("all", "each_head")
+    for suffix, split in (SPLITS | HEAD_NORMS if has_head_norms else SPLITS).items():
         if path.endswith(suffix):
-            return NamedSharding(mesh, spec)
-    return NamedSharding(mesh, PartitionSpec())
+            return split
+    return None
+
+
+def lines_of(
+    path: str, shape: tuple[int, ...], config: ModelConfig, n_shards: int
+) -> tuple[int, Int[np.ndarray, "slots"]] | None:
+    """The axis along which a parameter of that shape lies otherwise on several devices, and which
+    of its lines are there; None: it lies as on one device.
+    """
+    split = split_of(path, config)
+    if split is None:
+        return None
+    size = shape[split.axis]
+    lines = places(split.kind, size, config, n_shards)
+    is_same = len(lines) == size and (lines == np.arange(size)).all()
+    return None if is_same else (split.axis, lines)
+
+
+def placed(path: str, param: Any, config: ModelConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of a parameter on the devices of the mesh.
+
+    Args:
+        param: anything of the shape and dtype that it has on one device.
+    """
+    split, shape = split_of(path, config), list(param.shape)
+    if split is None:
+        spec = PartitionSpec()
+    else:
+        spec = PartitionSpec(*[None] * split.axis, AXIS)
+        shape[split.axis] = len(places(split.kind, shape[split.axis], config, mesh.size))
+    return jax.ShapeDtypeStruct(tuple(shape), param.dtype, sharding=NamedSharding(mesh, spec))
+
+
+def place(path: str, array: np.ndarray, config: ModelConfig, mesh: Mesh) -> jax.Array:
+    """A parameter on the devices of the mesh.
+
+    Args:
+        array: as one device would have it. The host holds it and, where devices have its lines in
+            another order, the part of one device.
+    """
+    want = placed(path, array, config, mesh)
+    found = lines_of(path, array.shape, config, mesh.size)
+    if found is None:
+        return jax.device_put(array, want.sharding).block_until_ready()
+    axis, lines = found
+    shards = []
+    for device, index in want.sharding.addressable_devices_indices_map(want.shape).items():
+        assert index is not None
+        own = taken(array, lines[index[axis]], axis)
+        shards.append(jax.device_put(own, device).block_until_ready())
+    return jax.make_array_from_single_device_arrays(want.shape, want.sharding, shards)
+
+
+def laid_out(path: str, array: Array, config: ModelConfig, n_shards: int) -> Array:
+    """`place` inside a program: the lines in their order for so many devices."""
+    found = lines_of(path, array.shape, config, n_shards)
+    if found is None:
+        return array
+    axis, lines = found
+    lines = np.where(lines == EMPTY, array.shape[axis], lines).astype(np.int32)
+    return jnp.take(array, lines, axis=axis, mode="fill", fill_value=0)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

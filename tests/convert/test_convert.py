@@ -133,6 +133,15 @@ def test_restores_onto_any_mesh_as_from_hugging_face(tmp_path, n_devices, dtype)
         assert np.array_equal(array, want[path]), path
 
 
+@pytest.mark.parametrize("name", ["biases", "olmo2", "qwen2_moe"])
+def test_restores_onto_devices_that_nothing_divides_into(tmp_path, name):
+    assert convert(GOLDEN / name, tmp_path / "orbax") == 0
+    want = load(GOLDEN / name, 5)
+    for path, array in load(tmp_path / "orbax", 5).items():
+        assert array.sharding == want[path].sharding, path
+        assert np.array_equal(array, want[path]), path
+
+
 def test_parameters_larger_than_the_limit_in_flight_are_read(converted, monkeypatch):
     monkeypatch.setattr("fastgen_jax.checkpoints.converted.MAX_IN_FLIGHT", 1)
     want = load(LLAMA)

@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh
 
 from fastgen_jax.checkpoints.loading import abstract_model, flat_params
 from fastgen_jax.engine.batch import MAX_BANNED, MaskedShape, Shape, packed_size
@@ -14,8 +15,10 @@ from fastgen_jax.engine.constraint import mask_width
 from fastgen_jax.engine.startup import BACKENDS
 from fastgen_jax.engine.step import DeviceState, Program, masked_step, step
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.decoder import Model
 from fastgen_jax.models.layers import Policy
-from fastgen_jax.models.sharding import cache_sharding, parameter_sharding
+from fastgen_jax.models.layout import HeadLayout
+from fastgen_jax.models.sharding import cache_sharding, placed
 from fastgen_jax.sampling_params import MAX_LOGIT_BIAS
 from pallas_kernels import cache_shape, plan_sizes
 from tests import targets
@@ -54,6 +57,11 @@ def make_target(chip: str, n_devices: int = 1) -> targets.Target:
     return make(chip, n_devices)
 
 
+def placed_params(model: Model, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    params = flat_params(model).items()
+    return tuple(placed(path, param, model.config, mesh) for path, param in params)
+
+
 def compile_step(
     config: ModelConfig,
     target: targets.Target,
@@ -69,38 +77,34 @@ def compile_step(
     backend = BACKENDS["gpu" if target.platform == "cuda" else "tpu"]
     attention = attention or backend.attention
     mesh, n_devices = target.mesh, target.mesh.size
-    n_kv_heads, width = config.n_kv_heads // n_devices, config.max_position // backend.block_size
+    heads, width = HeadLayout.of(config, n_devices), config.max_position // backend.block_size
     plan = plan_sizes(
         attention,
         n_tokens=N_TOKENS,
         n_seqs=N_SEQS,
-        n_heads=config.n_heads // n_devices,
-        n_kv_heads=n_kv_heads,
+        n_heads=heads.n_own_query_slots,
+        n_kv_heads=heads.n_own_kv_slots,
         head_size=config.head_dim,
         max_context=config.max_position,
     )
     shape = Shape(N_TOKENS, N_SEQS, width, plan)
     model = abstract_model(config, Policy("bfloat16", "bfloat16", mesh))
-    leaves, treedef = jax.tree.flatten(model)
-    placed = tuple(
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(path, mesh))
-        for path, leaf in zip(flat_params(model), leaves, strict=True)
-    )
-    program = Program(treedef, attention, mesh, backend.sample_tile)
-    block_bytes = 2 * config.n_layers * 2 * n_kv_heads * backend.block_size * config.head_dim
+    program = Program(jax.tree.structure(model), attention, mesh, backend.sample_tile)
+    block_bytes = 2 * config.n_layers * 2 * heads.n_own_kv_slots
+    block_bytes *= backend.block_size * config.head_dim
     own = cache_shape(
         attention,
         n_blocks=cache_bytes // block_bytes,
-        n_kv_heads=n_kv_heads,
+        n_kv_heads=heads.n_own_kv_slots,
         block_size=backend.block_size,
         head_size=config.head_dim,
     )
     cache = jax.ShapeDtypeStruct(
-        (own[0], config.n_kv_heads, *own[2:]), jnp.bfloat16, sharding=cache_sharding(mesh)
+        (own[0], heads.n_kv_slots, *own[2:]), jnp.bfloat16, sharding=cache_sharding(mesh)
     )
     compiled = target.compile(
         functools.partial(step, program=program, shape=shape),
-        placed,
+        placed_params(model, mesh),
         DeviceState(
             (cache,) * config.n_layers,
             jax.ShapeDtypeStruct((N_SEQS + 1, config.max_position), jnp.int32),
@@ -116,17 +120,14 @@ def compile_step(
 def test_drawing_with_masks_needs_little_memory_beside_the_logits(chip, n_devices):
     target, config = make_target(chip, n_devices), SMALL
     model = abstract_model(config, Policy("bfloat16", "bfloat16", target.mesh))
-    leaves, treedef = jax.tree.flatten(model)
-    placed = tuple(
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(path, target.mesh))
-        for path, leaf in zip(flat_params(model), leaves, strict=True)
-    )
     backend = BACKENDS["gpu" if target.platform == "cuda" else "tpu"]
-    program = Program(treedef, backend.attention, target.mesh, backend.sample_tile)
+    program = Program(
+        jax.tree.structure(model), backend.attention, target.mesh, backend.sample_tile
+    )
     shape = MaskedShape(N_SEQS, mask_width(config.vocab_size))
     compiled = target.compile(
         functools.partial(masked_step, program=program, shape=shape),
-        placed,
+        placed_params(model, target.mesh),
         jax.ShapeDtypeStruct((N_SEQS + 1, config.max_position), jnp.int32),
         jax.ShapeDtypeStruct((N_SEQS, config.hidden_size), jnp.bfloat16),
         jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32),

@@ -2,7 +2,6 @@
 variants that are refused.
 """
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -23,7 +22,7 @@ from fastgen_jax.models.config import ModelConfig, QueryScale
 from fastgen_jax.models.hf_config import alibi_slopes
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.rope import rope_frequencies
-from fastgen_jax.models.sharding import check_divides, make_mesh
+from fastgen_jax.models.sharding import make_mesh
 from tests.tiny import one_program, random_requests, run, tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -408,24 +407,6 @@ def test_weight_that_the_config_has_no_place_for_is_not_dropped(tmp_path):
         loading.load_model(tmp_path, read(hf), Policy(), make_mesh(1))
 
 
-def test_only_a_head_of_its_own_needs_a_vocabulary_that_splits(tmp_path):
-    hf = golden_config("gpt2") | {"vocab_size": 63}
-    with pytest.raises(ConfigError, match="=2 does not divide the model's vocab_size=63"):
-        check_divides(read(hf | {"tie_word_embeddings": False}), 2)
-    (tmp_path / "config.json").write_text(json.dumps(hf))
-    options = EngineConfig(
-        model=str(tmp_path),
-        load_format="dummy",
-        max_model_len=96,
-        num_kv_blocks=64,
-        max_num_batched_tokens=16,
-    )
-    requests = random_requests(18, 4, longest=70, max_tokens=12)
-    one, two = (one_program(dataclasses.replace(options, tensor_parallel_size=n)) for n in (1, 2))
-    expected = [tokens(outputs) for outputs in run(one, requests)]
-    assert [tokens(outputs) for outputs in run(two, requests)] == expected
-
-
 def assert_loads_as(name: str, tensors: dict[str, np.ndarray], directory: Path) -> None:
     """The tensors, saved to the directory, give the same parameters as that golden's."""
     save_file(tensors, directory / "model.safetensors")
@@ -630,10 +611,10 @@ def test_layer_that_predicts_a_second_token_is_ignored(tmp_path, name, extra, is
     config = read_config(tmp_path)
     params = loading.flat_params(loading.abstract_model(config, Policy()))
     if is_known:
-        assert set(loading.find_parts(tmp_path, config, 1, params)) == set(params)
+        assert set(loading.find_parts(tmp_path, config, params)) == set(params)
     else:
         with pytest.raises(CheckpointError, match=f"unused: {re.escape(extra)}"):
-            loading.find_parts(tmp_path, config, 1, params)
+            loading.find_parts(tmp_path, config, params)
 
 
 @pytest.mark.parametrize("part", ["experts", "experts_gate_up"])
@@ -641,12 +622,12 @@ def test_layer_that_predicts_a_second_token_is_ignored(tmp_path, name, extra, is
 def test_experts_in_one_tensor_are_written_as_they_were_read(part, shape):
     source = weights.Source("experts", "layers.0.mlp.down", part)
     config = read(golden_config("gpt_oss"))
-    on_disk = weights.tensor_shape(source, shape, config, 1)
+    on_disk = weights.tensor_shape(source, shape, config)
     assert on_disk == (shape[0], *shape[:0:-1])
     tensor = np.arange(np.prod(on_disk)).reshape(on_disk)
     parameter = np.empty(shape, tensor.dtype)
-    weights.fill(source, parameter, tensor, config, 1)
-    np.testing.assert_array_equal(weights.extract(source, parameter, config, 1), tensor)
+    weights.fill(source, parameter, tensor, config)
+    np.testing.assert_array_equal(weights.extract(source, parameter, config), tensor)
     if part == "experts_gate_up":
         gate, up = np.split(parameter, 2, axis=1)
         np.testing.assert_array_equal(gate[1].T, tensor[1, ..., ::2])

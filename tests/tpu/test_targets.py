@@ -111,7 +111,7 @@ def compile_attention(serving: Serving, n_devices: int = 1):
 
 
 def test_shapes_hold_every_head_size_cache_and_chip():
-    assert {serving.chip for serving in SHAPES} == {*targets.TPU_TOPOLOGIES}
+    assert {serving.chip for serving in SHAPES} == {*targets.TPUS}
     assert {serving.head_size for serving in SHAPES} == {64, 80, 96, 128, 160, 192, 256}
     for chip in ("v5e", "v6e", "tpu7x"):
         caches = {serving.cache_dtype for serving in SHAPES if serving.chip == chip}
