@@ -118,7 +118,7 @@ def test_texts_have_the_same_ids_and_are_decoded(case):
         assert tokenizer.decode(ids) in (text, unicodedata.normalize("NFC", text))
 
 
-@given(text=st.text(st.sampled_from("aabBeinst ' 129\n.é漢か<|_>\t"), max_size=40))
+@given(text=st.text(st.sampled_from("aabBeinst ' 129\n.é漢か|_>\t"), max_size=40))
 def test_random_texts_have_the_same_ids(case, text):
     tokenizer, expected = case
     assert tokenizer.encode(text, add_special_tokens=False) == expected(text)

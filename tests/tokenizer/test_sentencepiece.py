@@ -80,7 +80,7 @@ def test_texts_have_the_same_ids_and_ids_the_same_text(pair):
             assert tokenizer.decode(ids) == original.decode(ids)
 
 
-@given(text=st.text(st.sampled_from(" abt1235e\n.\té你<>"), max_size=40))
+@given(text=st.text(st.sampled_from(" abt1235e\n.\té你>"), max_size=40))
 def test_random_texts_have_the_same_ids(pair, text):
     original, tokenizer = pair
     if original.unk_id() not in original.encode(text):
