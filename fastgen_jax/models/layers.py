@@ -221,8 +221,8 @@ class MLP(nnx.Module):
 class GatedMLP(nnx.Module):
     """down(act(gate(x)) * up(x)); gate and up are one product (Shazeer, 2020).
 
-    Rows of `gate_up` are (shard, gate|up, F / n_shards), F as large as divides, so that splitting
-    them over devices keeps pairs together.
+    Rows of `gate_up` are (shard, gate|up, F / n_shards), F rounded up, so that splitting them over
+    devices keeps pairs together.
     """
 
     def __init__(
