@@ -283,6 +283,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "long_mscale": 1.7, "original_max_position_embeddings": 256,
         },
     },
+    "glm4_moe_lite": SHAPE | DEEPSEEK | GROUPS | {
+        "model_type": "glm4_moe_lite", "q_lora_rank": 20, "v_head_dim": 20,
+    },
     "hunyuan_v1_moe": SHAPE | TIED | {
         "model_type": "hunyuan_v1_moe", "num_experts": 6, "moe_topk": 3, "intermediate_size": 24,
         "head_dim": 12,

@@ -504,6 +504,12 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             | {"use_mixed_mlp_moe": True, "moe_layer_num_skipped": 0, "use_cla": False},
         ),
         (
+            "glm4_moe_lite",
+            ["rope_parameters", "head_dim", "qk_head_dim", "rope_interleave", "mlp_layer_types"],
+            {"rope_theta": 10000.0, "rope_scaling": DEEPSEEK_ROPE, "first_k_dense_replace": 1}
+            | {"topk_method": "noaux_tc", "partial_rotary_factor": 1.0},
+        ),
+        (
             "minimax_m2",
             ["rope_parameters", "attention_dropout"],
             {"rope_theta": 5000000, "scoring_func": "sigmoid", "use_routing_bias": True}
@@ -545,6 +551,7 @@ def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
         ("hunyuan_v1_moe", {"moe_topk": [3, 2]}, "layers with different moe_topk"),
         ("hunyuan_v1_moe", {"use_mixed_mlp_moe": False}, "use_mixed_mlp_moe=False"),
         ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=True"),
+        ("glm4_moe_lite", {"topk_method": "greedy"}, "glm4_moe_lite: topk_method='greedy'"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=False"),
         ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8"),
     ],

@@ -34,6 +34,7 @@ FAMILIES = {  # model_type -> module
     "glm": "glm",
     "glm4": "glm4",
     "glm4_moe": "glm4_moe",
+    "glm4_moe_lite": "glm4_moe_lite",
     "glm4v_moe_text": "glm4_moe",
     "glm4v_text": "glm4",
     "gpt2": "gpt2",

@@ -56,13 +56,16 @@ def require(hf: dict[str, Any], **values: Any) -> None:
 
 
 def mixture(hf: dict[str, Any], **fields: Any) -> MoeConfig:
-    """The experts of all layers but the first dense ones."""
+    """The experts of all layers but the first dense ones, or of those that are called sparse."""
     require(hf, moe_layer_freq=1)
+    layers = range(hf["num_hidden_layers"])
+    kinds = hf.get("mlp_layer_types") or ["dense"] * hf["first_k_dense_replace"]
+    dense = {i for i, kind in enumerate(kinds) if kind == "dense"}
     return MoeConfig(
         n_experts=hf["n_routed_experts"],
         n_chosen=hf["num_experts_per_tok"],
         ffn_size=hf["moe_intermediate_size"],
-        layers=tuple(range(hf["first_k_dense_replace"], hf["num_hidden_layers"])),
+        layers=tuple(i for i in layers if i not in dense),
         scale=hf["routed_scaling_factor"],
         shared_size=(hf.get("n_shared_experts") or 0) * hf["moe_intermediate_size"],
         **fields,
