@@ -286,6 +286,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": SHAPE | DEEPSEEK | GROUPS | {
         "model_type": "glm4_moe_lite", "q_lora_rank": 20, "v_head_dim": 20,
     },
+    "exaone_moe": SHAPE | QWEN_MOE | {
+        "model_type": "exaone_moe", "num_hidden_layers": 3, "sliding_window": 40, "head_dim": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse", "dense"], "n_group": 3, "topk_group": 2,
+    },
     "hunyuan_v1_moe": SHAPE | TIED | {
         "model_type": "hunyuan_v1_moe", "num_experts": 6, "moe_topk": 3, "intermediate_size": 24,
         "head_dim": 12,

@@ -510,6 +510,13 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             | {"topk_method": "noaux_tc", "partial_rotary_factor": 1.0},
         ),
         (
+            "exaone_moe",
+            ["rope_parameters", "mlp_layer_types", "layer_types", "first_k_dense_replace"],
+            {"rope_theta": 10000.0, "rope_scaling": None, "sliding_window_pattern": 2}
+            | {"is_moe_layer": [False, True, False], "first_last_k_dense_replace": 1}
+            | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        ),
+        (
             "minimax_m2",
             ["rope_parameters", "attention_dropout"],
             {"rope_theta": 5000000, "scoring_func": "sigmoid", "use_routing_bias": True}
@@ -552,6 +559,7 @@ def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
         ("hunyuan_v1_moe", {"use_mixed_mlp_moe": False}, "use_mixed_mlp_moe=False"),
         ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=True"),
         ("glm4_moe_lite", {"topk_method": "greedy"}, "glm4_moe_lite: topk_method='greedy'"),
+        ("exaone_moe", {"scoring_func": "softmax"}, "exaone_moe: scoring_func='softmax'"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=False"),
         ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8"),
     ],

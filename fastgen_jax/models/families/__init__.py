@@ -27,6 +27,7 @@ FAMILIES = {  # model_type -> module
     "ernie4_5": "ernie4_5",
     "ernie4_5_moe": "ernie4_5_moe",
     "exaone4": "exaone4",
+    "exaone_moe": "exaone_moe",
     "falcon": "falcon",
     "gemma": "gemma",
     "gemma2": "gemma2",
