@@ -291,6 +291,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "mlp_layer_types": ["dense", "sparse", "dense"], "n_group": 3, "topk_group": 2,
     },
+    "dots1": SHAPE | {
+        "model_type": "dots1", "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24, "n_shared_experts": 2, "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5, "norm_topk_prob": True, "head_dim": 12,
+        "sliding_window": 40, "max_window_layers": 1,
+    },
     "hunyuan_v1_moe": SHAPE | TIED | {
         "model_type": "hunyuan_v1_moe", "num_experts": 6, "moe_topk": 3, "intermediate_size": 24,
         "head_dim": 12,

@@ -517,6 +517,12 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
         ),
         (
+            "dots1",
+            ["rope_parameters", "layer_types", "n_group", "topk_group"],
+            {"rope_theta": 10000.0, "rope_scaling": None, "n_group": None}
+            | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+        ),
+        (
             "minimax_m2",
             ["rope_parameters", "attention_dropout"],
             {"rope_theta": 5000000, "scoring_func": "sigmoid", "use_routing_bias": True}
@@ -560,6 +566,7 @@ def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
         ("hunyuan_v1_moe", {"use_cla": True}, "use_cla=True"),
         ("glm4_moe_lite", {"topk_method": "greedy"}, "glm4_moe_lite: topk_method='greedy'"),
         ("exaone_moe", {"scoring_func": "softmax"}, "exaone_moe: scoring_func='softmax'"),
+        ("dots1", {"moe_layer_freq": 2}, "dots1: moe_layer_freq=2"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=False"),
         ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8"),
     ],
