@@ -297,6 +297,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5, "norm_topk_prob": True, "head_dim": 12,
         "sliding_window": 40, "max_window_layers": 1,
     },
+    "solar_open": SHAPE | GROUPS | {
+        "model_type": "solar_open", "n_routed_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16, "head_dim": 12, "attention_bias": True,
+        "rope_parameters": YARN,
+    },
     "hunyuan_v1_moe": SHAPE | TIED | {
         "model_type": "hunyuan_v1_moe", "num_experts": 6, "moe_topk": 3, "intermediate_size": 24,
         "head_dim": 12,

@@ -523,6 +523,12 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
         ),
         (
+            "solar_open",
+            ["rope_parameters"],
+            {"rope_theta": 10000.0, "rope_scaling": YARN_OF_GOLDENS, "use_qk_norm": False}
+            | {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0},
+        ),
+        (
             "minimax_m2",
             ["rope_parameters", "attention_dropout"],
             {"rope_theta": 5000000, "scoring_func": "sigmoid", "use_routing_bias": True}
@@ -567,6 +573,8 @@ def test_older_form_of_a_mixtures_config_reads_alike(name, dropped, added):
         ("glm4_moe_lite", {"topk_method": "greedy"}, "glm4_moe_lite: topk_method='greedy'"),
         ("exaone_moe", {"scoring_func": "softmax"}, "exaone_moe: scoring_func='softmax'"),
         ("dots1", {"moe_layer_freq": 2}, "dots1: moe_layer_freq=2"),
+        ("solar_open", {"first_k_dense_replace": 1}, "first_k_dense_replace=1"),
+        ("solar_open", {"use_qk_norm": True}, "use_qk_norm=True"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=False"),
         ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size=8"),
     ],

@@ -81,6 +81,7 @@ FAMILIES = {  # model_type -> module
     "qwen3_vl_text": "qwen3",
     "seed_oss": "seed_oss",
     "smollm3": "smollm3",
+    "solar_open": "solar_open",
     "stablelm": "stablelm",
     "starcoder2": "starcoder2",
 }
