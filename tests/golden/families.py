@@ -302,6 +302,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16, "head_dim": 12, "attention_bias": True,
         "rope_parameters": YARN,
     },
+    "flex_olmo": SHAPE | MOE | {
+        "model_type": "flex_olmo", "num_experts": 6, "intermediate_size": 24, "pad_token_id": 0,
+    },
     "hunyuan_v1_moe": SHAPE | TIED | {
         "model_type": "hunyuan_v1_moe", "num_experts": 6, "moe_topk": 3, "intermediate_size": 24,
         "head_dim": 12,

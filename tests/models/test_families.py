@@ -529,6 +529,11 @@ DEEPSEEK_ROPE = YARN_OF_GOLDENS | {"mscale": 0.7, "mscale_all_dim": 1.2}
             | {"first_k_dense_replace": 0, "partial_rotary_factor": 1.0},
         ),
         (
+            "flex_olmo",
+            ["rope_parameters"],
+            {"rope_theta": 500000.0, "rope_scaling": None},
+        ),
+        (
             "minimax_m2",
             ["rope_parameters", "attention_dropout"],
             {"rope_theta": 5000000, "scoring_func": "sigmoid", "use_routing_bias": True}

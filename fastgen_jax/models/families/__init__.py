@@ -30,6 +30,7 @@ FAMILIES = {  # model_type -> module
     "exaone4": "exaone4",
     "exaone_moe": "exaone_moe",
     "falcon": "falcon",
+    "flex_olmo": "flex_olmo",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
