@@ -264,6 +264,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "granitemoe": SHAPE | MOE | GRANITE | {
         "model_type": "granitemoe", "intermediate_size": 24, "attention_bias": True,
+        "logits_scaling": 0.5,
     },
     "granitemoehybrid": SHAPE | GRANITE_4,
     "granitemoehybrid_nope": SHAPE | GRANITE_4 | {
@@ -271,6 +272,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "granitemoeshared": SHAPE | MOE | GRANITE | {
         "model_type": "granitemoeshared", "intermediate_size": 24, "shared_intermediate_size": 20,
+        "logits_scaling": 0.5,
     },
     "phimoe": SHAPE | MOE | {
         "model_type": "phimoe", "intermediate_size": 24, "attention_bias": True,
