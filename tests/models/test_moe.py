@@ -219,7 +219,10 @@ def test_impossible_mixtures_are_refused(changes, message):
 
 @pytest.mark.parametrize(
     ("name", "n_devices"),
-    [("mixtral", 2), ("qwen2_moe", 2), ("gpt_oss", 4), ("deepseek_v2_lite", 8), ("deepseek_v3", 4)],
+    [
+        *[("mixtral", 2), ("qwen2_moe", 2), ("gpt_oss", 4), ("deepseek_v2_lite", 8)],
+        *[("deepseek_v3", 4), ("granitemoeshared", 4), ("llama4_text", 4)],
+    ],
 )
 def test_engine_on_several_devices_makes_the_tokens_of_hugging_face(name, n_devices):
     with np.load(GOLDEN / name / "golden.npz", allow_pickle=False) as golden:
