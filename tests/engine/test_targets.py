@@ -44,6 +44,13 @@ LLAMA_2_7B = dataclasses.replace(
     LLAMA_3_8B, vocab_size=32000, n_kv_heads=32, ffn_size=11008, max_position=4096
 )
 SMALL = dataclasses.replace(LLAMA_2_7B, hidden_size=1024, n_layers=2, n_heads=8, n_kv_heads=4)
+# Pairs of layers whose heads, and vocabularies, eight devices do not divide.
+QWEN2_7B = dataclasses.replace(
+    SMALL, vocab_size=32001, hidden_size=3584, n_heads=28, ffn_size=18944, qkv_bias=True
+)
+PHI_4 = dataclasses.replace(
+    SMALL, vocab_size=32002, hidden_size=5120, n_heads=40, n_kv_heads=10, ffn_size=17920
+)
 N_TOKENS, N_SEQS = 768, 256
 ROW_TABLES = (
     jax.ShapeDtypeStruct((N_SEQS, MAX_LOGIT_BIAS), jnp.int32),
@@ -172,14 +179,26 @@ def test_temporaries_of_a_step_do_not_grow_with_the_cache(chip):
     assert large.temp_size_in_bytes - small.temp_size_in_bytes < 0.01 * cache_bytes
 
 
-@pytest.mark.parametrize(("chip", "n_devices"), [("v5e", 4), ("h100", 4)])
-def test_tensor_parallel_step_sums_twice_a_layer_and_moves_no_cache(chip, n_devices):
-    text = compile_step(SMALL, make_target(chip, n_devices))[0].as_text()
+@pytest.mark.parametrize(
+    ("config", "chip", "n_devices"),
+    [
+        pytest.param(SMALL, "v5e", 4, id="2x2-v5e"),
+        pytest.param(SMALL, "h100", 4, id="4-h100"),
+        pytest.param(QWEN2_7B, "v5e", 8, id="Qwen2-7B-2x4-v5e"),
+        pytest.param(QWEN2_7B, "h100", 8, id="Qwen2-7B-8-h100"),
+        pytest.param(PHI_4, "v5e", 8, id="Phi-4-2x4-v5e"),
+        pytest.param(PHI_4, "h100", 8, id="Phi-4-8-h100"),
+    ],
+)
+def test_tensor_parallel_step_sums_twice_a_layer_and_moves_no_cache(config, chip, n_devices):
+    compiled, cache_bytes = compile_step(config, make_target(chip, n_devices))
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes
+    text = compiled.as_text()
     moved = [line for line in text.splitlines() if re.search(targets.COLLECTIVE, line)]
-    sums = [line for line in moved if f"[{N_TOKENS},{SMALL.hidden_size}]" in line]
-    assert len(sums) == 2 * SMALL.n_layers
+    sums = [line for line in moved if f"[{N_TOKENS},{config.hidden_size}]" in line]
+    assert len(sums) == 2 * config.n_layers
     # All else belongs to sampling, whose rows of logits are split by the vocabulary.
     others = [line for line in moved if line not in sums]
     assert not [line for line in others if "op_name=" in line and "/sample/" not in line]
-    whole_cache = rf"\[\d+,{SMALL.n_kv_heads},2,"
+    whole_cache = rf"\[\d+,{HeadLayout.of(config, n_devices).n_kv_slots},2,"
     assert not re.search(whole_cache, text)
