@@ -22,7 +22,8 @@ ROW = "row"  # the tensor has the parameter as its one row
 TOGETHER = ("experts", "experts_gate_up")
 # All other parts stand for a weight and its bias.
 TRANSPOSED = "T:"  # before a part: the file has (in, out)
-TIED_HEAD = "lm_head.weight"  # stored or not, it is the embedding
+TIED_HEAD, EMBEDDING = "lm_head.weight", "embed.weight"  # one, if the config says so
+N_COMPARED = 64  # rows of them
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 MAX_PIECE = 2**24  # elements read at once
 
@@ -197,7 +198,29 @@ def plan(
         if source.name in stored:
             want = tensor_shape(source, shapes[source.path], config)
             problems += _misfits(source.name, stored[source.name], want)
+    if not problems and TIED_HEAD not in shapes:
+        heads = [stored[name] for name in stored if known.get(name) == TIED_HEAD]
+        (embedding,) = [stored[s.name] for s in sources if s.path == EMBEDDING]
+        problems += [_of_own(head) for head in heads if not _are_alike(head, embedding)]
     return sources, problems
+
+
+def _are_alike(head: Any, embedding: Any) -> bool:
+    """Whether a head is what the config says it is, by some of its rows; or that, quantised."""
+    if head.shape != embedding.shape:
+        return False
+    middle = embedding.shape[0] // 2
+    one, other = (
+        tensor[middle : middle + N_COMPARED].astype(np.float32) for tensor in (head, embedding)
+    )
+    return np.abs(one - other).max() <= 0.1 * np.abs(other).max()
+
+
+def _of_own(head: Any) -> str:
+    return (
+        f"unused: the head in {head.file.name} is not the embedding, as config.json says it is; if "
+        "it is the right one, change that: --hf-overrides '{\"tie_word_embeddings\": false}'"
+    )
 
 
 def _misfits(name: str, tensor: Any, want: tuple[int, ...]) -> Iterator[str]:

@@ -380,3 +380,17 @@ def test_compiled_and_wrapped_model_loads_as_the_plain_one(tmp_path):
     plain = load(write_model(tmp_path / "plain", tensors))
     for path, param in load(write_model(tmp_path / "wrapped", wrapped)).items():
         assert np.array_equal(param[...], plain[path][...]), path
+
+
+def test_stored_head_that_is_not_the_embedding_is_not_dropped(tmp_path):
+    tensors = llama_tensors()
+    embedding = tensors["model.embed_tokens.weight"]
+    same = write_model(tmp_path / "same", tensors | {"lm_head.weight": embedding})
+    assert "lm_head.weight" not in load(same)
+    other = write_model(tmp_path / "other", tensors | {"lm_head.weight": embedding[::-1].copy()})
+    assert "the head in model.safetensors is not the embedding" in errors_of(other)
+    own = read_config(other, {"tie_word_embeddings": False})
+    overrides = {"tie_word_embeddings": False}
+    model = loading.load_model(other, own, Policy(), make_mesh(1), overrides=overrides)
+    head = loading.flat_params(model)["lm_head.weight"][...]
+    assert np.array_equal(head, embedding[::-1])
