@@ -1,4 +1,4 @@
-"""The README's table of model families, from their docstrings and the goldens that test them.
+"""The README's table of model families, from their docstrings.
 
 python -m tests.golden.table
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from fastgen_jax.models import families
 from fastgen_jax.models.families.wrappers import WRAPPERS, text_config
 
-HEADER = "| model type | what it is | goldens |\n|---|---|---|\n"
+HEADER = "| model type | what it is |\n|---|---|\n"
 
 
 def goldens() -> dict[str, list[str]]:
@@ -24,15 +24,21 @@ def goldens() -> dict[str, list[str]]:
 
 
 def table() -> str:
-    tested, rows = goldens(), ""
+    """A row per module of a family, and one of all wrappers."""
+    types = collections.defaultdict(list)
     for model_type in sorted(families.FAMILIES):
-        title = (families.family(model_type).__doc__ or "").strip().split("\n\n")[0]
-        names = ", ".join(tested[model_type])
-        rows += f"| `{model_type}` | {' '.join(title.split()).rstrip('.')} | {names} |\n"
-    for model_type in sorted(WRAPPERS):
-        names = ", ".join(tested[model_type])
-        rows += f"| `{model_type}` | of a model that also sees or hears, the text | {names} |\n"
-    return HEADER + rows
+        types[families.family(model_type)].append(model_type)
+    rows = [(names, (family.__doc__ or "").split("\n\n")[0]) for family, names in types.items()]
+    rows.append((sorted(WRAPPERS), "the text of models that also see or hear."))
+    return HEADER + "".join(f"| {_quoted(names)} | {_line(title)} |\n" for names, title in rows)
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _line(title: str) -> str:
+    return " ".join(title.split()).rstrip(".")
 
 
 if __name__ == "__main__":
