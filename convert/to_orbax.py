@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 from fastgen_jax.checkpoints import loading
 from fastgen_jax.checkpoints.converted import FORMAT, MANIFEST, WEIGHTS, sha256, stored_shape
 from fastgen_jax.checkpoints.directory import read_config, read_hf
+from fastgen_jax.checkpoints.hub import TEMPLATES
 from fastgen_jax.checkpoints.loading import Parts
 from fastgen_jax.checkpoints.overrides import Overrides
 from fastgen_jax.checkpoints.quantisation import BESIDE, without_settings
@@ -141,6 +142,9 @@ def copy_texts(
         is_left = file.suffix in NO_TEXTS or file.name.startswith(".")
         if file.is_file() and not is_left and file.name not in (INDEX, MANIFEST):
             shutil.copyfile(file, destination / file.name)
+    for template in sorted((source / TEMPLATES).glob("*.jinja")):
+        (destination / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, destination / TEMPLATES / template.name)
     if is_quantised or overrides:
         hf = read_hf(source, overrides)
         if is_quantised:  # no longer

@@ -11,7 +11,7 @@ CONFIG, ADAPTER = "config.json", "adapter_config.json"  # of a model, of peft
 # Configs, tokenizers and chat templates, beside the weights.
 TEXTS = ("*.json", "*.jinja", "merges.txt", "vocab.txt")
 TEXTS += ("*.model", "tokenizer.model.*", "*.tiktoken")
-FOLDER = "additional_chat_templates/"  # the only one; others hold the weights in other forms
+TEMPLATES = "additional_chat_templates"  # the only folder; others have the weights in other forms
 
 
 def wanted(files: Collection[str], repository: str, *, with_weights: bool = True) -> list[str]:
@@ -22,7 +22,7 @@ def wanted(files: Collection[str], repository: str, *, with_weights: bool = True
     """
     names = [file for file in files if "/" not in file]
     found = [name for name in names if any(fnmatchcase(name, text) for text in TEXTS)]
-    found += [file for file in files if file.startswith(FOLDER) and file.endswith(".jinja")]
+    found += [file for file in files if fnmatchcase(file, f"{TEMPLATES}/*.jinja")]
     is_adapter = ADAPTER in names and CONFIG not in names  # who reads the config says what to do
     if with_weights and not is_adapter:
         found += weight_names(names, repository)

@@ -59,6 +59,17 @@ def bits(directory: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return {n: (t.dtype.name, t.shape, t[:].tobytes()) for n, t in stored.items()}
 
 
+def test_chat_templates_beside_the_first_one_come_along(tmp_path):
+    shutil.copytree(LLAMA, tmp_path / "model")
+    template = "additional_chat_templates/tool_use.jinja"
+    (tmp_path / "model" / template).parent.mkdir()
+    (tmp_path / "model" / template).write_text("{{ messages }}")
+    assert convert(tmp_path / "model", tmp_path / "converted") == 0
+    assert (tmp_path / "converted" / template).read_text() == "{{ messages }}"
+    assert template in read_manifest(tmp_path / "converted")["files"]
+    assert convert("--check", tmp_path / "converted") == 0
+
+
 @pytest.mark.parametrize("name", ["gqa", "sharded", "mixtral", "mqa_tied", "biases"])
 def test_there_and_back_is_bit_exact(tmp_path, name):
     assert convert(GOLDEN / name, tmp_path / "orbax") == 0
