@@ -131,10 +131,13 @@ def test_parameters_lie_alike_from_the_host_and_from_a_program(path, n_shards):
     np.testing.assert_array_equal(from_host, in_program)
 
 
-@pytest.mark.parametrize("n_devices", [5, pytest.param(8, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
-    "name",
-    [n if n in SAMPLED else pytest.param(n, marks=pytest.mark.exhaustive) for n in NAMES],
+    ("name", "n_devices"),
+    [
+        *((name, 5) for name in SAMPLED),
+        *(pytest.param(name, 8, marks=pytest.mark.exhaustive) for name in SAMPLED),
+        *(pytest.param(n, 5, marks=pytest.mark.exhaustive) for n in NAMES if n not in SAMPLED),
+    ],
 )
 def test_logits_on_devices_that_nothing_divides_into_equal_hugging_face(name, n_devices):
     with np.load(GOLDEN / name / "golden.npz", allow_pickle=False) as arrays:
