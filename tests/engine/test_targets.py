@@ -43,7 +43,9 @@ LLAMA_3_8B = ModelConfig(
 LLAMA_2_7B = dataclasses.replace(
     LLAMA_3_8B, vocab_size=32000, n_kv_heads=32, ffn_size=11008, max_position=4096
 )
-SMALL = dataclasses.replace(LLAMA_2_7B, hidden_size=1024, n_layers=2, n_heads=8, n_kv_heads=4)
+SMALL = dataclasses.replace(
+    LLAMA_2_7B, vocab_size=2048, hidden_size=1024, n_layers=2, n_heads=8, n_kv_heads=4
+)
 # Pairs of layers whose heads, and vocabularies, eight devices do not divide.
 QWEN2_7B = dataclasses.replace(
     SMALL, vocab_size=32001, hidden_size=3584, n_heads=28, ffn_size=18944, qkv_bias=True
