@@ -111,8 +111,8 @@ def test_close_waits_for_run_which_ends_every_request():
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 # Fewer would not do: from one engine to the next the memory changes by 20 MB either way.
-@pytest.mark.parametrize("n_engines", [10, pytest.param(40, marks=pytest.mark.exhaustive)])
-def test_process_does_not_grow_with_the_engines_it_has_closed(n_engines):
+def test_process_does_not_grow_with_the_engines_it_has_closed():
+    n_engines = 10
     command = [sys.executable, "-m", "tests.engine.sweep", str(n_engines)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     n_lines = done.stdout.count("\n")

@@ -6,15 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastgen_jax.checkpoints.directory import read_config
+from fastgen_jax.checkpoints.loading import load_model
 from fastgen_jax.checkpoints.tensor_files import read_json
 from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.startup import fit_rope
 from fastgen_jax.engine.types import Request
 from fastgen_jax.models import families
+from fastgen_jax.models.families.wrappers import WRAPPERS
+from fastgen_jax.models.layers import Policy
+from fastgen_jax.models.sharding import make_mesh
 from fastgen_jax.sampling_params import SamplingParams
 from tests.tiny import Naive, one_program, run, tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+# Wrappers run the programs of the text that they wrap.
+OF_TEXT = [n for n in NAMES if read_json(GOLDEN / n / "config.json")["model_type"] not in WRAPPERS]
 OLD_FORM = sorted(path.parent.name for path in GOLDEN.glob("*/config.old.json"))
 OPTIONS = {"max_model_len": 256, "block_size": 8, "max_num_batched_tokens": 23, "max_num_seqs": 4}
 TOLERANCE = 2e-4  # of float32 logits around 2; Hugging Face's own rounding is 7e-5
@@ -53,12 +61,15 @@ def test_goldens_cover_what_llama_checkpoints_use():
     assert {config["mlp_bias"] for config in configs} == {True, False}
 
 
-def test_logits_of_every_token_equal_hugging_face(golden, engine):
+def test_logits_of_every_token_equal_hugging_face(golden, name):
     known = np.concatenate([golden["prompt_ids"], golden["greedy_ids"][:-1]])
-    logits = Naive(engine, length=len(known)).logits(known)
+    config = fit_rope(read_config(GOLDEN / name), OPTIONS["max_model_len"])
+    model = load_model(GOLDEN / name, config, Policy(), make_mesh(1))
+    logits = Naive.of_model(model, config.n_layers, length=len(known)).logits(known)
     assert np.abs(logits - golden["logits"]).max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", OF_TEXT, indirect=True, scope="module")
 def test_tokens_and_logprobs_in_small_chunks_equal_hugging_face(golden, engine):
     n_new = len(golden["greedy_ids"])
     params = SamplingParams(max_tokens=n_new, temperature=0.0, ignore_eos=True, logprobs=20)
