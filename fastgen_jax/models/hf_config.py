@@ -1,4 +1,4 @@
-"""Reading a Hugging Face config.json: what several families say in the same way."""
+"""What several families say in the same way: reading a config.json, and tables of tensors."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ _ROPE_NAMES = {
 }
 
 
-def hf_rope(hf: dict[str, Any]) -> RopeConfig:
+def hf_rope(hf: dict[str, Any], *, interleaved: bool = False) -> RopeConfig:
     """Rotary parameters of a config.json, from `rope_parameters` (transformers 5) or `rope_scaling`
     and `rope_theta`.
 
@@ -48,7 +48,7 @@ def hf_rope(hf: dict[str, Any]) -> RopeConfig:
         head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
         fields["size"] = int(head_dim * partial)
     theta = rope.get("rope_theta") or hf.get("rope_theta") or 10000.0
-    return RopeConfig(kind=kind, theta=float(theta), **fields)
+    return RopeConfig(kind=kind, theta=float(theta), interleaved=interleaved, **fields)
 
 
 def rope_by_window(
@@ -131,3 +131,10 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
+
+
+def without(weights: dict[str, tuple[str, str]], *words: str) -> dict[str, tuple[str, str]]:
+    """The entries of a table like WEIGHTS whose names have none of the words."""
+    return {
+        name: entry for name, entry in weights.items() if not any(word in name for word in words)
+    }

@@ -61,12 +61,17 @@ def test_goldens_cover_what_llama_checkpoints_use():
     assert {config["mlp_bias"] for config in configs} == {True, False}
 
 
+def logits_of(name: str, known: np.ndarray, n_devices: int = 1) -> np.ndarray:
+    """At each known token, on so many devices, without an engine."""
+    config, mesh = read_config(GOLDEN / name), make_mesh(n_devices)
+    config = fit_rope(config, OPTIONS["max_model_len"])
+    model = load_model(GOLDEN / name, config, Policy(mesh=mesh), mesh)
+    return Naive.of_model(model, config.n_layers, length=len(known)).logits(known)
+
+
 def test_logits_of_every_token_equal_hugging_face(golden, name):
     known = np.concatenate([golden["prompt_ids"], golden["greedy_ids"][:-1]])
-    config = fit_rope(read_config(GOLDEN / name), OPTIONS["max_model_len"])
-    model = load_model(GOLDEN / name, config, Policy(), make_mesh(1))
-    logits = Naive.of_model(model, config.n_layers, length=len(known)).logits(known)
-    assert np.abs(logits - golden["logits"]).max() <= TOLERANCE
+    assert np.abs(logits_of(name, known) - golden["logits"]).max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", OF_TEXT, indirect=True, scope="module")

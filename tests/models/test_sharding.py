@@ -1,7 +1,6 @@
 """Heads, rows and experts on devices that they do not divide into, against one device."""
 
 import dataclasses
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,20 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgen_jax.checkpoints import loading
-from fastgen_jax.checkpoints.directory import read_config
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.engine.startup import block_elements, fit_rope
+from fastgen_jax.engine.startup import block_elements
 from fastgen_jax.engine.types import Request
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.layout import EMPTY, HeadLayout, places, taken
 from fastgen_jax.models.sharding import SPLITS, laid_out, lines_of, make_mesh, place
 from fastgen_jax.sampling_params import SamplingParams
-from tests.tiny import OPTIONS, Naive, one_program, random_requests, run, tokens, write_config
+from tests.models.test_golden import GOLDEN, NAMES, TOLERANCE, logits_of
+from tests.tiny import OPTIONS, one_program, random_requests, run, tokens, write_config
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
 # At least one for each way that a parameter is split.
 SAMPLED = ("biases", "bloom_six_heads", "deepseek_v2", "falcon_7b", "gpt_oss", "mpt_six_heads")
 SAMPLED += ("olmo2", "qwen2_moe", "stablelm_parallel")
@@ -143,11 +138,9 @@ def test_logits_on_devices_that_nothing_divides_into_equal_hugging_face(name, n_
     with np.load(GOLDEN / name / "golden.npz", allow_pickle=False) as arrays:
         known = np.concatenate([arrays["prompt_ids"], arrays["greedy_ids"][:-1]])
         expected = arrays["logits"]
-    config, mesh = fit_rope(read_config(GOLDEN / name), 256), make_mesh(n_devices)
-    model = loading.load_model(GOLDEN / name, config, Policy(mesh=mesh), mesh)
-    logits = Naive.of_model(model, config.n_layers, len(known)).logits(known)
+    logits = logits_of(name, known, n_devices)
     assert logits.shape == expected.shape  # no column more than the vocabulary has
-    assert np.abs(logits - expected).max() <= 2e-4
+    assert np.abs(logits - expected).max() <= TOLERANCE
 
 
 # What config.json changes of tests.tiny.CONFIG, and devices.

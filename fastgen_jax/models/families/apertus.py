@@ -8,11 +8,10 @@ from typing import Any
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import llama
 from fastgen_jax.models.families.qwen3 import QK_NORMS
-from fastgen_jax.models.hf_config import only
+from fastgen_jax.models.hf_config import only, without
 
 LAYER = "model.layers.{}"
-SPLIT = ("layernorm.weight", "gate_proj", "up_proj")
-WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if not name.endswith(SPLIT)}
+WEIGHTS = without(llama.WEIGHTS, "layernorm.weight", "gate_proj", "up_proj")
 WEIGHTS |= QK_NORMS | {
     f"{LAYER}.attention_layernorm.weight": ("layers.{}.attention_norm.weight", "plain"),
     f"{LAYER}.feedforward_layernorm.weight": ("layers.{}.mlp_norm.weight", "plain"),

@@ -5,9 +5,9 @@ from typing import Any
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import llama
+from fastgen_jax.models.hf_config import without
 
-SPLIT = ("gate_proj", "up_proj")
-WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if not name.endswith(SPLIT)} | {
+WEIGHTS = without(llama.WEIGHTS, "gate_proj", "up_proj") | {
     "model.layers.{}.mlp.up_proj": ("layers.{}.mlp.up", "linear"),
 }
 IGNORED = llama.IGNORED

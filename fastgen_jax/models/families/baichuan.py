@@ -7,10 +7,9 @@ from typing import Any
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import llama
-from fastgen_jax.models.hf_config import alibi_slopes, only
+from fastgen_jax.models.hf_config import alibi_slopes, only, without
 
-SPLIT = ("q_proj", "k_proj", "v_proj")
-WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if not name.endswith(SPLIT)} | {
+WEIGHTS = without(llama.WEIGHTS, "q_proj", "k_proj", "v_proj") | {
     "model.layers.{}.self_attn.W_pack": ("layers.{}.attention.qkv", "qkv"),
 }
 IGNORED = llama.IGNORED

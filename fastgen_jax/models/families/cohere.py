@@ -27,7 +27,7 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         norm="layer",
         norm_bias=False,
         norm_eps=hf.get("layer_norm_eps", 1e-5),
-        rope=dataclasses.replace(hf_rope(hf), interleaved=True),
+        rope=hf_rope(hf, interleaved=True),
         qk_norm="each_head" if hf.get("use_qk_norm") else None,
         logits_scale=hf.get("logit_scale", 0.0625),
     )

@@ -9,6 +9,7 @@ from typing import Any
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import LatentConfig, ModelConfig, MoeConfig, RopeConfig
 from fastgen_jax.models.families import llama, qwen2_moe
+from fastgen_jax.models.hf_config import without
 
 ATTENTION = "model.layers.{}.self_attn"
 SHARED = "model.layers.{}.mlp.shared_experts"
@@ -18,7 +19,7 @@ EXPERTS = qwen2_moe.EXPERTS | {
     f"{SHARED}.down_proj": ("layers.{}.mlp.shared.down", "linear"),
 }
 WEIGHTS = (
-    {name: entry for name, entry in llama.WEIGHTS.items() if ".self_attn." not in name}
+    without(llama.WEIGHTS, ".self_attn.")
     | EXPERTS
     | {
         f"{ATTENTION}.q_proj": ("layers.{}.attention.q", "linear"),

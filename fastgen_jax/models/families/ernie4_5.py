@@ -18,7 +18,7 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     return dataclasses.replace(
         llama.config({"rms_norm_eps": 1e-5} | hf),
         family="ernie4_5",
-        rope=dataclasses.replace(hf_rope(hf), interleaved=True),
+        rope=hf_rope(hf, interleaved=True),
         qkv_bias=has_bias,
         out_bias=has_bias,
         mlp_bias=has_bias,

@@ -7,10 +7,9 @@ from typing import Any
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import llama
-from fastgen_jax.models.hf_config import hf_rope
+from fastgen_jax.models.hf_config import hf_rope, without
 
-SPLIT = ("gate_proj", "up_proj")
-WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if not name.endswith(SPLIT)} | {
+WEIGHTS = without(llama.WEIGHTS, "gate_proj", "up_proj") | {
     "model.layers.{}.mlp.gate_up_proj": ("layers.{}.mlp.gate_up", "gate_up"),
 }
 IGNORED = llama.IGNORED
@@ -22,6 +21,6 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     return dataclasses.replace(
         llama.config(hf),
         family="glm",
-        rope=dataclasses.replace(hf_rope(hf), interleaved=True),
+        rope=hf_rope(hf, interleaved=True),
         out_bias=False,
     )

@@ -8,11 +8,11 @@ from typing import Any
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig, MoeConfig
 from fastgen_jax.models.families import llama
-from fastgen_jax.models.hf_config import layer_windows
+from fastgen_jax.models.hf_config import layer_windows, without
 from fastgen_jax.models.moe import GLU_SLOPE
 
 MLP = "model.layers.{}.mlp"
-WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if ".mlp." not in name} | {
+WEIGHTS = without(llama.WEIGHTS, ".mlp.") | {
     "model.layers.{}.self_attn.sinks": ("layers.{}.attention.sinks", "plain"),
     f"{MLP}.router.weight": ("layers.{}.mlp.router", "plain"),
     f"{MLP}.router.bias": ("layers.{}.mlp.router_bias", "plain"),

@@ -7,9 +7,10 @@ from typing import Any
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import granite, llama, mixtral
+from fastgen_jax.models.hf_config import without
 
 MOE, SHARED = "model.layers.{}.block_sparse_moe", "model.layers.{}.shared_mlp"
-WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if ".mlp." not in name} | {
+WEIGHTS = without(llama.WEIGHTS, ".mlp.") | {
     f"{MOE}.router.layer.weight": ("layers.{}.mlp.router", "plain"),
     f"{MOE}.input_linear.weight": ("layers.{}.mlp.gate_up", "plain"),
     f"{MOE}.output_linear.weight": ("layers.{}.mlp.down", "plain"),

@@ -9,10 +9,10 @@ from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import granite, llama
 from fastgen_jax.models.families.refused import RECURRENT
-from fastgen_jax.models.hf_config import only
+from fastgen_jax.models.hf_config import only, without
 
 MLP = "model.layers.{}.shared_mlp"
-WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if ".mlp." not in name} | {
+WEIGHTS = without(llama.WEIGHTS, ".mlp.") | {
     f"{MLP}.input_linear": ("layers.{}.mlp.gate_up", "gate_up"),
     f"{MLP}.output_linear": ("layers.{}.mlp.down", "linear"),
 }

@@ -16,6 +16,6 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     return dataclasses.replace(
         llama.config(hf),
         family="helium",
-        rope=dataclasses.replace(hf_rope(hf), interleaved=True),
+        rope=hf_rope(hf, interleaved=True),
         out_bias=False,
     )

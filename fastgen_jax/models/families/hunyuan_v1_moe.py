@@ -6,13 +6,13 @@ from typing import Any
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig, MoeConfig
 from fastgen_jax.models.families import hunyuan_v1_dense, qwen2_moe
-from fastgen_jax.models.hf_config import only
+from fastgen_jax.models.hf_config import only, without
 
 MLP = "model.layers.{}.mlp"
 ROUTER = f"{MLP}.gate.weight"
 WEIGHTS = (
-    {name: entry for name, entry in hunyuan_v1_dense.WEIGHTS.items() if ".mlp." not in name}
-    | {name: entry for name, entry in qwen2_moe.EXPERTS.items() if name != ROUTER}
+    without(hunyuan_v1_dense.WEIGHTS, ".mlp.")
+    | without(qwen2_moe.EXPERTS, ROUTER)
     | {
         f"{MLP}.gate.wg.weight": ("layers.{}.mlp.router", "plain"),
         f"{MLP}.shared_mlp.gate_proj": ("layers.{}.mlp.shared.gate_up", "gate"),

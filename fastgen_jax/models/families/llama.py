@@ -20,6 +20,12 @@ WEIGHTS = {
     "model.norm.weight": ("norm.weight", "plain"),
     "lm_head": ("lm_head", "linear"),
 }
+# Where the norms of a family of these names are layer norms, which have biases.
+LAYER_NORMS = {
+    "model.layers.{}.input_layernorm": ("layers.{}.attention_norm", "linear"),
+    "model.layers.{}.post_attention_layernorm": ("layers.{}.mlp_norm", "linear"),
+    "model.norm": ("norm", "linear"),
+}
 IGNORED = ()  # tensors that checkpoints carry and nothing needs
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from fastgen_jax.models.config import ModelConfig, MoeConfig, QueryScale
 from fastgen_jax.models.families import llama
-from fastgen_jax.models.hf_config import hf_rope
+from fastgen_jax.models.hf_config import hf_rope, without
 
 MLP = "model.layers.{}.feed_forward"
-WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if ".mlp." not in name} | {
+WEIGHTS = without(llama.WEIGHTS, ".mlp.") | {
     f"{MLP}.gate_proj": ("layers.{}.mlp.gate_up", "gate"),
     f"{MLP}.up_proj": ("layers.{}.mlp.gate_up", "up"),
     f"{MLP}.down_proj": ("layers.{}.mlp.down", "linear"),
@@ -52,7 +52,7 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         llama.config(hf | {"intermediate_size": hf["intermediate_size_mlp"]}),
         family="llama4_text",
         max_position=_max_position(hf),
-        rope=dataclasses.replace(hf_rope(hf), interleaved=True),
+        rope=hf_rope(hf, interleaved=True),
         unrotated_layers=unrotated,
         qk_norm="unit" if hf.get("use_qk_norm", True) else None,
         query_scale=_query_scale(hf, unrotated),

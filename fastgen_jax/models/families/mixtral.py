@@ -5,9 +5,10 @@ from typing import Any
 
 from fastgen_jax.models.config import ModelConfig, MoeConfig
 from fastgen_jax.models.families import llama, mistral
+from fastgen_jax.models.hf_config import without
 
 EXPERTS = "model.layers.{}.block_sparse_moe.experts.{}"
-WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if ".mlp." not in name} | {
+WEIGHTS = without(llama.WEIGHTS, ".mlp.") | {
     "model.layers.{}.block_sparse_moe.gate.weight": ("layers.{}.mlp.router", "plain"),
     f"{EXPERTS}.w1": ("layers.{}.mlp.gate_up", "expert_gate"),
     f"{EXPERTS}.w3": ("layers.{}.mlp.gate_up", "expert_up"),

@@ -6,15 +6,10 @@ import dataclasses
 from typing import Any
 
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.families import arcee
-from fastgen_jax.models.hf_config import hf_rope
+from fastgen_jax.models.families import arcee, llama
+from fastgen_jax.models.hf_config import hf_rope, without
 
-LAYER = "model.layers.{}"
-WEIGHTS = {name: entry for name, entry in arcee.WEIGHTS.items() if "norm" not in name} | {
-    f"{LAYER}.input_layernorm": ("layers.{}.attention_norm", "linear"),
-    f"{LAYER}.post_attention_layernorm": ("layers.{}.mlp_norm", "linear"),
-    "model.norm": ("norm", "linear"),
-}
+WEIGHTS = without(arcee.WEIGHTS, "norm") | llama.LAYER_NORMS
 IGNORED = arcee.IGNORED
 
 

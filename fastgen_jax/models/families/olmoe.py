@@ -16,12 +16,16 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json."""
     if hf.get("clip_qkv") is not None:
         raise ConfigError("olmoe: clip_qkv is not supported")
-    moe = MoeConfig(
+    hf = {"rms_norm_eps": 1e-5} | hf
+    return dataclasses.replace(llama.config(hf), family="olmoe", qk_norm="all", moe=mixture(hf))
+
+
+def mixture(hf: dict[str, Any]) -> MoeConfig:
+    """Experts in every layer, as large as a dense MLP."""
+    return MoeConfig(
         n_experts=hf["num_experts"],
         n_chosen=hf["num_experts_per_tok"],
         ffn_size=hf["intermediate_size"],
         layers=tuple(range(hf["num_hidden_layers"])),
         normalise=hf.get("norm_topk_prob", False),
     )
-    hf = {"rms_norm_eps": 1e-5} | hf
-    return dataclasses.replace(llama.config(hf), family="olmoe", qk_norm="all", moe=moe)

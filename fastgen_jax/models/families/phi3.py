@@ -8,10 +8,9 @@ from typing import Any
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import llama
-from fastgen_jax.models.hf_config import layer_windows, only
+from fastgen_jax.models.hf_config import layer_windows, only, without
 
-SPLIT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if not name.endswith(SPLIT)} | {
+WEIGHTS = without(llama.WEIGHTS, "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj") | {
     "model.layers.{}.self_attn.qkv_proj": ("layers.{}.attention.qkv", "qkv"),
     "model.layers.{}.mlp.gate_up_proj": ("layers.{}.mlp.gate_up", "gate_up"),
 }

@@ -8,14 +8,9 @@ from typing import Any
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import llama, mixtral
-from fastgen_jax.models.hf_config import layer_windows, only
+from fastgen_jax.models.hf_config import layer_windows, only, without
 
-LAYER = "model.layers.{}"
-WEIGHTS = {name: entry for name, entry in mixtral.WEIGHTS.items() if "norm" not in name} | {
-    f"{LAYER}.input_layernorm": ("layers.{}.attention_norm", "linear"),
-    f"{LAYER}.post_attention_layernorm": ("layers.{}.mlp_norm", "linear"),
-    "model.norm": ("norm", "linear"),
-}
+WEIGHTS = without(mixtral.WEIGHTS, "norm") | llama.LAYER_NORMS
 IGNORED = llama.IGNORED
 DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_jitter_noise": 0.01}
 

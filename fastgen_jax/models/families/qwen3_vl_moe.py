@@ -5,10 +5,11 @@ from typing import Any
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import qwen3_moe
+from fastgen_jax.models.hf_config import without
 
 EXPERTS = "model.layers.{}.mlp.experts"
 EITHER = "experts|plain"  # (E, in, out), as the hub has it, or (E, out, in)
-WEIGHTS = {name: entry for name, entry in qwen3_moe.WEIGHTS.items() if EXPERTS not in name} | {
+WEIGHTS = without(qwen3_moe.WEIGHTS, EXPERTS) | {
     f"{EXPERTS}.gate_up_proj": ("layers.{}.mlp.gate_up", EITHER),
     f"{EXPERTS}.down_proj": ("layers.{}.mlp.down", EITHER),
 }

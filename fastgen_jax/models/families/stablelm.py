@@ -7,17 +7,14 @@ from typing import Any
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import llama
-from fastgen_jax.models.hf_config import hf_rope
+from fastgen_jax.models.hf_config import hf_rope, without
 
 LAYER = "model.layers.{}"
-WEIGHTS = {name: entry for name, entry in llama.WEIGHTS.items() if "norm" not in name} | {
-    f"{LAYER}.input_layernorm": ("layers.{}.attention_norm", "linear"),
+WEIGHTS = without(llama.WEIGHTS, "norm") | llama.LAYER_NORMS | {
     f"{LAYER}.self_attn.q_layernorm.norms.{{}}.weight": (
         "layers.{}.attention.q_norm.weight", "plain"),
     f"{LAYER}.self_attn.k_layernorm.norms.{{}}.weight": (
         "layers.{}.attention.k_norm.weight", "plain"),
-    f"{LAYER}.post_attention_layernorm": ("layers.{}.mlp_norm", "linear"),
-    "model.norm": ("norm", "linear"),
 }  # fmt: skip
 IGNORED = llama.IGNORED
 

@@ -4,18 +4,20 @@ from typing import Any
 
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.families import llama
-from fastgen_jax.models.hf_config import activation, hf_rope, layer_windows, only, token_ids
+from fastgen_jax.models.hf_config import (
+    activation,
+    hf_rope,
+    layer_windows,
+    only,
+    token_ids,
+    without,
+)
 
 LAYER = "model.layers.{}"
-WEIGHTS = {
-    name: entry for name, entry in llama.WEIGHTS.items() if "norm" not in name and "mlp" not in name
-} | {
-    f"{LAYER}.input_layernorm": ("layers.{}.attention_norm", "linear"),
-    f"{LAYER}.post_attention_layernorm": ("layers.{}.mlp_norm", "linear"),
+WEIGHTS = without(llama.WEIGHTS, "norm", "mlp") | llama.LAYER_NORMS | {
     f"{LAYER}.mlp.c_fc": ("layers.{}.mlp.up", "linear"),
     f"{LAYER}.mlp.c_proj": ("layers.{}.mlp.down", "linear"),
-    "model.norm": ("norm", "linear"),
-}
+}  # fmt: skip
 IGNORED = llama.IGNORED
 
 
