@@ -77,6 +77,7 @@ UNSAFE_CALLS |= {"subprocess.getoutput", "subprocess.getstatusoutput", "pty.spaw
 UNSAFE_KEYWORDS = {"trust_remote_code", "allow_pickle", "shell"}
 # Files whose checks refuse what comes from outside: no check there is an assert, which -O removes.
 BORDER = ("server/json_body", "server/protocol", "server/reader", "server/framing", "server/gate")
+BORDER += ("server/door", "server/intake")
 BORDER += ("server/tools", "server/structure", "server/speech", "server/protocol_responses")
 BORDER += ("server/stream", "server/uploads", "server/connection", "server/config")
 BORDER += ("server/cors", "server/embeddings", "tokenizer/history", "tokenizer/loading")

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
@@ -17,21 +17,17 @@ from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.embeddings import EmbeddingRequest, Embeddings
 from fastgen_jax.server.errors import ApiError, internal
 from fastgen_jax.server.gate import Gate
-from fastgen_jax.server.generation import Generation
+from fastgen_jax.server.intake import Entered, enter
 from fastgen_jax.server.metrics import CONTENT_TYPE
 from fastgen_jax.server.protocol import ChatRequest, CompletionRequest
 from fastgen_jax.server.protocol_responses import ResponsesRequest
 from fastgen_jax.server.reader import Ask, Reader
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.stream import EventStream, Refusal, cancelled_by_disconnect, read_json
-from fastgen_jax.server.uploads import Upload
-from fastgen_jax.tokenizer import Constraints
 
 VERSION = version("fastgen-jax")
 N_DRAIN_BODIES = 16  # of a refused body, so many times the limit is still read and dropped
 INLINE_ENTRIES = 2000  # up to which an answer is built on the event loop
-
-Result = TypeVar("Result")
 
 
 def create_app(service: Service, config: ServerConfig) -> Gate:
@@ -116,12 +112,12 @@ class Routes:
         return await self._generate(request, self.reader.chat)
 
     async def responses(self, request: Request) -> Response:
-        owner = request.scope["state"]["owner"]
+        owner = request.scope["state"]["client"].owner
         return await self._generate(request, lambda body: self.reader.response(body, owner))
 
     async def response(self, request: Request, response_id: str) -> Response:
         """A response that was kept for this client, or, deleted, what is left of it."""
-        kept, owner = self.reader.kept, request.scope["state"]["owner"]
+        kept, owner = self.reader.kept, request.scope["state"]["client"].owner
         if request.method == "DELETE" and kept.delete(owner, response_id):
             return _json({"id": response_id, "object": "response.deleted", "deleted": True})
         entry = kept.get(owner, response_id)
@@ -166,42 +162,16 @@ class Routes:
 
     async def _convert(self, request: Request, read: Callable[[bytearray], bytes]) -> Response:
         with self.service.uploads.open() as upload:
-            body = await self._read(request, read, upload)
-        return Response(body, media_type="application/json")
+            body = await read_json(request, self.config.max_body_bytes, upload)
+            answer = await self.service.run_text(len(body), lambda: read(body))
+        return Response(answer, media_type="application/json")
 
-    async def _read(
-        self, request: Request, read: Callable[[bytearray], Result], upload: Upload
-    ) -> Result:
-        body = await read_json(request, self.config.max_body_bytes, upload)
-        return await self.service.run_text(len(body), lambda: read(body))
-
-    async def _submit(
-        self, request: Request, read: Callable[[bytearray], Ask]
-    ) -> tuple[Generation, Ask]:
+    async def _submit(self, request: Request, read: Callable[[bytearray], Ask]) -> Entered:
         """The request in the engine's queue. INVARIANT: the body is counted as long as it lives."""
         with self.service.uploads.open() as upload:
-            ask = await self._read(request, read, upload)
-            constraints = await self._constraints(ask)
-            generation = self.service.submit(
-                ask.prompts,
-                ask.params,
-                is_streaming=ask.is_streaming,
-                param=ask.param,
-                voice=ask.voice,
-                cache_salt=protocol.cache_salt(ask.cache_salt, request.scope["state"]["tenant"]),
-                constraints=constraints,
-            )
-            return generation, ask
-
-    async def _constraints(self, ask: Ask) -> Constraints:
-        """What the params constrain. Raises ApiError that names the field which asked for it."""
-        try:
-            return await self.service.constraints(ask.params)
-        except ApiError as error:
-            if error.param == "structured_outputs" and ask.form_param:
-                error.param = ask.form_param
-                error.message = error.message.replace("structured_outputs", ask.form_param, 1)
-            raise
+            body = await read_json(request, self.config.max_body_bytes, upload)
+            client = request.scope["state"]["client"]
+            return await enter(self.service, lambda: read(body), n_bytes=len(body), client=client)
 
     async def _generate(self, request: Request, read: Callable[[bytearray], Ask]) -> Response:
         generation, ask = await self._submit(request, read)

@@ -7,8 +7,6 @@ An overloaded server does little else than refuse, while the engine wants the sa
 a refusal waits for nothing and makes no system call, at which the engine would take its turn.
 """
 
-import hashlib
-import hmac
 import ipaddress
 import random
 import re
@@ -21,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.cors import Cors
+from fastgen_jax.server.door import ANYBODY, Door
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError
 from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
@@ -40,8 +39,7 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service, config: ServerConfig):
         self.app = app
         self.service = service
-        self.key_digests = [_digest(key) for key in config.api_key]
-        self.shares_prefixes = config.share_prefix_cache
+        self.door = Door(service, config)
         self.checks_host = is_loopback(config.host)
         self.allowed_hosts = frozenset(host.lower() for host in config.allowed_host)
         self.cors = Cors(config.allowed_origin)
@@ -66,7 +64,7 @@ class Gate:
         added = {"x-request-id": request_id}
         added |= self.cors.answer(headers, is_preflight=is_preflight)
         scope["state"] = {
-            "request_id": request_id, "tenant": b"", "owner": b"", "is_preflight": is_preflight,
+            "request_id": request_id, "client": ANYBODY, "is_preflight": is_preflight,
             "headers": added,
         }  # fmt: skip
         try:
@@ -85,17 +83,10 @@ class Gate:
             raise _unknown_host(name)
         if scope["state"]["is_preflight"]:
             return
-        if self.key_digests and scope["path"] not in OPEN_PATHS:
-            owner = self._check_key(headers.get("authorization", ""))
-            scope["state"]["owner"] = owner
-            scope["state"]["tenant"] = b"" if self.shares_prefixes else owner
-        refusal = self.service.refusal()
-        if scope["method"] != "POST":
-            return
-        if refusal is not None:
-            raise refusal
-        if scope["path"] in QUEUEING_PATHS:  # before the body is read, or its route looked for
-            self.service.check_queue()
+        if scope["path"] not in OPEN_PATHS:
+            scope["state"]["client"] = self.door.client_of(headers.get("authorization", ""))
+        if scope["method"] == "POST":  # before the body is read, or its route looked for
+            self.door.check_work(queues=scope["path"] in QUEUEING_PATHS)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send):
         fields = scope["state"]["headers"].items()
@@ -119,21 +110,6 @@ class Gate:
             self.service.n_inflight -= is_post
             if is_post:
                 self.service.metrics.answered(scope["path"], status, time.monotonic() - started)
-
-    def _check_key(self, authorization: str) -> bytes:
-        """The digest of the request's key. Raises ApiError if it is none of ours."""
-        scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        matches = [hmac.compare_digest(given, digest) for digest in self.key_digests]
-        if not any(matches):
-            raise ApiError(
-                401,
-                "a valid API key is needed: send 'Authorization: Bearer KEY'",
-                type="authentication_error",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
-        return given
 
     def _is_known_host(self, name: str) -> bool:
         """Addresses are; names are not: a foreign page that resolves to loopback sends its own."""
@@ -169,7 +145,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

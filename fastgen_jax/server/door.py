@@ -1,0 +1,73 @@
+"""Door: who sends a request, and whether work is welcome, asked before anything of it is read.
+
+The same for every front end: HTTP's Gate brings headers to it, gRPC its metadata.
+"""
+
+import hashlib
+import hmac
+from typing import NamedTuple
+
+from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.errors import ApiError
+from fastgen_jax.server.service import Service
+
+
+class Client(NamedTuple):
+    """Who sends a request.
+
+    Args:
+        owner: the digest of its key: what is kept for it is kept under that; b"" without keys.
+        tenant: clients of one tenant share cached prompts.
+    """
+
+    owner: bytes = b""
+    tenant: bytes = b""
+
+
+ANYBODY = Client()
+
+
+class Door:
+    """Knows the keys of one service and asks it for its readiness."""
+
+    def __init__(self, service: Service, config: ServerConfig):
+        self.service = service
+        self._key_digests = [_digest(key) for key in config.api_key]
+        self._shares_prefixes = config.share_prefix_cache
+
+    def client_of(self, authorization: str) -> Client:
+        """Whose key `authorization` ("Bearer KEY") holds; ANYBODY where no keys are set.
+
+        Raises:
+            ApiError: 401: it is none of ours.
+        """
+        if not self._key_digests:
+            return ANYBODY
+        scheme, _, key = authorization.partition(" ")
+        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
+        matches = [hmac.compare_digest(given, digest) for digest in self._key_digests]
+        if not any(matches):
+            raise ApiError(
+                401,
+                "a valid API key is needed: send 'Authorization: Bearer KEY'",
+                type="authentication_error",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return Client(given, b"" if self._shares_prefixes else given)
+
+    def check_work(self, *, queues: bool):
+        """Asks for new work, which `queues` in the engine or not.
+
+        Raises:
+            ApiError: 503: none is taken now; 429: the queue is full.
+        """
+        refusal = self.service.refusal()
+        if refusal is not None:
+            raise refusal
+        if queues:
+            self.service.check_queue()
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
