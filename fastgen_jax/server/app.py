@@ -170,8 +170,14 @@ class Routes:
         """The request in the engine's queue. INVARIANT: the body is counted as long as it lives."""
         with self.service.uploads.open() as upload:
             body = await read_json(request, self.config.max_body_bytes, upload)
-            client = request.scope["state"]["client"]
-            return await enter(self.service, lambda: read(body), n_bytes=len(body), client=client)
+            state = request.scope["state"]
+            return await enter(
+                self.service,
+                lambda: read(body),
+                n_bytes=len(body),
+                client=state["client"],
+                timeout=state["timeout"],
+            )
 
     async def _generate(self, request: Request, read: Callable[[bytearray], Ask]) -> Response:
         generation, ask = await self._submit(request, read)

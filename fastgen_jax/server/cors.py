@@ -11,7 +11,8 @@ ANSWER = {"access-control-expose-headers": "x-request-id, retry-after"}
 # A star stands for every header but Authorization.
 PREFLIGHT = {
     "access-control-allow-methods": "GET, HEAD, POST, DELETE",
-    "access-control-allow-headers": "authorization, content-type, x-request-id, *",
+    "access-control-allow-headers": "authorization, content-type, x-request-id, "
+    "x-request-timeout, *",
     "access-control-max-age": "600",
 }
 

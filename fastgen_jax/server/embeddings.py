@@ -132,8 +132,9 @@ class Embeddings:
 
     async def _vectors(self, request: Request, prompts: list[list[int]]) -> list[np.ndarray]:
         """Of length 1, in the order of the prompts."""
-        salt = protocol.cache_salt(None, request.scope["state"]["client"].tenant)
-        generation = self.service.embed(prompts, salt)
+        state = request.scope["state"]
+        salt = protocol.cache_salt(None, state["client"].tenant)
+        generation = self.service.embed(prompts, salt, timeout=state["timeout"])
         with cancelled_by_disconnect(request.receive, self.service, generation):
             await generation.changed()
         return [normalized(embedding) for embedding in generation.embeddings]

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.cors import Cors
 from fastgen_jax.server.door import ANYBODY, Door
-from fastgen_jax.server.errors import CLIENT_GONE, ApiError
+from fastgen_jax.server.errors import CLIENT_GONE, ApiError, invalid
 from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
 
@@ -30,6 +30,7 @@ QUEUEING_PATHS = frozenset(
 )
 PASSED = "fastgen.passed"  # in the scope: the Gate that lets the request pass
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+TIMEOUT = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 HOST_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 
 
@@ -65,7 +66,7 @@ class Gate:
         added |= self.cors.answer(headers, is_preflight=is_preflight)
         scope["state"] = {
             "request_id": request_id, "client": ANYBODY, "is_preflight": is_preflight,
-            "headers": added,
+            "headers": added, "timeout": None,
         }  # fmt: skip
         try:
             self._check(scope, headers)
@@ -86,6 +87,7 @@ class Gate:
         if scope["path"] not in OPEN_PATHS:
             scope["state"]["client"] = self.door.client_of(headers.get("authorization", ""))
         if scope["method"] == "POST":  # before the body is read, or its route looked for
+            scope["state"]["timeout"] = _timeout(headers.getlist("x-request-timeout"))
             self.door.check_work(queues=scope["path"] in QUEUEING_PATHS)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send):
@@ -114,6 +116,19 @@ class Gate:
     def _is_known_host(self, name: str) -> bool:
         """Addresses are; names are not: a foreign page that resolves to loopback sends its own."""
         return name in ("", "localhost") or name in self.allowed_hosts or _is_address(name)
+
+
+def _timeout(given: list[str]) -> float | None:
+    """Seconds that the client gives its request."""
+    if not given:
+        return None
+    value = ", ".join(given)
+    if not TIMEOUT.fullmatch(value) or float(value) == 0:
+        message = (
+            f"X-Request-Timeout must be a number of seconds above 0, such as 2.5, not {value!r:.40}"
+        )
+        raise invalid(message, "x-request-timeout")
+    return float(value)
 
 
 def _host_name(host: str) -> str:

@@ -20,9 +20,17 @@ class Entered(NamedTuple):
 
 
 async def enter(
-    service: Service, read: Callable[[], Ask], *, n_bytes: int, client: Client
+    service: Service,
+    read: Callable[[], Ask],
+    *,
+    n_bytes: int,
+    client: Client,
+    timeout: float | None = None,
 ) -> Entered:
     """Has a body of so many bytes read by `read` and hands what it asks for to the engine.
+
+    Args:
+        timeout: seconds that the engine may take; None: as long as the server lets it.
 
     Raises:
         ApiError: the body is bad, or the engine refused it.
@@ -37,6 +45,7 @@ async def enter(
         voice=ask.voice,
         cache_salt=protocol.cache_salt(ask.cache_salt, client.tenant),
         constraints=constraints,
+        timeout=timeout,
     )
     return Entered(generation, ask)
 

@@ -309,29 +309,46 @@ class Service:
         cache_salt: bytes = b"",
         constraints: Constraints = UNCONSTRAINED,
         voice: Voice = PLAIN,
+        timeout: float | None = None,
     ) -> Generation:
         """Hands the prompts, which the field `param` held, to the engine: all or none. They share
         cached prefixes with requests of the same salt only. Answers are read as `voice` says.
+
+        Args:
+            timeout: seconds that the request may take from now on; request_timeout is the most.
 
         Raises:
             ApiError: the engine refused.
         """
         fields = {"params": params, "cache_salt": cache_salt, **constraints._asdict()}
         requests = [Request(prompt, **fields) for prompt in prompts]
-        return self._enter(requests, is_streaming=is_streaming, param=param, voice=voice)
+        return self._enter(
+            requests, is_streaming=is_streaming, param=param, voice=voice, timeout=timeout
+        )
 
-    def embed(self, prompts: list[list[int]], cache_salt: bytes = b"") -> Generation:
+    def embed(
+        self, prompts: list[list[int]], cache_salt: bytes = b"", *, timeout: float | None = None
+    ) -> Generation:
         """Hands the prompts to the engine, which makes the embedding of each: all or none.
+        `timeout` is as in `submit`.
 
         Raises:
             ApiError: the engine refused.
         """
         pooling = cast(Pooling, self.config.embedding_pooling)
         requests = [Request.to_embed(prompt, pooling, cache_salt) for prompt in prompts]
-        return self._enter(requests, is_streaming=False, param="input", voice=SILENT)
+        return self._enter(
+            requests, is_streaming=False, param="input", voice=SILENT, timeout=timeout
+        )
 
     def _enter(
-        self, requests: list[Request], *, is_streaming: bool, param: str, voice: Voice
+        self,
+        requests: list[Request],
+        *,
+        is_streaming: bool,
+        param: str,
+        voice: Voice,
+        timeout: float | None,
     ) -> Generation:
         # Admitted first: what a refusal costs must not depend on what the request asks for.
         ids, n_samples = self._admit(requests, param), requests[0].params.n
@@ -345,7 +362,7 @@ class Service:
         generation.request_ids = list(ids)
         for i, request_id in enumerate(ids):
             self._live[request_id] = (generation, i * n_samples)
-        self._set_deadlines(generation)
+        self._set_deadlines(generation, timeout)
         return generation
 
     def _admit(self, requests: list[Request], param: str) -> list[int]:
@@ -396,7 +413,7 @@ class Service:
             del self._live[request_id]
         return live
 
-    def _set_deadlines(self, generation: Generation):
+    def _set_deadlines(self, generation: Generation, timeout: float | None):
         def fail_in(seconds: float, message: str) -> asyncio.TimerHandle:
             message = f"{message} within {seconds:g} s"
             error = ApiError(504, message, type="timeout_error", code="deadline_exceeded")
@@ -405,9 +422,9 @@ class Service:
         loop = asyncio.get_running_loop()
         generation.first_token_timer = fail_in(self.config.queue_timeout, "no first token came")
         generation.timers = [generation.first_token_timer]
-        if self.config.request_timeout is not None:
-            total = fail_in(self.config.request_timeout, "the request did not finish")
-            generation.timers.append(total)
+        limits = [t for t in (timeout, self.config.request_timeout) if t is not None]
+        if limits:
+            generation.timers.append(fail_in(min(limits), "the request did not finish"))
 
     def _dispatch(self, outputs: list[Output]):
         """Takes in one step's outputs and wakes the readers, each once."""

@@ -50,7 +50,8 @@ def test_a_browser_that_asks_without_a_key_is_told_what_a_page_may_send(open_to_
         "vary": "Origin",
         "access-control-allow-origin": PAGE,
         "access-control-allow-methods": "GET, HEAD, POST, DELETE",
-        "access-control-allow-headers": "authorization, content-type, x-request-id, *",
+        "access-control-allow-headers": "authorization, content-type, x-request-id, "
+        "x-request-timeout, *",
         "access-control-max-age": "600",
     }
 
