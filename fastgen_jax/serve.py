@@ -25,6 +25,7 @@ from fastgen_jax.server.listen import bind, url_of
 from fastgen_jax.server.report import StartupReport
 
 if TYPE_CHECKING:
+    from fastgen_jax.server.certificates import Certificates
     from fastgen_jax.server.service import Backend, OnPhase
 
 DEBUG = "run again with FASTGEN_DEBUG=1 to see where it came from"
@@ -69,9 +70,11 @@ def run(argv: Sequence[str]) -> int:
     check_model(engine_config.model)
     logs.set_up_logging(server_config.log_level)
     signal.signal(signal.SIGTERM, exit_at_once)  # until the server's own handlers stand
+    certificates = tls_files(server_config)
     listener = bind(server_config.host, server_config.port)
     names = model_names(engine_config.model, server_config)
-    report = StartupReport(url_of(listener, server_config.host), names[0], started)
+    url = url_of(listener, server_config.host, "https" if certificates else "http")
+    report = StartupReport(url, names[0], started)
     report.opened()
     from fastgen_jax.server.service import Service
 
@@ -86,7 +89,7 @@ def run(argv: Sequence[str]) -> int:
     service.start()
     from fastgen_jax.server.lifecycle import Server  # FastAPI, while the engine's thread loads
 
-    Server(service, server_config).run([listener])
+    Server(service, server_config, certificates).run([listener])
     has_stopped = service.stop()
     if service.load_error is not None:
         raise service.load_error
@@ -181,6 +184,14 @@ def load(
         gc.freeze()
         gc.enable()
     return backend
+
+
+def tls_files(config: ServerConfig) -> "Certificates | None":
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    from fastgen_jax.server.certificates import Certificates
+
+    return Certificates(config.tls_cert, config.tls_key)
 
 
 def chat_template(path: str | None) -> str | None:

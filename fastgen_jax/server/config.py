@@ -33,6 +33,11 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every interface", "server")
     port: int = option(8000, "port to listen on; 0 takes a free one", "server")
+    tls_cert: str | None = option(
+        None, "PEM file with the certificate of HTTPS and its chain, read again when it changes",
+        "server",
+    )  # fmt: skip
+    tls_key: str | None = option(None, "PEM file with the key of --tls-cert", "server")
     served_model_name: tuple[str, ...] = option(
         (), "model id that clients see; may be repeated (default: the model's name)", "server"
     )
@@ -109,6 +114,8 @@ class ServerConfig:
     def __post_init__(self):
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port must be in [0, 65535], got {self.port}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls_cert and tls_key go together; give both or neither")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(
                 f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"

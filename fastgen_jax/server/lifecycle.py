@@ -11,17 +11,19 @@ import os
 import socket
 import time
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 import uvicorn
 
 from fastgen_jax.server import capacity, logs
 from fastgen_jax.server.app import create_app
+from fastgen_jax.server.certificates import Certificates
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.connection import Connection
 from fastgen_jax.server.errors import unavailable
 from fastgen_jax.server.listen import BACKLOG
 from fastgen_jax.server.service import Service
+from fastgen_jax.server.tls import TlsProtocol
 
 log = logging.getLogger("fastgen_jax.server")
 
@@ -33,18 +35,22 @@ LOG_EVERY = 10.0  # seconds between lines of throughput
 class Server(uvicorn.Server):
     """uvicorn with our start and end. INVARIANT: new work is refused from the first signal on."""
 
-    def __init__(self, service: Service, config: ServerConfig):
+    def __init__(
+        self, service: Service, config: ServerConfig, certificates: Certificates | None = None
+    ):
         self.capacity = capacity.of_process()
+        self.certificates = certificates
         app = create_app(service, config)
+        self._make_connection = functools.partial(
+            Connection,
+            refuse=app.refusal,
+            unread_timeout=config.stream_timeout,
+            capacity=self.capacity,
+        )
         super().__init__(
             uvicorn.Config(
                 app,
-                http=functools.partial(  # type: ignore[arg-type]
-                    Connection,
-                    refuse=app.refusal,
-                    unread_timeout=config.stream_timeout,
-                    capacity=self.capacity,
-                ),
+                http=self._protocol,  # type: ignore[arg-type]
                 backlog=BACKLOG,
                 ws="none",
                 lifespan="off",
@@ -63,6 +69,13 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task | None = None
         self._n_signals = 0
 
+    def _protocol(self, **uvicorns: Any) -> asyncio.Protocol:
+        """One connection's."""
+        connection, certificates = self._make_connection(**uvicorns), self.certificates
+        if certificates is None:
+            return connection
+        return TlsProtocol(connection, lambda: certificates.context)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
@@ -71,6 +84,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         self.throughput.tick()
         self.descriptor_alarm.tick()
+        if self.certificates is not None:
+            self.certificates.tick()
         return await super().on_tick(counter) or self.service.must_exit
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +13,10 @@ import httpx
 import openai
 import orjson
 
+from fastgen_jax.server.certificates import Certificates
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.lifecycle import Server
-from fastgen_jax.server.listen import bind
+from fastgen_jax.server.listen import bind, url_of
 from fastgen_jax.server.service import Backend, Service
 from fastgen_jax.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine
@@ -34,10 +36,8 @@ class Running:
     address: tuple[str, int]
     engine: FakeEngine
     http: httpx.Client
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.address[1]}"
+    url: str
+    trusts: ssl.SSLContext | None  # where TLS is spoken
 
     def post(self, path: str, body=None, **kwargs) -> httpx.Response:
         """POSTs a JSON value, or bytes as they are."""
@@ -53,9 +53,20 @@ class Running:
     def client(self, key: str = "any") -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url + "/v1", api_key=key, max_retries=0, timeout=10)
 
+    def open(self, buffer: int | None = None) -> socket.socket:
+        """A connection, with TLS if that is spoken."""
+        connection = socket.socket()
+        if buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+        connection.settimeout(10)
+        connection.connect(self.address)
+        if self.trusts is None:
+            return connection
+        return self.trusts.wrap_socket(connection, server_hostname="localhost")
+
     def connect(self, body: dict, path: str = "/v1/completions") -> socket.socket:
-        """A raw connection on which the request was sent."""
-        connection = socket.create_connection(self.address, timeout=10)
+        """A connection on which the request was sent."""
+        connection = self.open()
         connection.sendall(raw_post(path, orjson.dumps(body)))
         return connection
 
@@ -82,7 +93,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 5.0):
 def read_all(connection: socket.socket) -> bytes:
     """What comes until the server closes."""
     received = b""
-    with contextlib.suppress(ConnectionResetError):
+    with contextlib.suppress(ConnectionResetError, ssl.SSLEOFError):
         while data := connection.recv(65536):
             received += data
     return received
@@ -102,9 +113,15 @@ def hold_encode(tokenizer: Tokenizer, monkeypatch, min_length: int = 0) -> threa
 
 @contextlib.contextmanager
 def serving(
-    tokenizer: Tokenizer, engine: FakeEngine | None = None, *, load=None, wait=True, **options
+    tokenizer: Tokenizer,
+    engine: FakeEngine | None = None,
+    *,
+    load=None,
+    wait=True,
+    trusts: ssl.SSLContext | None = None,
+    **options,
 ) -> Iterator[Running]:
-    """A server on a free port; its threads are gone at the end."""
+    """A server on a free port; its threads are gone at the end. TLS is spoken with who `trusts`."""
     engine = engine or FakeEngine(tokenizer.eos_token_id or 0)
     config = ServerConfig(port=0, **{"drain_timeout": 0.0} | options)
     listener = bind(config.host, config.port)
@@ -113,14 +130,18 @@ def serving(
     service = Service(
         load or (lambda on_phase: backend), config, model_names=["fake"], model_aliases=["./fake"]
     )
-    server = Server(service, config)
+    pair = (config.tls_cert, config.tls_key)
+    server = Server(service, config, Certificates(*pair) if all(pair) else None)
     address = listener.getsockname()
+    url = url_of(listener, "127.0.0.1", "https" if all(pair) else "http")
     service.start()
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     one_request_each = httpx.Limits(max_keepalive_connections=0)
-    http_client = httpx.Client(timeout=10, limits=one_request_each, trust_env=False)
-    running = Running(service, server, thread, address, engine, http_client)
+    http_client = httpx.Client(
+        timeout=10, limits=one_request_each, trust_env=False, verify=trusts or True
+    )
+    running = Running(service, server, thread, address, engine, http_client, url, trusts)
     try:
         wait_until(lambda: server.started)
         if wait:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import time
 
-import httpx
 import orjson
 import pytest
 
@@ -53,13 +52,25 @@ def log(caplog):
     logger.removeHandler(caplog.handler)
 
 
-def connect(up: Running, *, buffer: int | None = None) -> socket.socket:
-    client = socket.socket()
-    if buffer is not None:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-    client.settimeout(5)
-    client.connect(up.address)
-    return client
+@pytest.fixture(scope="module")
+def shared(tokenizer, wire):
+    with serving(tokenizer, **wire) as running:
+        yield running
+
+
+def end_side(client: socket.socket):
+    socket.socket.shutdown(client, socket.SHUT_WR)  # that of TLS would forget its keys
+
+
+def n_unread(client: socket.socket) -> int:
+    """Bytes that have come, encrypted or not."""
+    client.setblocking(False)
+    try:
+        return len(socket.socket.recv(client, 65536, socket.MSG_PEEK))
+    except BlockingIOError:
+        return 0
+    finally:
+        client.settimeout(10)
 
 
 def get(client: socket.socket) -> bytes:
@@ -92,19 +103,19 @@ def drip(client: socket.socket, piece: bytes) -> float:
 class TestTimers:
     def test_a_silent_new_connection_is_closed(self, up, timeouts):
         timeouts("HEADER_TIMEOUT")
-        with connect(up) as client:
+        with up.open() as client:
             assert read_all(client) == b""
 
     @pytest.mark.parametrize("stray", [b"\r\n", b""])
     def test_a_kept_connection_is_closed_however_often_a_line_ends(self, up, timeouts, stray):
         timeouts("KEEP_ALIVE")
-        with connect(up) as client:
+        with up.open() as client:
             assert get(client).startswith(b"HTTP/1.1 200")
             assert SHORT / 2 < drip(client, stray) < 10 * SHORT
 
     def test_a_dripped_head_is_closed(self, up, timeouts):
         timeouts("HEADER_TIMEOUT")
-        with connect(up) as client:
+        with up.open() as client:
             client.sendall(GET[:-2])
             assert drip(client, b"X: y\r\n") < 10 * SHORT
 
@@ -112,13 +123,13 @@ class TestTimers:
     def test_a_dripped_body_that_no_route_reads_is_closed(self, up, timeouts, start):
         timeouts("BODY_TIMEOUT")
         head = f"{start} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n"
-        with connect(up) as client:
+        with up.open() as client:
             client.sendall(head.encode())
             assert drip(client, b"x") < 10 * SHORT
 
     def test_a_dripped_body_that_a_route_reads_is_closed(self, up, timeouts):
         timeouts("BODY_TIMEOUT")
-        with connect(up) as client:
+        with up.open() as client:
             client.sendall(raw_post("/v1/completions", b"", length=1000))
             assert drip(client, b" ") < 10 * SHORT
         wait_until(lambda: not up.service.n_inflight)
@@ -128,7 +139,7 @@ class TestTimers:
         timeouts("HEADER_TIMEOUT", "KEEP_ALIVE", "BODY_TIMEOUT")
         up.engine.step_time = 0.01
         body = {"prompt": TEXT, "stream": True, "max_tokens": 60, "ignore_eos": True}
-        with connect(up) as client:
+        with up.open() as client:
             client.sendall(raw_post("/v1/completions", orjson.dumps(body)))
             received = client.recv(65536)
             client.sendall(next_bytes)
@@ -140,7 +151,7 @@ class TestTimers:
     def test_a_connection_lives_on_while_requests_come(self, up, timeouts):
         timeouts("HEADER_TIMEOUT", "KEEP_ALIVE", "BODY_TIMEOUT")
         client = http.client.HTTPConnection(*up.address, timeout=5)
-        client.connect()
+        client.sock = up.open()
         first, started = client.sock, time.monotonic()
         while time.monotonic() - started < 3 * SHORT:
             client.request("GET", "/livez")
@@ -152,17 +163,17 @@ class TestTimers:
 class TestUnread:
     @pytest.mark.parametrize("body", [LARGE, SMALL])
     @pytest.mark.parametrize("extra", ["", "Connection: close\r\n"])
-    def test_an_unread_answer_is_cut(self, tokenizer, log, body, extra):
-        with serving(tokenizer, stream_timeout=SHORT) as up, connect(up, buffer=4096) as client:
+    def test_an_unread_answer_is_cut(self, tokenizer, wire, log, body, extra):
+        with serving(tokenizer, stream_timeout=SHORT, **wire) as up, up.open(4096) as client:
             client.sendall(raw_post("/v1/completions", orjson.dumps(body), extra))
             wait_until(lambda: "left its answer unread" in log.text)
             wait_until(lambda: not n_open(up))
             with pytest.raises(ConnectionResetError):
-                client.sendall(b"x")
+                socket.socket.sendall(client, b"x")  # past TLS, which has another word for it
 
-    def test_an_unread_answer_to_a_slow_body_is_cut(self, tokenizer, log):
+    def test_an_unread_answer_to_a_slow_body_is_cut(self, tokenizer, wire, log):
         request = raw_post("/v1/completions", orjson.dumps(LARGE))
-        with serving(tokenizer, stream_timeout=SHORT) as up, connect(up, buffer=4096) as client:
+        with serving(tokenizer, stream_timeout=SHORT, **wire) as up, up.open(4096) as client:
             client.sendall(request[:-1])
             wait_until(lambda: up.service.n_inflight)
             time.sleep(SHORT)  # several looks of the timer, with nothing to send
@@ -170,9 +181,9 @@ class TestUnread:
             wait_until(lambda: "left its answer unread" in log.text)
             wait_until(lambda: not n_open(up))
 
-    def test_one_that_reads_slowly_gets_all(self, tokenizer):
+    def test_one_that_reads_slowly_gets_all(self, tokenizer, wire):
         body = orjson.dumps(LARGE | {"max_tokens": 300})
-        with serving(tokenizer, stream_timeout=SHORT) as up, connect(up, buffer=4096) as client:
+        with serving(tokenizer, stream_timeout=SHORT, **wire) as up, up.open(4096) as client:
             client.sendall(raw_post("/v1/completions", body, "Connection: close\r\n"))
             started, received = time.monotonic(), b""
             while data := client.recv(2048):
@@ -189,7 +200,7 @@ class TestUnread:
             def get_extra_info(self, name: str) -> socket.socket:
                 return client
 
-        with connect(up) as client:
+        with up.open() as client:
             timer = peer.UnreadTimer(Transport(), None, SHORT, lambda: True)
             timer._has_moved(5)
             assert not timer._has_moved(5)
@@ -197,7 +208,7 @@ class TestUnread:
             wait_until(lambda: timer._has_moved(5))
 
     def test_a_refused_client_may_send_on_for_a_while(self, up):
-        with connect(up) as client:
+        with up.open() as client:
             client.sendall(b"\0\r\n\r\n")
             assert client.recv(65536).startswith(b"HTTP/1.1 400")
             for _ in range(10):
@@ -208,7 +219,7 @@ class TestUnread:
 
     def test_a_refused_client_that_reads_nothing_leaves_nothing(self, up, timeouts):
         timeouts("LINGER")
-        with connect(up) as client:
+        with up.open() as client:
             client.sendall(b"\0\r\n\r\n")
             wait_until(lambda: not n_open(up))
 
@@ -218,42 +229,45 @@ class TestHalfClose:
     def test_a_client_that_ended_its_side_gets_its_answer(self, up, stream):
         up.engine.step_time = 0.005
         body = PATHS["completions"] | {"stream": stream, "max_tokens": 30, "ignore_eos": True}
-        with connect(up) as client:
+        with up.open() as client:
             client.sendall(raw_post("/v1/completions", orjson.dumps(body)))
-            client.shutdown(socket.SHUT_WR)
+            end_side(client)
             interim, _, answer = read_all(client).partition(b"HTTP/1.1 200 OK")
         assert interim in {b"", *(connection.CONTINUE * n for n in range(1, 9))}
         assert (b"[DONE]" if stream else b'"finish_reason":"length"') in answer
 
     def test_all_pipelined_requests_are_answered_still(self, up):
-        with connect(up) as client:
+        with up.open() as client:
             client.sendall(raw_post("/v1/completions", orjson.dumps(PATHS["completions"])) + GET)
-            client.shutdown(socket.SHUT_WR)
+            end_side(client)
             assert read_all(client).count(b"HTTP/1.1 200 OK") == 2
 
     def test_an_incomplete_request_ends_with_its_client(self, up, timeouts):
         timeouts()
         for part in (b"", GET[:9], raw_post("/v1/completions", b"{", length=9)):
-            with connect(up) as client:
+            with up.open() as client:
                 client.sendall(part)
-                client.shutdown(socket.SHUT_WR)
+                end_side(client)
                 assert read_all(client) == b""
 
     def test_a_client_of_http_10_gets_no_interim_response(self, up):
         up.engine.step_time = 0.01
         request = raw_post("/v1/completions", orjson.dumps(PATHS["completions"]))
-        with connect(up) as client:
+        with up.open() as client:
             client.sendall(request.replace(b"HTTP/1.1", b"HTTP/1.0"))
-            client.shutdown(socket.SHUT_WR)
+            end_side(client)
             assert read_all(client).startswith(b"HTTP/1.1 200 OK")
 
     def test_http_client_skips_the_probes(self, up):
         up.engine.may_step.clear()
         client = http.client.HTTPConnection(*up.address, timeout=5)
+        client.sock = up.open()
         headers = {"content-type": "application/json"}
         client.request("POST", "/v1/completions", orjson.dumps(PATHS["completions"]), headers)
-        client.sock.shutdown(socket.SHUT_WR)
-        wait_until(lambda: client.sock.recv(1000, socket.MSG_PEEK).count(b"100 Continue") > 2)
+        wait_until(lambda: up.engine.live)
+        n_before = n_unread(client.sock)
+        end_side(client.sock)
+        wait_until(lambda: n_unread(client.sock) > n_before + 2 * len(connection.CONTINUE))
         up.engine.may_step.set()
         assert client.getresponse().status == 200
         client.close()
@@ -262,7 +276,7 @@ class TestHalfClose:
     def test_a_client_that_leaves_with_a_request_in_wait_cancels(self, up, stream):
         up.engine.step_time = 0.002
         body = {"prompt": TEXT, "stream": stream, "max_tokens": 4000, "ignore_eos": True}
-        with connect(up) as client:
+        with up.open() as client:
             client.sendall(raw_post("/v1/completions", orjson.dumps(body)))
             wait_until(lambda: up.engine.live)
             client.sendall(GET)
@@ -279,7 +293,7 @@ class TestClients:
     def test_curl(self, up, flag, stream):
         body = orjson.dumps(PATHS["completions"] | {"stream": stream, "max_tokens": 5})
         answer = subprocess.run(
-            ["curl", "-sS", flag, "--noproxy", "*", "-H", "Content-Type: application/json",
+            ["curl", "-sSk", flag, "--noproxy", "*", "-H", "Content-Type: application/json",
              "-H", "Expect: 100-continue", "--data-binary", "@-",
              f"{up.url}/v1/completions"],
             input=body, capture_output=True, timeout=10, check=True,
@@ -290,14 +304,14 @@ class TestClients:
 
 class TestCapacity:
     @pytest.fixture
-    def small(self, tokenizer, monkeypatch):
+    def small(self, tokenizer, wire, monkeypatch):
         monkeypatch.setattr(capacity, "of_process", lambda: capacity.Capacity(4))
-        with serving(tokenizer) as up:
+        with serving(tokenizer, **wire) as up:
             yield up
 
     def test_the_longest_idle_connection_makes_room(self, small, log):
         with contextlib.ExitStack() as stack:
-            idle = [stack.enter_context(connect(small)) for _ in range(4)]
+            idle = [stack.enter_context(small.open()) for _ in range(4)]
             for client in idle:
                 assert get(client).startswith(b"HTTP/1.1 200")
             assert small.get("/livez").status_code == 200
@@ -324,8 +338,8 @@ class TestCapacity:
     def test_a_crowd_of_silent_connections_leaves_health_reachable(self, small):
         with contextlib.ExitStack() as stack:
             for _ in range(200):
-                stack.enter_context(connect(small))
-            assert httpx.get(small.url + "/livez", trust_env=False).status_code == 200
+                stack.enter_context(small.open())
+            assert small.get("/livez").status_code == 200
         wait_until(lambda: not small.server.capacity.n_open)
         assert not small.server.capacity.waiting
 

@@ -1,7 +1,6 @@
 """Loading, ready, draining, stopped: what is served when."""
 
 import contextlib
-import socket
 import threading
 
 import orjson
@@ -50,8 +49,8 @@ class TestLife:
             assert not up.thread.is_alive()
             assert isinstance(up.service.load_error, ValueError)
 
-    def test_drain_finishes_what_runs_and_refuses_the_rest(self, tokenizer):
-        with serving(tokenizer, drain_timeout=10) as up:
+    def test_drain_finishes_what_runs_and_refuses_the_rest(self, tokenizer, wire):
+        with serving(tokenizer, drain_timeout=10, **wire) as up:
             up.engine.may_step.clear()
             body = PATHS["completions"] | {"max_tokens": 30}
             streaming, waiting = up.connect(body | {"stream": True}), up.connect(body)
@@ -69,8 +68,8 @@ class TestLife:
             up.thread.join(2)
             assert not up.thread.is_alive()
 
-    def test_drain_ends_with_errors_when_time_is_over(self, tokenizer):
-        with serving(tokenizer, drain_timeout=0.2) as up:
+    def test_drain_ends_with_errors_when_time_is_over(self, tokenizer, wire):
+        with serving(tokenizer, drain_timeout=0.2, **wire) as up:
             up.engine.step_time = 0.01
             body = {"prompt": TEXT, "max_tokens": 4000, "ignore_eos": True}
             streaming = up.connect(body | {"stream": True})
@@ -87,18 +86,15 @@ class TestLife:
             up.thread.join(2.2)
             assert not up.thread.is_alive()
 
-    def test_drain_tells_uploads_why_they_end_and_cuts_who_reads_nothing(self, tokenizer, caplog):
-        with serving(tokenizer, drain_timeout=0.1) as up, contextlib.ExitStack() as stack:
-            upload, fresh = (
-                stack.enter_context(socket.create_connection(up.address, timeout=5))
-                for _ in range(2)
-            )
+    def test_drain_tells_uploads_why_they_end_and_cuts_who_reads_nothing(
+        self, tokenizer, wire, caplog
+    ):
+        with serving(tokenizer, drain_timeout=0.1, **wire) as up, contextlib.ExitStack() as stack:
+            upload, fresh = (stack.enter_context(up.open()) for _ in range(2))
             upload.sendall(raw_post("/v1/completions", b"{", length=1000))
             fresh.sendall(raw_post("/tokenize", b"", "Expect: 100-continue\r\n", length=1000))
             assert fresh.recv(65536).startswith(b"HTTP/1.1 100")
-            unread = stack.enter_context(socket.socket())
-            unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            unread.connect(up.address)
+            unread = stack.enter_context(up.open(4096))
             body = {"prompt": TEXT, "max_tokens": 3000, "ignore_eos": True, "logprobs": 20}
             unread.sendall(raw_post("/v1/completions", orjson.dumps(body | {"stream": True})))
             wait_until(lambda: any(c.flow.write_paused for c in up.server._connections()))
