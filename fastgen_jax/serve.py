@@ -9,10 +9,12 @@ import errno
 import gc
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.server import logs
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.flags import FlagParser, add_flags, build, markdown
-from fastgen_jax.server.listen import bind, url_of
+from fastgen_jax.server.listen import bind, unix_socket, url_of
 from fastgen_jax.server.report import StartupReport
 
 if TYPE_CHECKING:
@@ -71,10 +73,25 @@ def run(argv: Sequence[str]) -> int:
     logs.set_up_logging(server_config.log_level)
     signal.signal(signal.SIGTERM, exit_at_once)  # until the server's own handlers stand
     certificates = tls_files(server_config)
-    listener = bind(server_config.host, server_config.port)
+    with listen(server_config) as listener:
+        return serve(listener, engine_config, server_config, certificates, started)
+
+
+def serve(
+    listener: socket.socket,
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+    certificates: "Certificates | None",
+    started: float,
+) -> int:
+    """Loads and serves; returns the exit code.
+
+    Raises:
+        FastGenError: the model cannot work, or the engine has given up.
+    """
     names = model_names(engine_config.model, server_config)
     url = url_of(listener, server_config.host, "https" if certificates else "http")
-    report = StartupReport(url, names[0], started)
+    report = StartupReport(url, names[0], started, server_config.uds)
     report.opened()
     from fastgen_jax.server.service import Service
 
@@ -98,6 +115,10 @@ def run(argv: Sequence[str]) -> int:
     if not has_stopped:  # the engine's thread is deep in a compilation, which nothing can interrupt
         exit_at_once()
     return 0
+
+
+def listen(config: ServerConfig) -> AbstractContextManager[socket.socket]:
+    return bind(config.host, config.port) if config.uds is None else unix_socket(config.uds)
 
 
 def parse(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:

@@ -25,6 +25,7 @@ from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.listen import bind, url_of
 from fastgen_jax.server.report import StartupReport
 from tests import tiny_tokenizers
+from tests.server.pairs import certified
 
 ROOT = Path(serve.__file__).parent.parent
 LAUNCH = """
@@ -82,7 +83,7 @@ def url_when_open(process: subprocess.Popen) -> str:
     """Reads the log up to the line with the address."""
     assert process.stderr is not None
     for line in process.stderr:
-        if match := re.search(r"http://\S+", line):
+        if match := re.search(r"https?://\S+", line):
             return match[0]
     raise AssertionError("no address was logged")
 
@@ -136,6 +137,7 @@ class TestFlags:
         (["--port", "70000"], "port must be"),
         (["--max-model-len", "0"], "max_model_len must be"),
         (["--dtype", "int3"], "dtype must be one of"),
+        (["--uds", "a.sock", "--port", "1"], "uds takes the place of host and port"),
         (["--log-level", "loud"], "log_level must be one of"),
         (["--drain-timeout", "nan"], "drain_timeout must be"),
         (["--queue-timeout", "0"], "queue_timeout must be more than 0"),
@@ -265,6 +267,34 @@ class TestProcess:
             pytest.skip("this machine has no IPv6 loopback")
         with listener:
             assert url_of(listener, "::1").startswith("http://[::1]:")
+
+    def test_a_unix_socket_and_its_line_to_paste(self, model, launch, tmp_path):
+        path = f"{tmp_path}/a b.sock"
+        process = launch(model, "--uds", path)
+        for line in process.stderr:
+            if line.startswith("curl "):
+                break
+        answer = subprocess.run(shlex.split(line), capture_output=True, timeout=10, check=True)
+        assert json.loads(answer.stdout)["choices"]
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=10)
+        assert process.returncode == 0
+        assert not os.path.exists(path)
+
+    def test_https_is_told_and_spoken(self, model, launch, tmp_path):
+        tls = certified(tmp_path)
+        process = launch(
+            model, "--port", "0", "--tls-cert", tls["tls_cert"], "--tls-key", tls["tls_key"]
+        )
+        url = url_when_open(process)
+        assert url.startswith("https://")
+        assert httpx.get(url + "/livez", verify=tls["trusts"]).status_code == 200
+
+    def test_files_of_tls_are_read_before_the_model_loads(self, model, launch):
+        process = launch(model, "--port", "0", "--tls-cert", "/none", "--tls-key", "/none")
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 2
+        assert "error: cannot read --tls-cert /none: No such file" in errors
 
     def test_start_is_told_and_sigterm_ends_what_runs_with_exit_0(self, model, launch):
         process = launch(model, "--port", "0")

@@ -9,6 +9,7 @@ from fastgen_jax.dialects import DIALECTS, THINKING
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.sampling_params import POOLINGS
 
+HOST, PORT = "127.0.0.1", 8000
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 SENDABLE = re.compile(r"[!-~]+")
@@ -31,8 +32,12 @@ def is_origin(value: str) -> bool:
 class ServerConfig:
     """Options of the HTTP server; those of the engine are EngineConfig's."""
 
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every interface", "server")
-    port: int = option(8000, "port to listen on; 0 takes a free one", "server")
+    host: str = option(HOST, "address to listen on; 0.0.0.0 for every interface", "server")
+    port: int = option(PORT, "port to listen on; 0 takes a free one", "server")
+    uds: str | None = option(
+        None, "Unix socket to listen on instead of host and port; only this user may use it",
+        "server",
+    )  # fmt: skip
     tls_cert: str | None = option(
         None, "PEM file with the certificate of HTTPS and its chain, read again when it changes",
         "server",
@@ -114,6 +119,8 @@ class ServerConfig:
     def __post_init__(self):
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port must be in [0, 65535], got {self.port}")
+        if self.uds is not None and (self.host, self.port) != (HOST, PORT):
+            raise ConfigError("uds takes the place of host and port; give the one or the others")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("tls_cert and tls_key go together; give both or neither")
         if self.log_level not in LOG_LEVELS:

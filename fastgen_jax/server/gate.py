@@ -41,7 +41,7 @@ class Gate:
         self.app = app
         self.service = service
         self.door = Door(service, config)
-        self.checks_host = is_loopback(config.host)
+        self.checks_host = config.uds is None and is_loopback(config.host)
         self.allowed_hosts = frozenset(host.lower() for host in config.allowed_host)
         self.cors = Cors(config.allowed_origin)
 

@@ -81,9 +81,11 @@ def reset(transport: asyncio.Transport):
 
 
 def _count_acked(transport: asyncio.Transport) -> int:
-    """The bytes that the peer's kernel has taken, where the system tells."""
+    """The bytes that the peer's kernel has taken, where the system tells, as it does of TCP."""
     connection = transport.get_extra_info("socket")
     if sys.platform != "linux" or connection is None or connection.fileno() < 0:
+        return 0
+    if connection.family == socket.AF_UNIX:
         return 0
     status = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, N_ACKED[1])
     return int.from_bytes(status[slice(*N_ACKED)], sys.byteorder)

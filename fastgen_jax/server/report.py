@@ -17,10 +17,15 @@ PROGRESS_EVERY = 5.0  # seconds between lines within one phase
 
 
 class StartupReport:
-    """About six lines with times, from the open port to a line to paste."""
+    """About six lines with times, from the open port to a line to paste.
 
-    def __init__(self, url: str, model_name: str, started: float):
+    Args:
+        url: where the server is, through the Unix socket `uds` if there is one.
+    """
+
+    def __init__(self, url: str, model_name: str, started: float, uds: str | None = None):
         self.url = url
+        self.uds = uds
         self.model_name = model_name
         self.started = started
         self._phase = ""
@@ -29,7 +34,8 @@ class StartupReport:
         self._total = 0
 
     def opened(self):
-        log.info("listen   %s is open; /health tells when %s is ready", self.url, self.model_name)
+        place = self.uds or self.url
+        log.info("listen   %s is open; /health tells when %s is ready", place, self.model_name)
 
     def phase(self, service: "Service", name: str, done: int, total: int):
         """Called at each step of the load; logs the ends of phases, and a long phase's progress."""
@@ -82,4 +88,5 @@ class StartupReport:
     def _curl(self) -> str:
         body = {"model": self.model_name, "prompt": "Once upon a time", "max_tokens": 32}
         data = shlex.quote(json.dumps(body))  # whatever the directory is called
-        return f"curl {self.url}/v1/completions -H 'Content-Type: application/json' -d {data}"
+        curl = f"curl --unix-socket {shlex.quote(self.uds)}" if self.uds else "curl"
+        return f"{curl} {self.url}/v1/completions -H 'Content-Type: application/json' -d {data}"

@@ -16,7 +16,7 @@ import orjson
 from fastgen_jax.server.certificates import Certificates
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.lifecycle import Server
-from fastgen_jax.server.listen import bind, url_of
+from fastgen_jax.server.listen import bind, unix_socket, url_of
 from fastgen_jax.server.service import Backend, Service
 from fastgen_jax.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine
@@ -123,8 +123,12 @@ def serving(
 ) -> Iterator[Running]:
     """A server on a free port; its threads are gone at the end. TLS is spoken with who `trusts`."""
     engine = engine or FakeEngine(tokenizer.eos_token_id or 0)
-    config = ServerConfig(port=0, **{"drain_timeout": 0.0} | options)
-    listener = bind(config.host, config.port)
+    place = {} if "uds" in options else {"port": 0}
+    config = ServerConfig(**place | {"drain_timeout": 0.0} | options)
+    listeners = contextlib.ExitStack()
+    listener = listeners.enter_context(
+        bind(config.host, config.port) if config.uds is None else unix_socket(config.uds)
+    )
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
     backend = Backend(engine, tokenizer)  # type: ignore[arg-type]
     service = Service(
@@ -153,6 +157,7 @@ def serving(
         thread.join(10)
         service.stop()
         http_client.close()
+        listeners.close()
         assert not thread.is_alive()
 
 

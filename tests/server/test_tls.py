@@ -17,7 +17,7 @@ from fastgen_jax.server import capacity, certificates, connection
 from fastgen_jax.server import tls as layer
 from fastgen_jax.server.certificates import Certificates
 from fastgen_jax.server.config import ServerConfig
-from tests.server.conftest import write_pair
+from tests.server.pairs import write_pair
 from tests.server.running import PATHS, Running, raw_post, read_all, serving, wait_until
 
 GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
