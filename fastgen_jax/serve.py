@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgen_jax.demo import DEMO, DEMO_NAME
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.server import logs
@@ -35,8 +36,6 @@ LESS_MEMORY = (
     "choose a smaller model, --dtype bfloat16, or less of --max-num-batched-tokens, "
     "--max-num-seqs or --memory-fraction"
 )
-DEMO = Path(__file__).parent / "demo" / "checkpoint"
-DEMO_NAME = "fastgen-demo"
 CONFIGS = (EngineConfig, ServerConfig)
 EXAMPLES = """\
 examples:

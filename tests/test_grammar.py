@@ -13,13 +13,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from fastgen_jax.demo import DEMO
 from fastgen_jax.engine.masks import MaskMaker
 from fastgen_jax.engine.requests import make_sequences
 from fastgen_jax.engine.types import Output, Request, Sequence
 from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.grammar import GrammarCompiler, grammar_text
 from fastgen_jax.sampling_params import SamplingParams, StructuredOutputsParams
-from fastgen_jax.serve import DEMO
 from fastgen_jax.tokenizer import TextStream, Tokenizer
 from tests import tiny_tokenizers
 

@@ -24,7 +24,7 @@ from fastgen_jax.errors import (
     QueueFull,
 )
 from fastgen_jax.llm import LLM, TEMPLATE_OPTIONS
-from fastgen_jax.mii import Pipeline
+from fastgen_jax.mii import Pipeline, pipeline
 from fastgen_jax.results import Logprob
 from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.tokenizer import Tokenizer
@@ -632,6 +632,7 @@ def test_pipeline_answers_as_mii_does(says):
     pipe = Pipeline(says("two balls"))
     [response] = pipe(["Anna has "], max_new_tokens=64)
     assert (str(response), response.generated_text) == ("two balls", "two balls")
+    assert f"{[response]}" == "[two balls]"
     [full] = pipe("Anna has ", return_full_text=True)
     assert full.generated_text == "Anna has two balls"
     assert pipe(["x"], stop="o b")[0].generated_text == "tw"
@@ -660,6 +661,13 @@ def test_pipeline_options_become_sampling_params(says, tokenizer):
     assert params.max_tokens == 9 - len(tokenizer.encode("x"))
     assert (params.ignore_eos, params.stop) == (True, ("a", "b"))
     assert captured(pipe, "x", temperature=0.5, max_new_tokens=3, max_length=9).max_tokens == 3
+
+
+def test_pipeline_refuses_what_it_cannot_load():
+    with pytest.raises(ConfigError, match="'max_lenght'; did you mean 'max_length'"):
+        pipeline(max_lenght=5)
+    with pytest.raises(ConfigError, match="quantization_mode='wf6af16' is not supported"):
+        pipeline(quantization_mode="wf6af16")
 
 
 def test_pipeline_refuses_what_it_does_not_know(says):
@@ -698,8 +706,8 @@ def test_public_names_exist():
     [
         ("import fastgen_jax", "jax transformers tokenizers numpy tqdm"),
         (
-            "from fastgen_jax import LLM, SamplingParams, pipeline",
-            "jax transformers tokenizers tqdm",
+            "from fastgen_jax import LLM, SamplingParams, mii, pipeline",
+            "jax transformers tokenizers tqdm httpx2",
         ),
         ("from fastgen_jax.tokenizer import Tokenizer", "jax transformers tokenizers"),
     ],

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from fastgen_jax import serve
+from fastgen_jax.demo import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.server.config import ServerConfig
@@ -124,9 +125,9 @@ class TestFlags:
 
     def test_no_arguments_mean_the_demo_on_loopback(self):
         engine, server = serve.parse([])
-        assert engine.model == str(serve.DEMO)
+        assert engine.model == str(DEMO)
         assert (server.host, server.port) == ("127.0.0.1", 8000)
-        assert engine == EngineConfig(model=str(serve.DEMO))
+        assert engine == EngineConfig(model=str(DEMO))
 
     @pytest.mark.parametrize(("argv", "message"), [
         (["--max-modl-len", "5"], r"unknown flag --max-modl-len; did you mean --max-model-len\?"),
@@ -215,7 +216,7 @@ class TestFlags:
         config = ServerConfig()
         assert serve.model_names(str(tmp_path), config) == [tmp_path.name]
         assert serve.model_names("org/name", config) == ["org/name"]
-        assert serve.model_names(str(serve.DEMO), config) == ["fastgen-demo"]
+        assert serve.model_names(str(DEMO), config) == ["fastgen-demo"]
         named = ServerConfig(served_model_name=("a", "b"))
         assert serve.model_names(str(tmp_path), named) == ["a", "b"]
         assert (serve.hub_id(str(tmp_path)), serve.hub_id("org/name")) == (None, "org/name")

@@ -31,8 +31,8 @@ WINGS = {
     "convert": Wing("Hugging Face to Orbax and back", ("convert",)),
     "fastgen_jax": Wing("the public names", ("fastgen_jax/__init__.py",)),
     "serve": Wing("the command line", ("fastgen_jax/serve.py",)),
+    "mii": Wing("MII's names", ("fastgen_jax/mii",)),
     "demo": Wing("the built-in model, and what trained it", ("fastgen_jax/demo",)),
-    "mii": Wing("MII's names", ("fastgen_jax/mii.py",)),
     "llm": Wing(
         "offline generation",
         tuple(

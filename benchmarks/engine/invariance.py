@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastgen_jax.demo import DEMO
 from fastgen_jax.llm import LLM
 from fastgen_jax.results import CompletionOutput
 from fastgen_jax.sampling_params import SamplingParams
-from fastgen_jax.serve import DEMO
 
 N_REQUESTS, N_NEW = 120, 48
 NAMES = ("Anna", "Tom", "Mia", "Ben", "Lily", "Max")

@@ -13,11 +13,11 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
+from fastgen_jax.demo import DEMO
 from fastgen_jax.engine.types import Request
 from fastgen_jax.grammar import GrammarCompiler, grammar_text
 from fastgen_jax.llm import LLM
 from fastgen_jax.sampling_params import SamplingParams, StructuredOutputsParams
-from fastgen_jax.serve import DEMO
 from fastgen_jax.tokenizer import Constrainer, Constraints
 
 SCHEMA = {

@@ -23,11 +23,11 @@ from fastgen_jax.checkpoints import loading
 from fastgen_jax.checkpoints.converted import MANIFEST, read_manifest
 from fastgen_jax.checkpoints.directory import read_config
 from fastgen_jax.checkpoints.tensor_files import INDEX, read_headers, weight_files
+from fastgen_jax.demo import DEMO
 from fastgen_jax.errors import CheckpointError
 from fastgen_jax.models import families
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.sharding import make_mesh
-from fastgen_jax.serve import DEMO
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

@@ -6,10 +6,10 @@ import re
 import jsonschema
 import pytest
 
+from fastgen_jax.demo import DEMO
 from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.llm import LLM
 from fastgen_jax.sampling_params import SamplingParams, StructuredOutputsParams
-from fastgen_jax.serve import DEMO
 
 PROMPT = "Once upon a time Anna had a red ball."
 SCHEMA = {
