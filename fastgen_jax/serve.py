@@ -24,7 +24,7 @@ from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.server import logs
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.flags import FlagParser, add_flags, build, markdown
-from fastgen_jax.server.listen import bind, unix_socket, url_of
+from fastgen_jax.server.listen import bind, inherited, unix_socket, url_of
 from fastgen_jax.server.report import StartupReport
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ LESS_MEMORY = (
     "choose a smaller model, --dtype bfloat16, or less of --max-num-batched-tokens, "
     "--max-num-seqs or --memory-fraction"
 )
+KEY_VARIABLE = "FASTGEN_API_KEY"
 CONFIGS = (EngineConfig, ServerConfig)
 EXAMPLES = """\
 examples:
@@ -117,6 +118,8 @@ def serve(
 
 
 def listen(config: ServerConfig) -> AbstractContextManager[socket.socket]:
+    if config.fd is not None:
+        return inherited(config.fd)
     return bind(config.host, config.port) if config.uds is None else unix_socket(config.uds)
 
 
@@ -131,6 +134,8 @@ def parse(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:
     if model is not None and getattr(namespace, "model", model) != model:
         raise ConfigError("the model is named twice; give it as PATH or with --model")
     namespace.model = model or getattr(namespace, "model", None) or str(DEMO)
+    if key := os.environ.pop(KEY_VARIABLE, None):
+        namespace.api_key = [*getattr(namespace, "api_key", ()), key]
     return build(EngineConfig, namespace), build(ServerConfig, namespace)
 
 

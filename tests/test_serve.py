@@ -23,7 +23,7 @@ from fastgen_jax.demo import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.server.config import ServerConfig
-from fastgen_jax.server.listen import bind, url_of
+from fastgen_jax.server.listen import bind, inherited, url_of
 from fastgen_jax.server.report import StartupReport
 from tests import tiny_tokenizers
 from tests.server.pairs import certified
@@ -62,13 +62,16 @@ def launch() -> Iterator:
     """Starts the command with the echoing engine; what still runs at the end is killed."""
     started: list[subprocess.Popen] = []
 
-    def start(*args: str, stderr: int = subprocess.PIPE, **environment: str) -> subprocess.Popen:
+    def start(
+        *args: str, stderr: int = subprocess.PIPE, pass_fds: tuple = (), **environment: str
+    ) -> subprocess.Popen:
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, *args],
             cwd=ROOT,
             env=os.environ | environment,
             stderr=stderr,
             stdout=subprocess.PIPE,
+            pass_fds=pass_fds,
             text=True,
         )
         started.append(process)
@@ -123,6 +126,14 @@ class TestFlags:
         assert (engine.enable_prefix_caching, engine.memory_fraction) == (False, 0.5)
         assert (server.port, server.api_key) == (0, ("a", "b"))
 
+    def test_a_key_of_the_environment_is_one_more_and_goes_no_further(self, monkeypatch):
+        monkeypatch.setenv(serve.KEY_VARIABLE, "c")
+        assert serve.parse(["--api-key", "a"])[1].api_key == ("a", "c")
+        assert serve.parse(["--api-key", "a"])[1].api_key == ("a",)
+        monkeypatch.setenv(serve.KEY_VARIABLE, "two words")
+        with pytest.raises(ConfigError, match="api_key may hold only visible ASCII"):
+            serve.parse([])
+
     def test_no_arguments_mean_the_demo_on_loopback(self):
         engine, server = serve.parse([])
         assert engine.model == str(DEMO)
@@ -136,6 +147,7 @@ class TestFlags:
         (["a/b", "--model", "c/d"], "named twice"),
         (["--port", "http"], "expected a whole number"),
         (["--port", "70000"], "port must be"),
+        (["--fd", "-1"], "fd must be the number of an open file"),
         (["--max-model-len", "0"], "max_model_len must be"),
         (["--dtype", "int3"], "dtype must be one of"),
         (["--uds", "a.sock", "--port", "1"], "uds takes the place of host and port"),
@@ -260,6 +272,19 @@ class TestProcess:
         *_, cause, remedy = errors.splitlines()
         assert cause.startswith(f"error: cannot listen on 127.0.0.1 port {port}: ")
         assert "--port" in remedy
+
+    def test_an_inherited_socket_is_listened_on(self, model, launch):
+        with bind("127.0.0.1", 0) as listener:
+            url, fd = url_of(listener, "127.0.0.1"), listener.fileno()
+            process = launch(model, "--fd", str(fd), pass_fds=(fd,))
+        assert url_when_open(process) == url
+        wait_for(url + "/health", 200)
+
+    def test_an_inherited_file_that_cannot_be_listened_on_is_an_error(self):
+        with open(os.devnull) as file, pytest.raises(ConfigError, match="is no socket"):
+            inherited(file.fileno())
+        with socket.socket() as idle, pytest.raises(ConfigError, match="does not listen"):
+            inherited(os.dup(idle.fileno()))
 
     def test_an_ipv6_address_serves_where_the_machine_has_one(self):
         try:

@@ -34,6 +34,12 @@ class ServerConfig:
 
     host: str = option(HOST, "address to listen on; 0.0.0.0 for every interface", "server")
     port: int = option(PORT, "port to listen on; 0 takes a free one", "server")
+    fd: int | None = option(
+        None,
+        "file descriptor of a listening socket that whoever starts the server has bound (default: "
+        "host and port are bound)",
+        "server",
+    )
     uds: str | None = option(
         None, "Unix socket to listen on instead of host and port; only this user may use it",
         "server",
@@ -50,7 +56,10 @@ class ServerConfig:
         None, "file with a Jinja chat template (default: the tokenizer's)", "server"
     )
     api_key: tuple[str, ...] = option(
-        (), "key that clients must send (Authorization: Bearer KEY); may be repeated", "server"
+        (),
+        "key that clients must send (Authorization: Bearer KEY); may be repeated; FASTGEN_API_KEY "
+        "is one more, which no list of processes shows",
+        "server",
     )
     allowed_host: tuple[str, ...] = option(
         (),
@@ -123,6 +132,10 @@ class ServerConfig:
             raise ConfigError("uds takes the place of host and port; give the one or the others")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("tls_cert and tls_key go together; give both or neither")
+        if self.fd is not None and self.fd < 0:
+            raise ConfigError(f"fd must be the number of an open file, got {self.fd}")
+        if self.fd is not None and self.uds is not None:
+            raise ConfigError("fd and uds are two sockets to listen on; give one")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(
                 f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"

@@ -38,6 +38,24 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def inherited(fd: int) -> socket.socket:
+    """The listening socket that whoever started this process has left open for it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        listener = socket.socket(fileno=fd)
+        is_listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise ConfigError(f"--fd {fd} is no socket ({error}); leave it out to bind one") from None
+    if not is_listening:
+        listener.close()
+        raise ConfigError(f"--fd {fd} is a socket that does not listen; call listen() on it first")
+    listener.set_inheritable(False)
+    return listener
+
+
 @contextlib.contextmanager
 def unix_socket(path: str) -> Iterator[socket.socket]:
     """A listening Unix socket that only this user may use; its file is gone at the end. The file
