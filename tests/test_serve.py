@@ -360,7 +360,7 @@ class TestProcess:
             process.send_signal(signal.SIGTERM)
             wait_for(url + "/health", 503)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=2) == 128 + signal.SIGTERM
+            assert process.wait(timeout=10) == 128 + signal.SIGTERM  # a third of drain_timeout
 
     def test_a_model_that_cannot_load_is_the_last_thing_said(self, model, launch):
         process = launch(model, "--port", "0", "--seed", "1")
