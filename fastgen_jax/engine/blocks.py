@@ -10,6 +10,7 @@ never written again.
 """
 
 import itertools
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -24,6 +25,14 @@ class Published(NamedTuple):
 
 
 EMPTY_PREFIX = 0
+FREE, HELD, SHARED, EVICTABLE = range(4)
+
+
+class BlockMap(NamedTuple):
+    """What each block is, but for scratch."""
+
+    classes: bytes  # FREE, HELD by one sequence, SHARED by several or EVICTABLE
+    seconds: float  # that making it took
 
 
 class BlockPool:
@@ -115,6 +124,14 @@ class BlockPool:
             self._ref[block] += 1
             self._evictable.pop(block, None)
         return blocks, prefix
+
+    def map(self) -> BlockMap:
+        """For people to look at."""
+        started = time.perf_counter()
+        classes = bytearray(ref if ref < SHARED else SHARED for ref in self._ref)
+        for block in self._evictable:
+            classes[block] = EVICTABLE
+        return BlockMap(bytes(classes[1:]), time.perf_counter() - started)
 
     def _evict(self) -> None:
         block, _ = self._evictable.popitem(last=False)

@@ -21,8 +21,10 @@ import numpy as np
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.admission import Admission
 from fastgen_jax.engine.batch import Batch
+from fastgen_jax.engine.blocks import BlockMap
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.faults import Faults, Trials
+from fastgen_jax.engine.history import History
 from fastgen_jax.engine.masks import MaskMaker
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.requests import default_params, eos_token_ids, known_eos, make_sequences
@@ -67,8 +69,8 @@ class Engine:
     """Generates tokens for requests; see the module's docstring for the order of things. `close`
     it, use it in a `with` statement, or drop it: each frees the device's memory and the programs.
 
-    Thread-safe: check, submit, submit_all, cancel, finish, stop, close, stats, is_full. One thread
-    at a time may call step or run.
+    Thread-safe: check, submit, submit_all, cancel, finish, stop, close, stats, is_full, map_blocks,
+    history. One thread at a time may call step or run.
 
     Args:
         config: what to load and its limits; `self.config` is the same with nothing left None.
@@ -88,6 +90,7 @@ class Engine:
         self.eos_token_ids = eos_token_ids(started.generation_config, started.model_config)
         phases = ("plan", "pack", "dispatch", "wait", "commit", "mask")
         self.timings = dict.fromkeys(phases, 0.0)  # seconds
+        self.history = History()
         self._runner = started.runner
         self._placement = Placement(c, self.model_config.longest_window)
         self._admission = Admission(
@@ -208,8 +211,7 @@ class Engine:
     def stats(self) -> Stats:
         placement, counters = self._placement, self._counters
         return Stats(
-            n_running=placement.n_running,
-            n_waiting=max(self._admission.n_open - placement.n_running, 0),
+            **self._n_open(),
             n_blocks_used=placement.n_used_blocks,
             n_blocks=placement.n_usable_blocks,
             n_steps=counters["steps"],
@@ -225,6 +227,14 @@ class Engine:
             nonfinite_share=self._faults.nonfinite_share,
             last_step_time=self._last_step_time,
         )
+
+    def _n_open(self) -> dict[str, int]:
+        n_running = self._placement.n_running
+        return {"n_running": n_running, "n_waiting": max(self._admission.n_open - n_running, 0)}
+
+    def map_blocks(self, receive: Callable[[BlockMap], None]) -> None:
+        """Has the engine's thread tell between two steps, soon, which KV block is what."""
+        self._command(lambda outputs: receive(self._placement.blocks.pool.map()))
 
     def _command(self, apply: Command) -> None:
         self._inbox.append(apply)
@@ -271,6 +281,7 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[Output]:
+        started = time.monotonic()
         outputs: list[Output] = []
         while self._inbox:
             self._inbox.popleft()(outputs)
@@ -295,6 +306,10 @@ class Engine:
         if failed:
             self._recover(failed, outputs)
         self._last_step_time = time.monotonic()
+        if batch and not failed:
+            self.history.end(
+                self._last_step_time - started, n_padded=batch.shape.n_tokens, **self._n_open()
+            )
         return outputs
 
     def _plan(self) -> Plan:
@@ -310,6 +325,7 @@ class Engine:
     def _prepare(self, plan: Plan) -> Batch | None:
         """Applies a plan: rows, blocks and counts change here."""
         started = time.perf_counter()
+        self.history.begin(plan)
         admitted = [chunk.sequence for chunk in plan.chunks if chunk.sequence.row < 0]
         batch = self._placement.prepare(plan, self._runner.shapes)
         for sequence in admitted:
