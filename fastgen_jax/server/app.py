@@ -24,6 +24,8 @@ from fastgen_jax.server.protocol_responses import ResponsesRequest
 from fastgen_jax.server.reader import Ask, Reader
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.stream import EventStream, Refusal, cancelled_by_disconnect, read_json
+from fastgen_jax.server.watch import StepStream, Watch
+from fastgen_jax.server.web import PAGES, Web
 
 VERSION = version("fastgen-jax")
 N_DRAIN_BODIES = 16  # of a refused body, so many times the limit is still read and dropped
@@ -60,6 +62,11 @@ def create_app(service: Service, config: ServerConfig) -> Gate:
         methods=["GET", "HEAD", "DELETE"],
         include_in_schema=False,  # which would want an operation for each method
     )
+    if config.web:
+        app.add_api_route("/debug/steps", routes.steps, methods=["GET"])
+        web = Web()
+        for path in PAGES:
+            app.add_api_route(path, web.page, methods=["GET", "HEAD"], include_in_schema=False)
     routed = [route for route in app.routes if isinstance(route, APIRoute)]
     service.metrics.expect([r.path for r in routed if "POST" in (r.methods or ())])
     return Gate(app, service, config)
@@ -73,6 +80,7 @@ class Routes:
         self.config = config
         self.reader = Reader(service, config)
         self.embeddings = Embeddings(service, config)
+        self.watch = Watch(service)
 
     async def livez(self, request: Request) -> Response:
         """The event loop answers; 503 if it can never serve again."""
@@ -92,6 +100,9 @@ class Routes:
     async def metrics(self, request: Request) -> Response:
         body = self.service.metrics.render(self.service.stats())
         return Response(body, headers={"content-type": CONTENT_TYPE})
+
+    async def steps(self, request: Request) -> Response:
+        return StepStream(self.watch)
 
     async def models(self, request: Request) -> Response:
         data = [self._model_object(name) for name in self.service.model_names]

@@ -89,6 +89,11 @@ class ServerConfig:
     enable_auto_tool_choice: bool = option(
         True, "let the model call tools unforced (tool_choice auto)", "server"
     )
+    web: bool = option(
+        True,
+        "serve the page for people, /, and what it shows of the engine, /debug/steps",
+        "server",
+    )
     log_level: str = option("info", "debug, info, warning or error", "server")
     max_body_bytes: int = option(2_000_000, "largest request body (HTTP 413 above)", "limits")
     max_upload_bytes: int = option(

@@ -1,7 +1,7 @@
 """What every HTTP request passes before its route: request id, Host, origin, key, readiness.
 
-Pure ASGI, so that streams pass through untouched. Refusing is the default: a path that is not in
-OPEN_PATHS, known to the router or not, needs a key when keys are set.
+Pure ASGI, so that streams pass through untouched. Refusing is the default: a path that is not
+open, known to the router or not, needs a key when keys are set.
 
 An overloaded server does little else than refuse, while the engine wants the same interpreter: so
 a refusal waits for nothing and makes no system call, at which the engine would take its turn.
@@ -23,6 +23,7 @@ from fastgen_jax.server.door import ANYBODY, Door
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, invalid
 from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
+from fastgen_jax.server.web import PAGES
 
 OPEN_PATHS = frozenset({"/livez", "/health/live", "/health", "/ready", "/health/ready", "/ping"})
 QUEUEING_PATHS = frozenset(
@@ -41,6 +42,7 @@ class Gate:
         self.app = app
         self.service = service
         self.door = Door(service, config)
+        self.open_paths = OPEN_PATHS | (PAGES.keys() if config.web else frozenset())
         self.checks_host = config.uds is None and is_loopback(config.host)
         self.allowed_hosts = frozenset(host.lower() for host in config.allowed_host)
         self.cors = Cors(config.allowed_origin)
@@ -84,7 +86,7 @@ class Gate:
             raise _unknown_host(name)
         if scope["state"]["is_preflight"]:
             return
-        if scope["path"] not in OPEN_PATHS:
+        if scope["path"] not in self.open_paths:
             scope["state"]["client"] = self.door.client_of(headers.get("authorization", ""))
         if scope["method"] == "POST":  # before the body is read, or its route looked for
             scope["state"]["timeout"] = _timeout(headers.getlist("x-request-timeout"))

@@ -7,6 +7,7 @@ The text is written here: prometheus_client's objects take the event loop ten ti
 
 import itertools
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ HISTOGRAMS = (
     ("request_params_max_tokens", "max_tokens of a prompt, where it was given", SIZE_BUCKETS),
     ("request_params_n", "n of a prompt", N_BUCKETS),
 )
+N_NEWEST = {"time_to_first_token_seconds": 200, "inter_token_latency_seconds": 2000}
 
 
 class Family(NamedTuple):
@@ -85,10 +87,11 @@ class Family(NamedTuple):
 
 
 class Histogram:
-    """Counts of observations per bucket. One writer: the event loop."""
+    """Counts of observations per bucket, and the newest as they are. One writer: the event loop."""
 
-    def __init__(self, buckets: tuple[float, ...]):
+    def __init__(self, buckets: tuple[float, ...], n_newest: int = 0):
         self.buckets = buckets
+        self.newest: deque[float] = deque(maxlen=n_newest)
         self.edges = edges_of(buckets)
         self.counts = [0] * (len(buckets) + 1)
         self.sum = 0.0
@@ -96,6 +99,7 @@ class Histogram:
     def observe(self, value: float):
         self.counts[bisect_left(self.buckets, value)] += 1
         self.sum += value
+        self.newest.append(value)
 
 
 class Metrics:
@@ -107,7 +111,9 @@ class Metrics:
 
     def __init__(self, model_name: str, prefixes: tuple[str, ...]):
         self.finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
-        self.histograms = {name: Histogram(buckets) for name, _, buckets in HISTOGRAMS}
+        self.histograms = {
+            name: Histogram(buckets, N_NEWEST.get(name, 0)) for name, _, buckets in HISTOGRAMS
+        }
         self.answers: dict[tuple[str, str], int] = {}  # by path and kind of status
         self.answer_seconds: dict[str, float] = {}  # by path
         self.cache = ""  # labels of cache_config_info, once there is an engine

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+from fastgen_jax.engine.blocks import BlockMap
 from fastgen_jax.engine.types import Output, Request, Stats
 from fastgen_jax.errors import ContextLengthExceeded, QueueFull, RequestError
 from fastgen_jax.sampling_params import Pooling, SamplingParams
@@ -210,6 +211,11 @@ class Service:
 
     def stats(self) -> Stats | None:
         return self.backend.engine.stats() if self.backend is not None else None
+
+    def map_blocks(self, receive: Callable[[BlockMap], None]):
+        """Has the engine tell, soon and on the event loop, which KV block is what."""
+        if self.backend is not None:
+            self.backend.engine.map_blocks(lambda found: self._call(receive, found))
 
     def health(self) -> tuple[bool, dict[str, Any]]:
         """Whether the next request can be served, and the reason if not."""

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fastgen_jax.engine.types import STEP_SIZES, Output, Request, Stats, TokenLogprobs
+from fastgen_jax.engine.blocks import BlockMap
+from fastgen_jax.engine.history import History
+from fastgen_jax.engine.types import STEP_SIZES, Output, Plan, Request, Stats, TokenLogprobs
 from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
 
 MAX_TOKENS = 4096
@@ -55,7 +57,7 @@ class FakeEngine:
         self.config = SimpleNamespace(
             model="fake", tokenizer=None, dtype="float32", block_size=16, num_kv_blocks=256,
             max_model_len=MAX_TOKENS, max_queued_requests=self.max_queued_requests,
-            enable_prefix_caching=True,
+            enable_prefix_caching=True, max_num_batched_tokens=512, max_num_seqs=64,
         )  # fmt: skip
         self.model_config = SimpleNamespace(
             family="fake", n_layers=1, hidden_size=HIDDEN_SIZE, vocab_size=VOCAB_SIZE
@@ -63,6 +65,7 @@ class FakeEngine:
         self.max_total_tokens = MAX_TOKENS
         self.default_params = {"temperature": 0.0}
         self.eos_token_ids = frozenset({self.eos_token_id})
+        self.history = History()
         self.live: dict[tuple[int, int], Sample] = {}
         self.n_steps = self.n_generated = self.n_prompt = 0
         self.steps_by_size = [0] * (len(STEP_SIZES) + 1)
@@ -123,6 +126,9 @@ class FakeEngine:
             self.finished.append((request_id, index))
             self.live.pop((request_id, index), None)
 
+    def map_blocks(self, receive) -> None:
+        receive(BlockMap(bytes(min(len(self.live), 3) for _ in range(255)), 0.0))
+
     def stop(self) -> None:
         self._stopping = True
         self.may_step.set()
@@ -160,6 +166,9 @@ class FakeEngine:
                 if output.finish_reason is not None:
                     self.live.pop((output.request_id, output.index), None)
         self.n_steps += 1
+        if outputs:
+            self.history.begin(Plan([], [], []))
+            self.history.end(0.0, n_padded=16, n_running=len(self.live), n_waiting=0)
         self.steps_by_size[bisect_left(STEP_SIZES, len(outputs))] += len(outputs) > 0
         self.last_step_time = time.monotonic()
         return outputs
