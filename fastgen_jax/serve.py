@@ -6,30 +6,28 @@ Imports of weight wait until they are needed, so that --help and a wrong flag an
 
 import argparse
 import errno
-import gc
 import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgen_jax.demo import DEMO, DEMO_NAME
+from fastgen_jax.cluster.config import ClusterConfig
+from fastgen_jax.demo import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.server import logs
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.flags import FlagParser, add_flags, build, markdown
 from fastgen_jax.server.listen import bind, inherited, unix_socket, url_of
+from fastgen_jax.server.loading import check_model, hub_id, load, model_names
 from fastgen_jax.server.report import StartupReport
 
 if TYPE_CHECKING:
     from fastgen_jax.server.certificates import Certificates
-    from fastgen_jax.server.service import Backend, OnPhase
 
 DEBUG = "run again with FASTGEN_DEBUG=1 to see where it came from"
 LESS_MEMORY = (
@@ -37,7 +35,7 @@ LESS_MEMORY = (
     "--max-num-seqs or --memory-fraction"
 )
 KEY_VARIABLE = "FASTGEN_API_KEY"
-CONFIGS = (EngineConfig, ServerConfig)
+CONFIGS = (EngineConfig, ServerConfig, ClusterConfig)
 EXAMPLES = """\
 examples:
   python -m fastgen_jax.serve                           the built-in demo model
@@ -68,9 +66,14 @@ def run(argv: Sequence[str]) -> int:
         FastGenError: a flag, the address or the model cannot work.
     """
     started = time.monotonic()
-    engine_config, server_config = parse(argv)
+    engine_config, server_config, cluster_config = parse(argv)
     check_model(engine_config.model)
     logs.set_up_logging(server_config.log_level)
+    if cluster_config.is_asked_for:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray has no other switch
+        from fastgen_jax.cluster.running import run_cluster
+
+        return run_cluster(engine_config, server_config, cluster_config)
     signal.signal(signal.SIGTERM, exit_at_once)  # until the server's own handlers stand
     certificates = tls_files(server_config)
     with listen(server_config) as listener:
@@ -123,8 +126,8 @@ def listen(config: ServerConfig) -> AbstractContextManager[socket.socket]:
     return bind(config.host, config.port) if config.uds is None else unix_socket(config.uds)
 
 
-def parse(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:
-    """The two configs that the command line asks for.
+def parse(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig, ClusterConfig]:
+    """The configs that the command line asks for.
 
     Raises:
         ConfigError: an unknown flag or a value that cannot work.
@@ -136,7 +139,8 @@ def parse(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig]:
     namespace.model = model or getattr(namespace, "model", None) or str(DEMO)
     if key := os.environ.pop(KEY_VARIABLE, None):
         namespace.api_key = [*getattr(namespace, "api_key", ()), key]
-    return build(EngineConfig, namespace), build(ServerConfig, namespace)
+    engine, server, cluster = (build(config, namespace) for config in CONFIGS)
+    return engine, server, cluster
 
 
 def make_parser() -> FlagParser:
@@ -171,93 +175,12 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def load(
-    engine_config: EngineConfig, server_config: ServerConfig, on_phase: "OnPhase"
-) -> "Backend":
-    """The engine, compiled, and the tokenizer, which loads meanwhile. What can be told from names
-    of files and config.json is told before anything is loaded.
-    """
-    template = chat_template(server_config.chat_template)
-    from fastgen_jax.checkpoints.directory import locate_tokenizer
-    from fastgen_jax.tokenizer.loading import tokenizer_file
-
-    directory = locate_tokenizer(
-        engine_config.model,
-        engine_config.tokenizer,
-        revision=engine_config.revision,
-        overrides=engine_config.hf_overrides,
-    )
-    tokenizer_file(directory)
-    from fastgen_jax.engine.engine import Engine
-    from fastgen_jax.server.service import Backend
-    from fastgen_jax.tokenizer import Tokenizer
-
-    # What loads now stays: walking it, as each full collection would, halts all tokens for 0.2 s.
-    gc.disable()
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            tokenizer = pool.submit(Tokenizer, str(directory), chat_template=template)
-
-            def on_engine_phase(name: str, done: int, total: int) -> None:
-                if tokenizer.done():
-                    tokenizer.result()  # raises now what would else wait for the weights
-                on_phase(name, done, total)
-
-            engine = Engine(engine_config, on_phase=on_engine_phase)
-            backend = Backend(engine, tokenizer.result())
-    finally:
-        gc.freeze()
-        gc.enable()
-    return backend
-
-
 def tls_files(config: ServerConfig) -> "Certificates | None":
     if config.tls_cert is None or config.tls_key is None:
         return None
     from fastgen_jax.server.certificates import Certificates
 
     return Certificates(config.tls_cert, config.tls_key)
-
-
-def chat_template(path: str | None) -> str | None:
-    """The template's text.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot read --chat-template {path}: {error}; give a text file"
-        ) from None
-
-
-def check_model(model: str):
-    """Raises ConfigError at once for a path that is not there; other names may be hub ids."""
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if looks_like_path and not Path(model).is_dir():
-        raise ConfigError(
-            f"there is no directory {model!r}; give one with a Hugging Face checkpoint, or a hub id"
-        )
-
-
-def model_names(model: str, config: ServerConfig) -> list[str]:
-    """What clients call the model: never a path of this machine."""
-    if config.served_model_name:
-        return list(config.served_model_name)
-    path = Path(model)
-    if path == DEMO:
-        return [DEMO_NAME]
-    name = path.resolve().name if path.is_dir() else model
-    return [name.encode(errors="replace").decode()]
-
-
-def hub_id(model: str) -> str | None:
-    """None for a directory of this machine, whose path is nobody's business."""
-    return None if Path(model).is_dir() else model
 
 
 def exit_at_once(*_: Any):

@@ -22,9 +22,10 @@ from fastgen_jax import serve
 from fastgen_jax.demo import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
+from fastgen_jax.server import loading
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.listen import bind, inherited, url_of
-from fastgen_jax.server.report import StartupReport
+from fastgen_jax.server.report import curl
 from tests import tiny_tokenizers
 from tests.server.pairs import certified
 
@@ -113,7 +114,7 @@ class TestFlags:
         assert shown.index("KV cache:") < shown.index("server:") < shown.index("limits")
 
     def test_values_reach_the_configs(self):
-        engine, server = serve.parse(
+        engine, server, _ = serve.parse(
             ["some/model", "--max-model-len", "32K", "--no-enable-prefix-caching",
              "--dtype=bfloat16", "--memory-fraction", "0.5", "--port", "0", "--api-key", "a",
              "--api-key=b"]
@@ -135,7 +136,7 @@ class TestFlags:
             serve.parse([])
 
     def test_no_arguments_mean_the_demo_on_loopback(self):
-        engine, server = serve.parse([])
+        engine, server, _ = serve.parse([])
         assert engine.model == str(DEMO)
         assert (server.host, server.port) == ("127.0.0.1", 8000)
         assert engine == EngineConfig(model=str(DEMO))
@@ -177,7 +178,7 @@ class TestFlags:
             serve.main(["--help=markdown"])
         assert caught.value.code == 0
         lines = capsys.readouterr().out.strip().splitlines()
-        n_fields = sum(len(dataclasses.fields(c)) for c in (EngineConfig, ServerConfig))
+        n_fields = sum(len(dataclasses.fields(c)) for c in serve.CONFIGS)
         assert len(lines) == n_fields + 2
         assert all(line.count(" | ") == 2 for line in lines[2:])
 
@@ -222,7 +223,7 @@ class TestFlags:
 
     def test_a_missing_template_is_an_error(self):
         with pytest.raises(ConfigError, match="cannot read --chat-template"):
-            serve.chat_template("/no/such/file")
+            loading.chat_template("/no/such/file")
 
     def test_clients_never_see_a_path(self, tmp_path):
         config = ServerConfig()
@@ -253,7 +254,7 @@ except SystemExit:
 
 @pytest.mark.parametrize("name", ["plain", "$(touch x)", "a';touch x;'", "`id`\n", 'q"uote'])
 def test_the_line_to_paste_runs_nothing_that_a_name_says(name):
-    line = StartupReport("http://127.0.0.1:1", name, 0.0)._curl()
+    line = curl("http://127.0.0.1:1", name)
     command = shlex.split(line)
     assert command[:2] == ["curl", "http://127.0.0.1:1/v1/completions"]
     assert len(command) == 6

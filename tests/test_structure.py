@@ -40,6 +40,7 @@ WINGS = {
             for name in ("llm", "generation", "beam_search", "results", "vllm_options")
         ),
     ),
+    "cluster": Wing("replicas and machines", ("fastgen_jax/cluster",)),
     "server": Wing("OpenAI's protocol over one engine", ("fastgen_jax/server",)),
     "dialects": Wing("how models write calls and thoughts", ("fastgen_jax/dialects",)),
     "tokenizer": Wing("text to ids and back", ("fastgen_jax/tokenizer",)),
@@ -80,6 +81,7 @@ BORDER = ("server/json_body", "server/protocol", "server/reader", "server/framin
 BORDER += ("server/door", "server/intake")
 BORDER += ("server/tools", "server/structure", "server/speech", "server/protocol_responses")
 BORDER += ("server/stream", "server/uploads", "server/connection", "server/config")
+BORDER += ("cluster/arguments", "cluster/config", "cluster/ticket", "cluster/ingress")
 BORDER += ("server/cors", "server/embeddings", "tokenizer/history", "tokenizer/loading")
 BORDER += ("sampling_params", "prompts", "engine/admission", "engine/config", "models/config")
 BORDER += ("models/hf_config", "checkpoints/directory", "checkpoints/tensor_files")

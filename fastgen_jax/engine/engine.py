@@ -133,6 +133,11 @@ class Engine:
         return self._admission.is_full
 
     @property
+    def n_queued_tokens(self) -> int:
+        """Prompt tokens of requests that wait for their first token."""
+        return self._admission.n_queued_tokens
+
+    @property
     def has_work(self) -> bool:
         return bool(self._inbox or self._requests or self._in_flight)
 

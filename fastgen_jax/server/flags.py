@@ -24,6 +24,7 @@ GROUPS = {
     "engine": "engine",
     "server": "server",
     "limits": "limits and timeouts",
+    "replicas": "replicas and machines",
 }
 
 

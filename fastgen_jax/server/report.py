@@ -83,10 +83,15 @@ class StartupReport:
             "KV cache %d blocks of %d = %d tokens: %.1f requests of full length at once",
             config.num_kv_blocks, config.block_size, n_tokens, n_tokens / config.max_model_len,
         )  # fmt: skip
-        log.info("ready    in %.1f s; try:\n%s", now - self.started, self._curl())
+        log.info(
+            "ready    in %.1f s; try:\n%s",
+            now - self.started, curl(self.url, self.model_name, self.uds),
+        )  # fmt: skip
 
-    def _curl(self) -> str:
-        body = {"model": self.model_name, "prompt": "Once upon a time", "max_tokens": 32}
-        data = shlex.quote(json.dumps(body))  # whatever the directory is called
-        curl = f"curl --unix-socket {shlex.quote(self.uds)}" if self.uds else "curl"
-        return f"{curl} {self.url}/v1/completions -H 'Content-Type: application/json' -d {data}"
+
+def curl(url: str, model_name: str, uds: str | None = None) -> str:
+    """A line to paste."""
+    body = {"model": model_name, "prompt": "Once upon a time", "max_tokens": 32}
+    data = shlex.quote(json.dumps(body))  # whatever the directory is called
+    command = f"curl --unix-socket {shlex.quote(uds)}" if uds else "curl"
+    return f"{command} {url}/v1/completions -H 'Content-Type: application/json' -d {data}"

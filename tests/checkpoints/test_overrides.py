@@ -109,7 +109,7 @@ def test_configs_with_overrides_can_still_be_keys():
 def test_a_flag_that_is_no_json_object_is_refused(text):
     with pytest.raises(ConfigError, match="argument --hf-overrides: expected a JSON object such"):
         serve.parse(["--hf-overrides", text])
-    given, _ = serve.parse(["--hf-overrides", '{"rope_scaling": {"factor": 4}}'])
+    given, *_ = serve.parse(["--hf-overrides", '{"rope_scaling": {"factor": 4}}'])
     assert given.hf_overrides == {"rope_scaling": {"factor": 4}}
 
 
