@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from fastgen_jax.built_in import DEMO
 from fastgen_jax.cluster.config import ClusterConfig
-from fastgen_jax.demo import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.server import logs

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fastgen_jax.demo import DEMO
+from fastgen_jax.built_in import DEMO
 from fastgen_jax.engine.masks import MaskMaker
 from fastgen_jax.engine.requests import make_sequences
 from fastgen_jax.engine.types import Output, Request, Sequence

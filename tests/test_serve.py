@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from fastgen_jax import serve
-from fastgen_jax.demo import DEMO
+from fastgen_jax.built_in import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.server import loading

@@ -52,7 +52,7 @@ WINGS = {
         "what a request asks, configs, errors",
         tuple(
             f"fastgen_jax/{name}.py"
-            for name in ("prompts", "sampling_params", "config", "progress", "errors")
+            for name in ("built_in", "prompts", "sampling_params", "config", "progress", "errors")
         ),
     ),
     "pallas_kernels": Wing("attention, by name", ("pallas_kernels/__init__.py",)),

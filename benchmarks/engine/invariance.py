@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastgen_jax.demo import DEMO
+from fastgen_jax.built_in import DEMO
 from fastgen_jax.llm import LLM
 from fastgen_jax.results import CompletionOutput
 from fastgen_jax.sampling_params import SamplingParams

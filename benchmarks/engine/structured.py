@@ -13,7 +13,7 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
-from fastgen_jax.demo import DEMO
+from fastgen_jax.built_in import DEMO
 from fastgen_jax.engine.types import Request
 from fastgen_jax.grammar import GrammarCompiler, grammar_text
 from fastgen_jax.llm import LLM

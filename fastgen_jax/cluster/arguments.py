@@ -5,9 +5,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fastgen_jax.built_in import DEMO
 from fastgen_jax.cluster.config import ClusterConfig
 from fastgen_jax.config import check_names, show
-from fastgen_jax.demo import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.server.config import ServerConfig

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from fastgen_jax.demo import DEMO
+from fastgen_jax.built_in import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.llm import LLM
 from fastgen_jax.mii.options import LOADING, PipelineOptions, Response, loading_options

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgen_jax.demo import DEMO, DEMO_NAME
+from fastgen_jax.built_in import DEMO, DEMO_NAME
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.server.config import ServerConfig

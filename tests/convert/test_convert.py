@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 from convert.__main__ import main
 from convert.destination import new_directory
 from fastgen_jax import LLM, SamplingParams
+from fastgen_jax.built_in import DEMO
 from fastgen_jax.checkpoints import loading
 from fastgen_jax.checkpoints.converted import MANIFEST, read_manifest
 from fastgen_jax.checkpoints.directory import read_config
 from fastgen_jax.checkpoints.tensor_files import INDEX, read_headers, weight_files
-from fastgen_jax.demo import DEMO
 from fastgen_jax.errors import CheckpointError
 from fastgen_jax.models import families
 from fastgen_jax.models.layers import Policy

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from fastgen_jax.demo import DEMO
+from fastgen_jax.built_in import DEMO
 from tests.server.running import wait_until
 
 ROOT = Path(__file__).parents[2]

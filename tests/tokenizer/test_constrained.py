@@ -6,7 +6,7 @@ import re
 import jsonschema
 import pytest
 
-from fastgen_jax.demo import DEMO
+from fastgen_jax.built_in import DEMO
 from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.llm import LLM
 from fastgen_jax.sampling_params import SamplingParams, StructuredOutputsParams
