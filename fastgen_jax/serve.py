@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
     started = time.monotonic()
     engine_config, server_config, cluster_config = parse(argv)
     check_model(engine_config.model)
-    logs.set_up_logging(server_config.log_level)
+    logs.set_up_logging(server_config.log_level, server_config.log_format)
     if cluster_config.is_asked_for:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray has no other switch
         from fastgen_jax.cluster.running import run_cluster
@@ -194,6 +194,8 @@ def print_error(error: BaseException):
     cause, remedy = explain(error)
     if sys.stdout is not None:  # None: it was closed by who started us
         sys.stdout.flush()
+    if logs.fatal(cause, remedy):
+        return
     print(f"error: {cause}\n  fix: {remedy}", file=sys.stderr)
 
 

@@ -152,6 +152,7 @@ class TestFlags:
         (["--max-model-len", "0"], "max_model_len must be"),
         (["--dtype", "int3"], "dtype must be one of"),
         (["--uds", "a.sock", "--port", "1"], "uds takes the place of host and port"),
+        (["--log-format", "xml"], "log_format must be one of"),
         (["--log-level", "loud"], "log_level must be one of"),
         (["--drain-timeout", "nan"], "drain_timeout must be"),
         (["--queue-timeout", "0"], "queue_timeout must be more than 0"),
@@ -307,6 +308,14 @@ class TestProcess:
         process.communicate(timeout=10)
         assert process.returncode == 0
         assert not os.path.exists(path)
+
+    def test_a_log_for_machines_is_one_to_its_end(self, model, launch):
+        process = launch(model, "--port", "0", "--seed", "1", "--log-format", "json")
+        _, errors = process.communicate(timeout=10)
+        *_, last = [json.loads(line) for line in errors.splitlines()]
+        assert (last["level"], process.returncode) == ("critical", 1)
+        assert last["message"] == "model.safetensors is cut short"
+        assert last["fix"] == "download it again"
 
     def test_https_is_told_and_spoken(self, model, launch, tmp_path):
         tls = certified(tmp_path)

@@ -14,6 +14,7 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9
 DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 SENDABLE = re.compile(r"[!-~]+")
 METRICS_PREFIXES = {"both": ("fastgen", "vllm"), "fastgen": ("fastgen",), "vllm": ("vllm",)}
+LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -95,6 +96,9 @@ class ServerConfig:
         "server",
     )
     log_level: str = option("info", "debug, info, warning or error", "server")
+    log_format: str = option(
+        "text", "text, or json: one object a line, and a line for each request", "server"
+    )
     max_body_bytes: int = option(2_000_000, "largest request body (HTTP 413 above)", "limits")
     max_upload_bytes: int = option(
         64_000_000,
@@ -144,6 +148,10 @@ class ServerConfig:
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(
                 f"log_level must be one of {', '.join(LOG_LEVELS)}, got {self.log_level!r}"
+            )
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(
+                f"log_format must be one of {', '.join(LOG_FORMATS)}, got {self.log_format!r}"
             )
         if self.metrics_prefix not in METRICS_PREFIXES:
             raise ConfigError(

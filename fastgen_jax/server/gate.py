@@ -21,6 +21,7 @@ from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.cors import Cors
 from fastgen_jax.server.door import ANYBODY, Door
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, invalid
+from fastgen_jax.server.origin import Origin, current
 from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.web import PAGES
@@ -66,16 +67,19 @@ class Gate:
         is_preflight = self.cors.is_preflight(scope["method"], headers)
         added = {"x-request-id": request_id}
         added |= self.cors.answer(headers, is_preflight=is_preflight)
+        origin = Origin(
+            request_id, f"{scope['method']} {scope['path']}", headers.get("traceparent", ""),
+            headers.get("tracestate", ""),
+        )  # fmt: skip
         scope["state"] = {
             "request_id": request_id, "client": ANYBODY, "is_preflight": is_preflight,
-            "headers": added, "timeout": None,
+            "headers": added, "timeout": None, "origin": origin,
         }  # fmt: skip
         try:
             self._check(scope, headers)
         except ApiError as error:
             error.headers |= added
-            if scope["method"] == "POST":
-                self.service.metrics.answered(scope["path"], error.status)
+            self.service.journal.refused(origin, error)
             return error
         scope[PASSED] = self
         return None
@@ -106,14 +110,14 @@ class Gate:
             await send(message)
 
         app = Response(status_code=204) if scope["state"]["is_preflight"] else self.app
-        is_post = scope["method"] == "POST"
+        is_post, origin = scope["method"] == "POST", scope["state"]["origin"]
+        current.set(origin)
         self.service.n_inflight += is_post
         try:
             await app(scope, receive, send_with_headers)
         finally:
             self.service.n_inflight -= is_post
-            if is_post:
-                self.service.metrics.answered(scope["path"], status, time.monotonic() - started)
+            self.service.journal.answered(origin, status, time.monotonic() - started)
 
     def _is_known_host(self, name: str) -> bool:
         """Addresses are; names are not: a foreign page that resolves to loopback sends its own."""

@@ -186,7 +186,8 @@ class Generation:
         self.arrival = time.monotonic()
         self.n_open = len(choices)
         self.error: ApiError | None = None
-        self.request_ids: list[int] = []
+        self.request_id = ""  # as the client hears it
+        self.request_ids: list[int] = []  # the engine's
         self.timers: list[asyncio.TimerHandle] = []
         self.first_token_timer: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()

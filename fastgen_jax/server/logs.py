@@ -4,6 +4,8 @@ A terminal that is paused or a pipe that nobody reads stops its writer; that mus
 event loop nor the engine, and clients must not be able to fill a disk with their warnings.
 """
 
+import datetime
+import json
 import logging
 import math
 import os
@@ -11,6 +13,11 @@ import queue
 import select
 import threading
 import time
+from typing import Any
+
+from fastgen_jax.server import origin
+
+log = logging.getLogger("fastgen_jax.server")
 
 STDERR = 2  # itself: a thread stuck in sys.stderr would hold a lock that the exit of Python needs
 MAX_WAITING = 1000  # lines
@@ -19,11 +26,11 @@ REPEAT_SECONDS = 1.0
 FLUSH_SECONDS = 1.0
 
 
-def set_up_logging(level: str, fd: int = STDERR) -> "LineQueue":
+def set_up_logging(level: str, format: str = "text", fd: int = STDERR) -> "LineQueue":
     """Our log, and the warnings of what we run on, in one file; the root logger is the user's."""
     logging.raiseExceptions = False  # a closed stderr must not stop the service
     handler = LineQueue(fd)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(JsonLines() if format == "json" else TextLines())
     levels = {"fastgen_jax": level.upper(), "uvicorn": "WARNING", "asyncio": "WARNING"}
     for name, least in levels.items():
         logger = logging.getLogger(name)
@@ -32,6 +39,49 @@ def set_up_logging(level: str, fd: int = STDERR) -> "LineQueue":
         logger.propagate = False
     logging.getLogger("uvicorn.error").addFilter(_is_not_about_cut_streams)
     return handler
+
+
+class TextLines(logging.Formatter):
+    """For people: the time of day, the message, and whose request it is about."""
+
+    def __init__(self):
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        n_more, request_id = getattr(record, "n_more", 0), origin.request_id()
+        line = super().formatMessage(record)
+        line += f" [request {request_id}]" if request_id else ""
+        return line + (f" (and {n_more} more)" if n_more else "")
+
+
+class JsonLines(logging.Formatter):
+    """For machines: one object a line. What others have chosen, a path or a name, is escaped to
+    ASCII, so that no line ends but ours. `n_more` counts warnings of the kind that were held back.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        shown: dict[str, Any] = {
+            "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "request_id": origin.request_id(),
+            "n_more": getattr(record, "n_more", 0),
+            "traceback": self.formatException(record.exc_info) if record.exc_info else "",
+        }
+        shown = {name: value for name, value in shown.items() if value}
+        return json.dumps(shown | getattr(record, "fields", {}), default=repr)
+
+
+def fatal(cause: str, remedy: str) -> bool:
+    """Says why the process ends, if the log is for machines; False: people wait for the words."""
+    handlers = logging.getLogger("fastgen_jax").handlers
+    if not any(isinstance(handler.formatter, JsonLines) for handler in handlers):
+        return False
+    log.critical(cause, extra={"fields": {"fix": remedy}})
+    flush()
+    return True
 
 
 def open_standard_files():
@@ -76,7 +126,8 @@ class LineQueue(logging.Handler):
             return
         n_more = self._repeats.count(record)
         if n_more is not None:
-            line = self.format(record) + (f" (and {n_more} more)" if n_more else "")
+            record.__dict__["n_more"] = n_more
+            line = self.format(record)
             self.n_put += 1
             self._lines.put(line)
 

@@ -7,6 +7,7 @@ deadlines, latencies. A request ends in exactly one of: its finish reasons, or o
 
 import asyncio
 import contextlib
+import contextvars
 import functools
 import logging
 import threading
@@ -19,9 +20,11 @@ from fastgen_jax.engine.blocks import BlockMap
 from fastgen_jax.engine.types import Output, Request, Stats
 from fastgen_jax.errors import ContextLengthExceeded, QueueFull, RequestError
 from fastgen_jax.sampling_params import Pooling, SamplingParams
+from fastgen_jax.server import origin
 from fastgen_jax.server.config import METRICS_PREFIXES, ServerConfig
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
 from fastgen_jax.server.generation import PLAIN, SILENT, Choice, Generation, Voice
+from fastgen_jax.server.journal import Journal
 from fastgen_jax.server.metrics import Metrics, cache_labels
 from fastgen_jax.server.trial import Trial
 from fastgen_jax.server.uploads import Uploads
@@ -87,6 +90,7 @@ class Service:
         self.hub_id = hub_id
         self.accepted_models = frozenset((*model_names, *model_aliases))
         self.metrics = Metrics(self.model_names[0], METRICS_PREFIXES[config.metrics_prefix])
+        self.journal = Journal(self.metrics, tells_requests=config.log_format == "json")
         self.backend: Backend | None = None
         self.phase = Phase("starting")
         self.load_error: BaseException | None = None
@@ -282,8 +286,8 @@ class Service:
         try:
             if n_bytes <= INLINE_BYTES:
                 return function()
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._tokenizing, function)
+            loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+            return await loop.run_in_executor(self._tokenizing, context.run, function)
         except RequestError as error:
             raise from_engine(error) from None
 
@@ -369,6 +373,8 @@ class Service:
         for i, request_id in enumerate(ids):
             self._live[request_id] = (generation, i * n_samples)
         self._set_deadlines(generation, timeout)
+        if (asker := origin.current.get()) is not None:
+            asker.generation, generation.request_id = generation, asker.request_id
         return generation
 
     def _admit(self, requests: list[Request], param: str) -> list[int]:
@@ -458,7 +464,11 @@ class Service:
         try:
             choice.push(output)
         except Exception as error:  # a fault in one request's text must not reach the others
-            log.error("reading the output failed: %s", error, exc_info=error)
+            fields = {"request_id": generation.request_id}
+            message = "reading the output of request %s failed: %s"
+            log.error(
+                message, fields["request_id"], error, exc_info=error, extra={"fields": fields}
+            )
             return self.fail(generation, internal("the output could not be read"))
         if output.token_id is not None:
             self._observe_token(generation, choice, now)

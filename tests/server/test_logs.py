@@ -1,14 +1,16 @@
 """Who logs never waits for who reads, and is not silent about what was lost."""
 
+import json
 import logging
 import os
+import re
 import threading
 import time
 
 import pytest
 
-from fastgen_jax.server import logs
-from tests.server.running import wait_until
+from fastgen_jax.server import logs, protocol
+from tests.server.running import PATHS, serving, wait_until
 
 NAMES = ("fastgen_jax", "uvicorn", "asyncio", "uvicorn.error")
 log = logging.getLogger("fastgen_jax.server")
@@ -60,12 +62,13 @@ def pipe():
 
 
 @pytest.fixture
-def handler(pipe, monkeypatch):
-    """The real handler on the pipe, gone from the loggers afterwards."""
+def handler(pipe, monkeypatch, request):
+    """The real handler on the pipe, gone from the loggers afterwards; nothing was warned of yet."""
+    monkeypatch.setattr(protocol, "_warned", set())
     monkeypatch.setattr(logging, "raiseExceptions", True)
     loggers = [logging.getLogger(name) for name in NAMES]
     before = [(lg, lg.level, lg.propagate, lg.handlers[:], lg.filters[:]) for lg in loggers]
-    handler = logs.set_up_logging("info", pipe.write_fd)
+    handler = logs.set_up_logging("info", getattr(request, "param", "text"), pipe.write_fd)
     yield handler
     handler.flush()
     for logger, level, propagate, handlers, filters in before:
@@ -151,6 +154,104 @@ class TestWhatIsWritten:
             "Invalid HTTP request received.",
             "socket.accept() out of system resource",
         ]
+
+
+@pytest.fixture
+def lines(pipe, handler):
+    """What a handler of JSON wrote, so far."""
+
+    def read() -> list[dict]:
+        handler.flush()
+        return [json.loads(line) for line in pipe.received.decode("ascii").splitlines()]
+
+    pipe.start_reading()
+    return read
+
+
+def wait_for_line(lines, message: str) -> dict:
+    wait_until(lambda: any(message in line["message"] for line in lines()))
+    return next(line for line in lines() if message in line["message"])
+
+
+@pytest.mark.parametrize("handler", ["json"], indirect=True)
+class TestJson:
+    def test_a_line_is_an_object_whatever_is_in_it(self, lines, handler):
+        text = 'end\nof "line"\r\u2028\x1b[31m \ud800 {"level": "forged"}'
+        # Past pytest's own handler, whose report to another process would not be encoded either.
+        handler.handle(logging.makeLogRecord({"msg": text, "levelname": "INFO", "name": "a.b"}))
+        line = wait_for_line(lines, "end")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+        assert line == {"level": "info", "logger": "a.b", "message": text}
+
+    def test_a_traceback_is_a_string(self, lines):
+        try:
+            raise KeyError("the cause")
+        except KeyError as error:
+            log.error("failed", exc_info=error)
+        assert "KeyError: 'the cause'" in wait_for_line(lines, "failed")["traceback"]
+
+    def test_repeats_and_losses_are_told_as_numbers(self, lines, monkeypatch):
+        now = [100.0]
+        monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+        for _ in range(3):
+            log.warning("again")
+        now[0] += 1.0
+        log.warning("again")
+        monkeypatch.undo()
+        wait_until(lambda: len(lines()) == 2)
+        assert [line.get("n_more") for line in lines()] == [None, 2]
+
+    def test_a_request_has_a_line_with_its_id_and_tokens(self, lines, tokenizer):
+        with serving(tokenizer, log_format="json") as up:
+            body = PATHS["completions"] | {"max_tokens": 5, "said_once": 1}
+            answer = up.post("/v1/completions", body, headers={"x-request-id": "abc-1"})
+            line = wait_for_line(lines, "POST /v1/completions")
+        usage = answer.json()["usage"]
+        assert line.items() >= {
+            "logger": "fastgen_jax.access", "level": "info", "request_id": "abc-1", "status": 200,
+            "method": "POST", "path": "/v1/completions", "generated_tokens": 5,
+            "prompt_tokens": usage["prompt_tokens"],
+        }.items()  # fmt: skip
+        assert line["seconds"] > 0
+        assert len(line["engine_ids"]) == 1
+        assert wait_for_line(lines, "'said_once'")["request_id"] == "abc-1"
+
+    def test_a_long_text_that_is_read_in_a_thread_keeps_its_id(self, lines, tokenizer):
+        with serving(tokenizer, log_format="json") as up:
+            body = {"prompt": "a " * 2000, "read_late": 1}
+            up.post("/v1/completions", body, headers={"x-request-id": "long"})
+            assert wait_for_line(lines, "'read_late'")["request_id"] == "long"
+
+    def test_a_failed_one_names_its_error_and_a_refusal_its_number(self, lines, tokenizer):
+        with serving(tokenizer, log_format="json", api_key=("k",)) as up:
+            for _ in range(20):
+                assert up.post("/v1/completions", PATHS["completions"]).status_code == 401
+            up.http.headers["authorization"] = "Bearer k"
+            assert up.post("/v1/completions", {"prompt": 1.5}).status_code == 400
+            assert wait_for_line(lines, "completions' 400")["status"] == 400
+        refusals = [
+            line for line in lines() if line["message"] == "refused with 401 invalid_api_key"
+        ]
+        assert refusals[0]["error"] == "invalid_api_key"
+        assert len(refusals) < 20
+
+    def test_health_and_metrics_are_no_news(self, lines, tokenizer):
+        with serving(tokenizer, log_format="json") as up:
+            up.get("/metrics")
+            up.get("/health")
+            up.post("/nowhere", {})
+            wait_for_line(lines, "/nowhere")
+        assert not [line for line in lines() if line.get("method") == "GET"]
+
+
+class TestText:
+    def test_a_line_names_the_request_that_it_is_about(self, pipe, handler, tokenizer):
+        pipe.start_reading()
+        with serving(tokenizer) as up:
+            body = PATHS["completions"] | {"told_in_text": 1}
+            up.post("/v1/completions", body, headers={"x-request-id": "abc-2"})
+            wait_until(lambda: any(line.endswith("[request abc-2]") for line in pipe.lines))
+            assert not any("POST" in line for line in pipe.lines)
 
 
 class TestRepeats:
