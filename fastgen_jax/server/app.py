@@ -1,6 +1,5 @@
 """The routes, thin: what they share is in reader, service, stream and formats."""
 
-import asyncio
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -12,7 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from fastgen_jax.server import protocol, responses
+from fastgen_jax.server import answer, protocol, responses
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.embeddings import EmbeddingRequest, Embeddings
 from fastgen_jax.server.errors import ApiError, internal
@@ -29,7 +28,6 @@ from fastgen_jax.server.web import PAGES, Web
 
 VERSION = version("fastgen-jax")
 N_DRAIN_BODIES = 16  # of a refused body, so many times the limit is still read and dropped
-INLINE_ENTRIES = 2000  # up to which an answer is built on the event loop
 
 
 def create_app(service: Service, config: ServerConfig) -> Gate:
@@ -174,8 +172,8 @@ class Routes:
     async def _convert(self, request: Request, read: Callable[[bytearray], bytes]) -> Response:
         with self.service.uploads.open() as upload:
             body = await read_json(request, self.config.max_body_bytes, upload)
-            answer = await self.service.run_text(len(body), lambda: read(body))
-        return Response(answer, media_type="application/json")
+            reply = await self.service.run_text(len(body), lambda: read(body))
+        return Response(reply, media_type="application/json")
 
     async def _submit(self, request: Request, read: Callable[[bytearray], Ask]) -> Entered:
         """The request in the engine's queue. INVARIANT: the body is counted as long as it lives."""
@@ -195,11 +193,7 @@ class Routes:
         if ask.is_streaming:
             return EventStream(generation, ask.format, self.service)
         with cancelled_by_disconnect(request.receive, self.service, generation):
-            await generation.changed()
-        if ask.format.n_entries(generation) <= INLINE_ENTRIES:
-            body = ask.format.result(generation)
-        else:
-            body = await asyncio.to_thread(ask.format.result, generation)
+            body = await answer.whole(generation, ask.format)
         return Response(body, media_type="application/json")
 
 

@@ -5,11 +5,15 @@ The same for every front end: HTTP's Gate brings headers to it, gRPC its metadat
 
 import hashlib
 import hmac
+import random
+import re
 from typing import NamedTuple
 
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.service import Service
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class Client(NamedTuple):
@@ -67,6 +71,11 @@ class Door:
             raise refusal
         if queues:
             self.service.check_queue()
+
+
+def request_id_of(given: str) -> str:
+    """The client's own id, if it is one that logs and answers can hold; else a new one."""
+    return given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 def _digest(key: str) -> bytes:

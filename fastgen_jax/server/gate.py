@@ -8,7 +8,6 @@ a refusal waits for nothing and makes no system call, at which the engine would 
 """
 
 import ipaddress
-import random
 import re
 import socket
 import time
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.cors import Cors
-from fastgen_jax.server.door import ANYBODY, Door
+from fastgen_jax.server.door import ANYBODY, Door, request_id_of
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, invalid
 from fastgen_jax.server.origin import Origin, current
 from fastgen_jax.server.responses import send_error
@@ -31,7 +30,6 @@ QUEUEING_PATHS = frozenset(
     {"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings"}
 )
 PASSED = "fastgen.passed"  # in the scope: the Gate that lets the request pass
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 TIMEOUT = re.compile(r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 HOST_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 
@@ -61,9 +59,7 @@ class Gate:
     def refusal(self, scope: Scope) -> ApiError | None:
         """What the request is answered at once, before its body is read; None if it may pass."""
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")
-        if not REQUEST_ID.fullmatch(request_id):
-            request_id = f"{random.getrandbits(128):032x}"
+        request_id = request_id_of(headers.get("x-request-id", ""))
         is_preflight = self.cors.is_preflight(scope["method"], headers)
         added = {"x-request-id": request_id}
         added |= self.cors.answer(headers, is_preflight=is_preflight)

@@ -122,9 +122,9 @@ class Metrics:
         self._process = ProcessCollector(registry=None)
 
     def expect(self, paths: Sequence[str]):
-        """Names the paths whose answers are counted; others are not."""
-        self.answers = dict.fromkeys(itertools.product(paths, STATUSES), 0)
-        self.answer_seconds = dict.fromkeys(paths, 0.0)
+        """Names further paths whose answers are counted; others are not."""
+        self.answers |= dict.fromkeys(itertools.product(paths, STATUSES), 0)
+        self.answer_seconds |= dict.fromkeys(paths, 0.0)
 
     def answered(self, path: str, status: int, seconds: float = 0.0):
         """One more answer, which took so long to its end."""

@@ -64,7 +64,10 @@ class Reader:
     def completion(self, body: Body) -> Ask:
         """What POST /v1/completions asks for."""
         self.service.check_queue()
-        spec = protocol.parse(CompletionRequest, body)
+        return self.completion_of(protocol.parse(CompletionRequest, body), CompletionFormat)
+
+    def completion_of(self, spec: CompletionRequest, make_format: Callable[..., Format]) -> Ask:
+        """What a completion asks for, to be answered in a form of the front end's own."""
         params = self._params(spec)
         entries = spec.prompts(self.config.max_prompts)
         self._check_choices(len(entries), params.n)
@@ -73,7 +76,7 @@ class Reader:
             self._check_texts(texts, "prompt")
         prompts = [self._prompt(entry, spec) for entry in entries]
         echo = self._echo(entries, params.n) if spec.echo else None
-        format = CompletionFormat(echo=echo, **self._shared(spec, params, prompts))
+        format = make_format(echo=echo, **self._shared(spec, params, prompts))
         voice = SILENT if spec.is_echo_alone else PLAIN
         asker, stream, salt = spec.structure().field, bool(spec.stream), spec.cache_salt
         return Ask(prompts, params, format, stream, "prompt", salt, voice, asker)
@@ -85,7 +88,7 @@ class Reader:
         def make_format(shared: dict[str, Any], params: SamplingParams, tools: Tools) -> Format:
             return ChatFormat(is_named=tools.named is not None, **shared)
 
-        return self._conversation(protocol.parse(ChatRequest, body), make_format, "messages")
+        return self.conversation_of(protocol.parse(ChatRequest, body), make_format, "messages")
 
     def response(self, body: Body, owner: bytes) -> Ask:
         """What POST /v1/responses asks for, on behalf of the client `owner`."""
@@ -99,10 +102,10 @@ class Reader:
             return ResponsesFormat(spec.echoed(params), model=shared["model"], keep=keep)
 
         with named_as_in_responses():
-            ask = self._conversation(spec.to_chat(messages), make_format, "input")
+            ask = self.conversation_of(spec.to_chat(messages), make_format, "input")
         return ask._replace(form_param=NAMES.get(ask.form_param or "", ask.form_param))
 
-    def _conversation(
+    def conversation_of(
         self,
         spec: ChatRequest,
         make_format: Callable[[dict[str, Any], SamplingParams, Tools], Format],

@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from fastgen_jax.server import answer
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError
 from fastgen_jax.server.formats.format import Format
 from fastgen_jax.server.generation import Generation
@@ -111,23 +112,11 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         with cancelled_by_disconnect(receive, self.service, self.generation):
             try:
-                async for events in self._events():
+                async for events in answer.pieces(self.generation, self.format):
                     await self._send(events, send)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
             except ApiError as error:
                 await self._send_error(error, send)
-
-    async def _events(self) -> AsyncIterator[bytes]:
-        generation, format = self.generation, self.format
-        is_last = False
-        while not is_last:
-            await generation.changed()
-            is_last = generation.n_open == 0
-            for i, events in enumerate(format.chunks(generation)):
-                if i:
-                    await asyncio.sleep(0)  # others come in between
-                yield events
-        yield format.end(generation)
 
     async def _send(self, events: bytes, send: Send):
         if not self.is_started:
