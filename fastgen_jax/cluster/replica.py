@@ -29,7 +29,7 @@ class Replica:
     """Ready once it is constructed, so that Ray sends it nothing before."""
 
     async def __init__(self, engine_config: EngineConfig, server_config: ServerConfig):
-        logs.set_up_logging(server_config.log_level)
+        logs.set_up_logging(server_config.log_level, server_config.log_format)
         names = model_names(engine_config.model, server_config)
         report = StartupReport("", names[0], time.monotonic())
         self.service = Service(
