@@ -147,5 +147,6 @@ def settings_of_a_tool(calls_out: Path) -> dict[str, str]:
         "PYTHONPATH": f"{SEALED}{os.pathsep}{ROOT}",
         "NODE_OPTIONS": f"--import={(SEALED / 'seal.mjs').as_uri()}",
         "CALLS_OUT": str(calls_out),
+        "PYTHON": sys.executable,  # that has our packages
         "LANG": "C.UTF-8",
     }

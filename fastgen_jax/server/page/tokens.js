@@ -91,17 +91,21 @@ export class TokenText {
 }
 
 function spanOf(text, token) {
-  const span = document.createElement("span");
+  const [span, word] = ["span", "span"].map((tag) => document.createElement(tag));
   const p = Math.exp(token[1]);
   const level = BOUNDS.findIndex((bound) => p >= bound);
-  span.className = `token p${level < 0 ? BOUNDS.length : level}`;
-  span.textContent = text;
+  const start = text.search(/\S|$/); // blanks before a word stay as they are
+  word.className = `p${level < 0 ? BOUNDS.length : level}`;
+  word.textContent = text.slice(start);
+  span.className = "token";
+  span.append(text.slice(0, start), word);
   span.tabIndex = -1;
   span.token = token;
   return span;
 }
 
 function showTip(target) {
+  target = target?.closest?.(".token");
   const token = target?.token;
   document.querySelector("[aria-describedby='tip']")?.removeAttribute("aria-describedby");
   tip.hidden = !token;
