@@ -1,8 +1,10 @@
 """Arguments of the application builder, without Ray."""
 
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
 from fastgen_jax import serve
 from fastgen_jax.cluster.arguments import read
@@ -37,6 +39,16 @@ def test_a_mapping_reaches_the_config_that_takes_one():
 def test_what_cannot_work_is_refused_with_the_reason(args, message):
     with pytest.raises(ConfigError, match=message):
         read(args)
+
+
+@pytest.mark.parametrize("file", ["serve.yaml", "rayservice.yaml"])
+def test_the_files_of_the_package_ask_for_what_there_is(file):
+    config = yaml.safe_load((Path(serve.__file__).parent / "cluster" / file).read_text())
+    config = yaml.safe_load(config["spec"]["serveConfigV2"]) if "spec" in config else config
+    (application,) = config["applications"]
+    _, server, cluster = read(application["args"])
+    assert server.host == config["http_options"]["host"]
+    assert cluster.max_replicas > cluster.replicas
 
 
 def test_replicas_without_ray_say_what_to_install(monkeypatch, capsys):
