@@ -1,8 +1,8 @@
 """Ingress: takes a request in, sends it to a replica, and to another one if that is lost.
 
-What a request may do is its replica's business; only what is held here is bounded here. A request
-that no byte has been answered to is sent again, once and within a Budget; a stream that had begun
-ends with an error event and without [DONE].
+What a request may do is its replica's business; only what is held here is bounded here, and held
+for nobody without a key. A request that no byte has been answered to is sent again, once and within
+a Budget; a stream that had begun ends with an error event and without [DONE].
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from fastgen_jax.cluster.policy import Budget
 from fastgen_jax.cluster.ticket import Ticket, read_ticket
 from fastgen_jax.errors import QueueFull
 from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.door import Keys
 from fastgen_jax.server.errors import ApiError, from_engine, unavailable
 from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.stream import read_json
@@ -54,6 +55,7 @@ class Forwarder:
         self.budget = budget
         self._replicas = replicas.options(method_name="respond", stream=True)
         self._uploads = Uploads(config.max_upload_bytes)
+        self._keys = Keys(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         if scope["type"] != "http":
@@ -74,6 +76,7 @@ class Forwarder:
         with self._uploads.open() as upload:
             body = b""
             if request.method == "POST":
+                self._keys.client_of(request.headers.get("authorization", ""))
                 body = bytes(await read_json(request, self.config.max_body_bytes, upload))
             ticket = read_ticket(body)
             self.budget.earn()

@@ -31,11 +31,10 @@ class Client(NamedTuple):
 ANYBODY = Client()
 
 
-class Door:
-    """Knows the keys of one service and asks it for its readiness."""
+class Keys:
+    """The keys of one configuration, as digests."""
 
-    def __init__(self, service: Service, config: ServerConfig):
-        self.service = service
+    def __init__(self, config: ServerConfig):
         self._key_digests = [_digest(key) for key in config.api_key]
         self._shares_prefixes = config.share_prefix_cache
 
@@ -59,6 +58,14 @@ class Door:
                 headers={"www-authenticate": "Bearer"},
             )
         return Client(given, b"" if self._shares_prefixes else given)
+
+
+class Door:
+    """Knows the keys of one service and asks it for its readiness."""
+
+    def __init__(self, service: Service, config: ServerConfig):
+        self.service = service
+        self.client_of = Keys(config).client_of
 
     def check_work(self, *, queues: bool):
         """Asks for new work, which `queues` in the engine or not.

@@ -20,7 +20,7 @@ class StartupReport:
     """About six lines with times, from the open port to a line to paste.
 
     Args:
-        url: where the server is, through the Unix socket `uds` if there is one.
+        url: where the server is, through the Unix socket `uds` if there is one; "": no line.
     """
 
     def __init__(self, url: str, model_name: str, started: float, uds: str | None = None):
@@ -83,10 +83,8 @@ class StartupReport:
             "KV cache %d blocks of %d = %d tokens: %.1f requests of full length at once",
             config.num_kv_blocks, config.block_size, n_tokens, n_tokens / config.max_model_len,
         )  # fmt: skip
-        log.info(
-            "ready    in %.1f s; try:\n%s",
-            now - self.started, curl(self.url, self.model_name, self.uds),
-        )  # fmt: skip
+        line = f"; try:\n{curl(self.url, self.model_name, self.uds)}" if self.url else ""
+        log.info("ready    in %.1f s%s", now - self.started, line)
 
 
 def curl(url: str, model_name: str, uds: str | None = None) -> str:

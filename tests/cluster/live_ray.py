@@ -33,8 +33,10 @@ BIN = Path(sys.executable).parent
 YAML = Path(fastgen_jax.__file__).parent / "cluster/serve.yaml"
 CACHE = ROOT / ".pytest_cache/xla-replicas"
 SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "num_kv_blocks": 64,
-         "max_model_len": 512, "replica_cpus": 1, "compilation_cache": str(CACHE)}  # fmt: skip
+         "max_model_len": 512, "replica_cpus": 1, "compilation_cache": str(CACHE),
+         "api_key": "secret"}  # fmt: skip
 START = 150.0  # seconds that a start may take
+KEY = {"authorization": "Bearer secret"}
 DONE, TOLD = "ended", "told of the failure"  # what may become of a stream
 OUT_OF_ROTATION = 10.0  # seconds
 
@@ -79,7 +81,13 @@ class Room:
 
     def ask(self, n_tokens: int, number: int = 0) -> httpx.Response:
         body = {"prompt": f"{number} Once upon a time", "max_tokens": n_tokens, "ignore_eos": True}
-        return httpx.post(self.url + "/v1/completions", json=body, timeout=START, trust_env=False)
+        return self.post(body)
+
+    def post(self, body: dict, **headers: str) -> httpx.Response:
+        return httpx.post(
+            self.url + "/v1/completions", json=body, headers=KEY | headers, timeout=START,
+            trust_env=False,
+        )  # fmt: skip
 
     def stream(self, number: int, n_tokens: int = 200) -> str:
         """What becomes of a stream."""
@@ -89,7 +97,12 @@ class Room:
         with (
             contextlib.suppress(httpx.RemoteProtocolError),
             httpx.stream(
-                "POST", self.url + "/v1/completions", json=body, timeout=START, trust_env=False
+                "POST",
+                self.url + "/v1/completions",
+                json=body,
+                headers=KEY,
+                timeout=START,
+                trust_env=False,
             ) as response,
         ):
             for part in response.iter_text():
@@ -123,7 +136,7 @@ def replicas() -> set[int]:
 
 def n_running(url: str) -> float:
     """Of the replica that happens to answer."""
-    text = httpx.get(url + "/metrics", trust_env=False).text
+    text = httpx.get(url + "/metrics", headers=KEY, trust_env=False).text
     (line,) = [x for x in text.splitlines() if x.startswith("fastgen:num_requests_running")]
     return float(line.split()[-1])
 
@@ -176,17 +189,17 @@ def test_answers_and_streams_of_both_nodes_pass_through(room, command):
     assert answer["usage"]["completion_tokens"] == 8
     with ThreadPoolExecutor(8) as pool:
         assert Counter(pool.map(room.stream, range(8))) == {DONE: 8}
-    bad = httpx.post(room.url + "/v1/completions", json={"prompt": 5}, trust_env=False)
+    bad = room.post({"prompt": 5})
     assert (bad.status_code, bad.json()["error"]["param"]) == (400, "prompt")
-    large = httpx.post(room.url + "/v1/completions", json={"prompt": "a" * 2**21}, trust_env=False)
-    assert large.status_code == 413
+    assert room.post({"prompt": "a" * 2**21}).status_code == 413
+    assert room.post({"prompt": "a" * 2**21}, authorization="Bearer guess").status_code == 401
 
 
 def test_a_client_that_leaves_frees_what_it_had(room, command):
     body = {"prompt": "Once", "max_tokens": 480, "stream": True, "ignore_eos": True}
     for _ in range(4):
         with httpx.stream(
-            "POST", room.url + "/v1/completions", json=body, trust_env=False
+            "POST", room.url + "/v1/completions", json=body, headers=KEY, trust_env=False
         ) as response:
             next(response.iter_text())
     wait_until(lambda: not any(n_running(room.url) for _ in range(6)), 20.0)
