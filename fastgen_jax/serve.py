@@ -69,12 +69,12 @@ def run(argv: Sequence[str]) -> int:
     engine_config, server_config, cluster_config = parse(argv)
     check_model(engine_config.model)
     logs.set_up_logging(server_config.log_level, server_config.log_format)
+    signal.signal(signal.SIGTERM, exit_at_once)  # until the server's own handlers stand
     if cluster_config.is_asked_for:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray has no other switch
         from fastgen_jax.cluster.running import run_cluster
 
         return run_cluster(engine_config, server_config, cluster_config)
-    signal.signal(signal.SIGTERM, exit_at_once)  # until the server's own handlers stand
     certificates = tls_files(server_config)
     with listen(server_config) as listener:
         return serve(listener, engine_config, server_config, certificates, started)

@@ -19,13 +19,17 @@ HEALTH_PERIOD = 2.0  # seconds; after three failures in a row Ray replaces a rep
 HEALTH_TIMEOUT = 10.0
 UPSCALE_DELAY = 5.0  # seconds that a replica must have been missing
 DRAIN_POLL = 0.2  # seconds
+OURS = RequestRouterConfig(request_router_class=TokenRouter)
 LAST_WORDS = 5.0  # seconds that a replica has to end what drain_timeout left
 N_SMALL = 64  # requests that need no room in the engine: /health, /metrics, /tokenize
 MAX_INGRESS = 100_000  # requests in one ingress; replicas refuse what is too much
 
 
 def application(
-    engine_config: EngineConfig, server_config: ServerConfig, cluster_config: ClusterConfig
+    engine_config: EngineConfig,
+    server_config: ServerConfig,
+    cluster_config: ClusterConfig,
+    routing: RequestRouterConfig = OURS,
 ) -> serve.Application:
     """What serve.run takes. Ray must run already where it matters what devices there are."""
     check_model(engine_config.model)
@@ -39,7 +43,7 @@ def application(
         ray_actor_options=_resources(engine_config, cluster_config),
         max_ongoing_requests=engine_config.max_queued_requests + N_SMALL,
         max_queued_requests=engine_config.max_queued_requests,
-        request_router_config=RequestRouterConfig(request_router_class=TokenRouter),
+        request_router_config=routing,
         health_check_period_s=HEALTH_PERIOD,
         health_check_timeout_s=HEALTH_TIMEOUT,
         **_count(cluster_config),

@@ -44,30 +44,41 @@ def run_cluster(
 
     started, is_local = time.monotonic(), cluster_config.ray_address is None
     url, http = _address(server_config, is_local=is_local)
-    _start_ray(cluster_config)
+    start_ray(cluster_config)
+    serve.start(proxy_location="HeadOnly" if is_local else "EveryNode", http_options=http)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, _stop)
+    deployed = None
     try:
-        serve.start(proxy_location="HeadOnly" if is_local else "EveryNode", http_options=http)
         from fastgen_jax.cluster.application import application
 
         log.info("listen   %s is open; replicas load", url)
         app = application(engine_config, server_config, cluster_config)
         serve.run(app, name=APPLICATION)
+        deployed = _deployed()
         model = model_names(engine_config.model, server_config)[0]
         log.info("ready    in %.1f s; try:\n%s", time.monotonic() - started, curl(url, model))
         while True:
             signal.pause()
     except Stopped:
-        log.info("stopping")
+        log.info("stopping: running requests may end")
     except RuntimeError as error:
         raise FastGenError(f"{error}; the log above has the reason") from None
     finally:
-        serve.delete(APPLICATION)
+        if deployed is None or deployed == _deployed():  # else it is no longer ours
+            serve.delete(APPLICATION)
         if is_local:
             serve.shutdown()
         ray.shutdown()
     return 0
+
+
+def _deployed() -> float | None:
+    """When what runs now was deployed."""
+    from ray import serve  # pyright: ignore[reportMissingImports]
+
+    application = serve.status().applications.get(APPLICATION)
+    return application.last_deployed_time_s if application else None
 
 
 def _address(config: ServerConfig, *, is_local: bool) -> tuple[str, dict[str, Any]]:
@@ -79,8 +90,10 @@ def _address(config: ServerConfig, *, is_local: bool) -> tuple[str, dict[str, An
         return url_of(listener, config.host), {"host": config.host, "port": port}
 
 
-def _start_ray(config: ClusterConfig):
-    """Joins a cluster, or makes one of this machine alone that only this machine can reach."""
+def start_ray(config: ClusterConfig):
+    """Joins a cluster, or makes one of this machine, which has as many CPUs as replicas ask for:
+    where there are fewer, they share them.
+    """
     import ray  # pyright: ignore[reportMissingImports]
 
     if config.ray_address is not None:
@@ -92,7 +105,6 @@ def _start_ray(config: ClusterConfig):
         include_dashboard=False,
         logging_level="warning",
         num_cpus=max(os.cpu_count() or 1, math.ceil(most * config.replica_cpus)),
-        _node_ip_address="127.0.0.1",
     )
 
 
