@@ -137,10 +137,19 @@ def parse(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig, ClusterConfi
     if model is not None and getattr(namespace, "model", model) != model:
         raise ConfigError("the model is named twice; give it as PATH or with --model")
     namespace.model = model or getattr(namespace, "model", None) or str(DEMO)
+    if not hasattr(namespace, "otlp_traces_endpoint"):
+        namespace.otlp_traces_endpoint = environments_endpoint()
     if key := os.environ.pop(KEY_VARIABLE, None):
         namespace.api_key = [*getattr(namespace, "api_key", ()), key]
     engine, server, cluster = (build(config, namespace) for config in CONFIGS)
     return engine, server, cluster
+
+
+def environments_endpoint() -> str | None:
+    """Where OpenTelemetry's own variables send traces."""
+    base = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    whole = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return whole or (base.rstrip("/") + "/v1/traces" if base else None)
 
 
 def make_parser() -> FlagParser:

@@ -99,6 +99,12 @@ class ServerConfig:
     log_format: str = option(
         "text", "text, or json: one object a line, and a line for each request", "server"
     )
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "URL that takes OpenTelemetry's traces, as http://localhost:4318/v1/traces (default: as "
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT or OTEL_EXPORTER_OTLP_ENDPOINT say, else no traces)",
+        "server",
+    )
     max_body_bytes: int = option(2_000_000, "largest request body (HTTP 413 above)", "limits")
     max_upload_bytes: int = option(
         64_000_000,
@@ -153,6 +159,9 @@ class ServerConfig:
             raise ConfigError(
                 f"log_format must be one of {', '.join(LOG_FORMATS)}, got {self.log_format!r}"
             )
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not re.match("https?://[^/]", endpoint):
+            raise ConfigError(f"otlp_traces_endpoint must be a URL of HTTP, got {endpoint!r:.100}")
         if self.metrics_prefix not in METRICS_PREFIXES:
             raise ConfigError(
                 f"metrics_prefix must be one of {', '.join(METRICS_PREFIXES)}, got "

@@ -4,11 +4,15 @@ Every front end tells it here, so that none is told of twice or not at all.
 """
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fastgen_jax.errors import ConfigError
 from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.metrics import Metrics
 from fastgen_jax.server.origin import Origin
+
+if TYPE_CHECKING:
+    from fastgen_jax.server.tracing import Tracer
 
 log = logging.getLogger("fastgen_jax.access")
 
@@ -20,11 +24,18 @@ class Journal:
 
     Args:
         tells_requests: whether the log has a line for each POST.
+        tracer: gets the requests that reached the engine.
     """
 
-    def __init__(self, metrics: Metrics, *, tells_requests: bool):
+    def __init__(self, metrics: Metrics, *, tells_requests: bool, tracer: "Tracer | None" = None):
         self.metrics = metrics
+        self.tracer = tracer
         self.level = logging.INFO if tells_requests else logging.DEBUG
+
+    def close(self):
+        """Sends what is still to be told."""
+        if self.tracer is not None:
+            self.tracer.close()
 
     def refused(self, origin: Origin, error: ApiError):
         """A request was refused before any work. Under attack these are many: as warnings they are
@@ -46,11 +57,31 @@ class Journal:
         is_post = method == "POST"
         if is_post:
             self.metrics.answered(path, status, seconds)
+        if self.tracer is not None:
+            self.tracer.request(origin, status)
         level = self.level if is_post else logging.DEBUG
         if log.isEnabledFor(level):
             route = origin.route[:MAX_ROUTE]
             fields = _fields(origin, status) | {"seconds": round(seconds, 4)} | _work(origin)
             log.log(level, "%r %d in %.3f s", route, status, seconds, extra={"fields": fields})
+
+
+def tracer_to(endpoint: str | None, model_name: str) -> "Tracer | None":
+    """None unless an endpoint was named.
+
+    Raises:
+        ConfigError: the packages that it needs are not there.
+    """
+    if endpoint is None:
+        return None
+    try:
+        from fastgen_jax.server.tracing import Tracer
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"traces to {endpoint} need {error.name}, which is not installed; "
+            "pip install 'fastgen-jax[otel]', or start without an endpoint"
+        ) from None
+    return Tracer(endpoint, model_name)
 
 
 def _fields(origin: Origin, status: int) -> dict[str, Any]:

@@ -31,7 +31,11 @@ def set_up_logging(level: str, format: str = "text", fd: int = STDERR) -> "LineQ
     logging.raiseExceptions = False  # a closed stderr must not stop the service
     handler = LineQueue(fd)
     handler.setFormatter(JsonLines() if format == "json" else TextLines())
-    levels = {"fastgen_jax": level.upper(), "uvicorn": "WARNING", "asyncio": "WARNING"}
+    levels = {
+        "fastgen_jax": level.upper(), "uvicorn": "WARNING", "asyncio": "WARNING",
+        "opentelemetry.sdk": "WARNING",
+        "opentelemetry.exporter": "CRITICAL",  # of each try that fails; tracing tells of the first
+    }  # fmt: skip
     for name, least in levels.items():
         logger = logging.getLogger(name)
         logger.setLevel(least)

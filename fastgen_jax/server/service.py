@@ -24,7 +24,7 @@ from fastgen_jax.server import origin
 from fastgen_jax.server.config import METRICS_PREFIXES, ServerConfig
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
 from fastgen_jax.server.generation import PLAIN, SILENT, Choice, Generation, Voice
-from fastgen_jax.server.journal import Journal
+from fastgen_jax.server.journal import Journal, tracer_to
 from fastgen_jax.server.metrics import Metrics, cache_labels
 from fastgen_jax.server.trial import Trial
 from fastgen_jax.server.uploads import Uploads
@@ -90,7 +90,11 @@ class Service:
         self.hub_id = hub_id
         self.accepted_models = frozenset((*model_names, *model_aliases))
         self.metrics = Metrics(self.model_names[0], METRICS_PREFIXES[config.metrics_prefix])
-        self.journal = Journal(self.metrics, tells_requests=config.log_format == "json")
+        self.journal = Journal(
+            self.metrics,
+            tells_requests=config.log_format == "json",
+            tracer=tracer_to(config.otlp_traces_endpoint, self.model_names[0]),
+        )
         self.backend: Backend | None = None
         self.phase = Phase("starting")
         self.load_error: BaseException | None = None
@@ -132,6 +136,7 @@ class Service:
     def stop(self) -> bool:
         """Ends the engine's thread; False if it still loads, which nothing can interrupt."""
         self._attached.set()
+        self.journal.close()
         for pool in (self._tokenizing, self._compiling):
             pool.shutdown(wait=False, cancel_futures=True)
         if self._trial is not None:

@@ -12,7 +12,10 @@ import pytest
 from fastgen_jax.server import logs, protocol
 from tests.server.running import PATHS, serving, wait_until
 
-NAMES = ("fastgen_jax", "uvicorn", "asyncio", "uvicorn.error")
+NAMES = (
+    "fastgen_jax", "uvicorn", "asyncio", "uvicorn.error", "opentelemetry.sdk",
+    "opentelemetry.exporter",
+)  # fmt: skip
 log = logging.getLogger("fastgen_jax.server")
 
 
