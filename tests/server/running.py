@@ -132,10 +132,7 @@ def serving(
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
     backend = Backend(engine, tokenizer)  # type: ignore[arg-type]
     service = Service(
-        load or (lambda on_phase: backend),
-        config,
-        model_names=["fake"],
-        model_aliases=["./fake"],
+        load or (lambda on_phase: backend), config, model_names=["fake"], model_aliases=["./fake"]
     )
     pair = (config.tls_cert, config.tls_key)
     server = Server(service, config, Certificates(*pair) if all(pair) else None)
