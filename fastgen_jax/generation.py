@@ -146,7 +146,7 @@ class Generation:
         self.jobs = [Job(request, _samples(request, tokenizer)) for request in requests]
         self.n_tokens = 0
         self._engine = engine
-        self._waiting = deque(self.jobs)
+        self._waiting = deque(sorted(self.jobs, key=lambda job: job.request.priority))
         self._live: dict[int, Job] = {}
 
     @property

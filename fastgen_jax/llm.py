@@ -136,6 +136,7 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool | Callable[..., Any] = True,
+        priority: Iterable[int] | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
         """Completes prompts; the outputs are in their order.
@@ -145,6 +146,7 @@ class LLM:
                 vLLM's dicts of `prompt` or `prompt_token_ids` are prompts too.
             sampling_params: for all prompts, or one for each; default: get_default_sampling_params.
             use_tqdm: whether to show a progress bar, or what makes it, as tqdm would.
+            priority: one number for each prompt; lower ones run first.
             options: vLLM's GENERATING of vllm_options.py, which change nothing.
 
         Raises:
@@ -153,7 +155,8 @@ class LLM:
         """
         acting(options, GENERATING)
         encoded = self.encode_prompts(prompts)
-        return self.run(encoded, self._params_list(sampling_params, len(encoded)), use_tqdm)
+        params = self._params_list(sampling_params, len(encoded))
+        return self.run(encoded, params, use_tqdm, priority)
 
     def chat(
         self,
@@ -161,6 +164,7 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool | Callable[..., Any] = True,
+        priority: Iterable[int] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         **options: Any,
@@ -169,6 +173,7 @@ class LLM:
 
         Args:
             messages: dicts with role and content, or a list of such lists.
+            priority: as `generate` takes it.
             chat_template: Jinja source, instead of the model's.
             chat_template_kwargs: variables that the template reads, such as enable_thinking.
             options: tools, add_generation_prompt and continue_final_message, which are those of
@@ -189,7 +194,8 @@ class LLM:
         for i, conversation in enumerate(conversations):
             ids = at_prompt(i, tokenizer.apply_chat_template, conversation, **template)
             encoded.append((tokenizer.decode(ids, skip_special_tokens=False), ids))
-        return self.run(encoded, self._params_list(sampling_params, len(encoded)), use_tqdm)
+        params = self._params_list(sampling_params, len(encoded))
+        return self.run(encoded, params, use_tqdm, priority)
 
     def beam_search(
         self, prompts: Prompt | Iterable[Prompt], params: BeamSearchParams, **options: Any
@@ -295,12 +301,14 @@ class LLM:
         prompts: list[EncodedPrompt],
         params: list[SamplingParams],
         use_tqdm: bool | Callable[..., Any],
+        priority: Iterable[int] | None = None,
     ) -> list[RequestOutput]:
         """`generate` of encoded prompts, each with its params."""
+        turns = _priorities(priority, len(prompts))
         known: dict[int, Constraints] = {}  # of params that several prompts share
         requests = [
-            at_prompt(i, self._request, ids, p, known)
-            for i, ((_, ids), p) in enumerate(zip(prompts, params, strict=True))
+            at_prompt(i, self._request, ids, p, known, turn)
+            for i, ((_, ids), p, turn) in enumerate(zip(prompts, params, turns, strict=True))
         ]
         jobs = self._finish(requests, self.tokenizer, use_tqdm)
         texts = [text for text, _ in prompts]
@@ -319,12 +327,16 @@ class LLM:
         return generation.jobs
 
     def _request(
-        self, ids: list[int], params: SamplingParams, known: dict[int, Constraints]
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        known: dict[int, Constraints],
+        priority: int = 0,
     ) -> Request:
         """What the engine is asked. Raises InvalidRequest if it can never be served."""
         if id(params) not in known:
             known[id(params)] = self._constraints(params)
-        request = Request(ids, params, **known[id(params)]._asdict())
+        request = Request(ids, params, **known[id(params)]._asdict(), priority=priority)
         self.engine.check(request)
         if params.stop:
             self._text_tokenizer("a stop string")
@@ -338,6 +350,18 @@ class LLM:
             vocab_size = self.engine.model_config.vocab_size
             self._constrainer = Constrainer(tokenizer, vocab_size, self.engine.eos_token_ids)
         return self._constrainer.constraints(params)
+
+
+def _priorities(given: Iterable[int] | None, n_prompts: int) -> list[int]:
+    """One for each prompt, in whatever way they were given."""
+    if given is None:
+        return [0] * n_prompts
+    if not isinstance(given, Iterable):
+        raise InvalidRequest(f"priority is one integer for each prompt, not {show(given)}")
+    priorities = list(given)
+    if len(priorities) != n_prompts:
+        raise InvalidRequest(f"{len(priorities)} priorities for {n_prompts} prompts")
+    return priorities
 
 
 def _path(name: str, value: Any) -> str:

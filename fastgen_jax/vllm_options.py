@@ -53,7 +53,7 @@ LOADING: dict[str, Idle] = {
     "compilation_config": NOTHING,
     "max_seq_len_to_capture": int,
     "enable_chunked_prefill": (None, True),
-    "scheduling_policy": ("fcfs",),
+    "scheduling_policy": ("fcfs", "priority"),  # turns go by priority, then by arrival
     "async_scheduling": bool | NoneType,
     "disable_async_output_proc": bool,
     "disable_cascade_attn": bool,
@@ -71,7 +71,6 @@ GENERATING: dict[str, Idle] = {
     "lora_request": NOTHING,
     "prompt_adapter_request": (None,),
     "guided_options_request": (None,),
-    "priority": list | NoneType,  # all is done when the call returns
     "tokenization_kwargs": NOTHING,
     "mm_processor_kwargs": NOTHING,
 }
@@ -79,7 +78,7 @@ CHATTING: dict[str, Idle] = {**GENERATING, "chat_template_content_format": ("aut
 EMBEDDING: dict[str, Idle] = {
     "lora_request": NOTHING,
     "pooling_params": (None,),
-    "priority": list | NoneType,
+    "priority": list | NoneType,  # all is done when the call returns
     "tokenization_kwargs": NOTHING,
     "truncate_prompt_tokens": (None,),
 }

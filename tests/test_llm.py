@@ -56,6 +56,7 @@ class FakeEngine:
     n_reused: int = 0
     calls: list = field(default_factory=list)
     n_submitted: int = 0
+    priorities: list = field(default_factory=list)  # in the order of submission
 
     def __post_init__(self):
         self.live, self.inbox = {}, []
@@ -74,6 +75,7 @@ class FakeEngine:
         if len(self.live) >= self.max_queued_requests:
             raise QueueFull("full")
         id, self.n_submitted = self.n_submitted, self.n_submitted + 1
+        self.priorities.append(request.priority)
         self.live[id] = Script(request, {i: list(self.answer) for i in range(request.params.n)})
         return id
 
@@ -406,11 +408,32 @@ def test_chat_takes_another_template_and_its_variables(says):
         prompt_of(llm, chat_template="{% if %}")
 
 
+def test_prompts_of_lower_priority_run_first(says):
+    llm = says("x")
+    outs = llm.generate(["a", "b", "c"], GREEDY, use_tqdm=False, priority=[5, -1, 5])
+    assert [int(out.request_id) for out in outs] == [1, 0, 2]
+    llm.chat([{"role": "user", "content": "hi"}], GREEDY, use_tqdm=False, priority=[7])
+    assert llm.engine.priorities == [-1, 5, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("priority", "message"),
+    [
+        ([1], "1 priorities for 2 prompts"),
+        ([1, 2, 3], "3 priorities for 2 prompts"),
+        (1, "priority is one integer for each prompt, not 1"),
+    ],
+)
+def test_there_is_a_priority_for_each_prompt(says, priority, message):
+    with pytest.raises(InvalidRequest, match=message):
+        says("x").generate(["a", "b"], GREEDY, priority=priority)
+
+
 # --- options of vLLM's
 
 
 def test_options_of_vllm_that_change_nothing_are_taken(says):
-    options = {"lora_request": None, "priority": [1], "mm_processor_kwargs": None}
+    options = {"lora_request": None, "mm_processor_kwargs": None}
     [out] = says("two").generate("x", GREEDY, use_tqdm=False, **options)
     content = {"chat_template_content_format": "auto", "chat_template_kwargs": {}}
     assert prompt_of(says("two"), **options, **content) == prompt_of(says("two"))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.engine.scheduler import servable_tokens
-from fastgen_jax.engine.types import Request
+from fastgen_jax.engine.types import PRIORITIES, Request
 from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
 from fastgen_jax.sampling_params import POOLINGS
 
@@ -67,6 +67,7 @@ class Admission:
         if len(prompt) + wanted > self.max_total_tokens:
             raise ContextLengthExceeded(self._too_long(len(prompt), wanted), param="prompt")
         self._check_samples(p.n)
+        check_priority(request.priority)
         check_ids("prompt", prompt, self._vocab_size)
         check_ids("stop_token_ids", p.stop_token_ids, self._vocab_size)
         check_ids("logit_bias", p.logit_bias or (), self._vocab_size)
@@ -148,11 +149,22 @@ def check_embedding(request: Request) -> None:
     if pooling not in POOLINGS:
         known = " or ".join(POOLINGS)
         raise InvalidRequest(f"pooling must be {known}, got {pooling!r:.40}", param="pooling")
-    if request != Request.to_embed(request.prompt_token_ids, pooling, request.cache_salt):
+    bare = request.prompt_token_ids, pooling, request.cache_salt, request.priority
+    if request != Request.to_embed(*bare):
         raise InvalidRequest(
             "an embedding samples nothing, so that its request takes no params, grammar or "
             "bad_words; make it with Request.to_embed",
             param="pooling",
+        )
+
+
+def check_priority(priority: Any) -> None:
+    """Raises InvalidRequest unless it is an integer of 64 bits."""
+    if type(priority) is not int or priority not in PRIORITIES:
+        raise InvalidRequest(
+            f"priority must be an integer of 64 bits, of which lower ones go first, got "
+            f"{priority!r:.40}",
+            param="priority",
         )
 
 

@@ -100,7 +100,8 @@ class Engine:
             block_size=c.block_size,
             vocab_size=self.model_config.vocab_size,
         )
-        self._live: dict[int, Sequence] = {}  # by id, which is arrival order
+        self._live: dict[int, Sequence] = {}  # by id, in their turn once they are planned
+        self._has_newcomers = False  # among them, who have no place yet
         self._requests: dict[int, list[Sequence]] = {}  # unfinished samples of each
         self._followers: dict[int, list[Sequence]] = {}  # not live until the first sample's token
         self._in_flight: InFlight | None = None
@@ -319,6 +320,7 @@ class Engine:
 
     def _plan(self) -> Plan:
         started = time.perf_counter()
+        self._line_up()
         sequences = self._trials.defendants(self._live)
         if len(sequences) < len(self._live):  # on trial, alone
             others = (s for s in self._live.values() if s is not sequences[0])
@@ -326,6 +328,13 @@ class Engine:
         plan = self._placement.plan(sequences)
         self.timings["plan"] += time.perf_counter() - started
         return plan
+
+    def _line_up(self) -> None:
+        """Puts the live sequences in their turn."""
+        if self._has_newcomers:
+            turns = sorted(self._live.values(), key=lambda sequence: sequence.turn)
+            self._live = {sequence.id: sequence for sequence in turns}
+            self._has_newcomers = False
 
     def _prepare(self, plan: Plan) -> Batch | None:
         """Applies a plan: rows, blocks and counts change here."""
@@ -444,9 +453,7 @@ class Engine:
         for sequence in sequences:
             # Tokens of a lost step were counted; a sequence that had retired lives again.
             sequence.n_tokens = sequence.n_prompt + len(sequence.output_ids)
-            if sequence.id not in held_back:
-                self._live[sequence.id] = sequence
-        self._live = dict(sorted(self._live.items()))
+        self._join([s for s in sequences if s.id not in held_back])
         self._runner.reset()
 
     # Life of a sequence.
@@ -466,19 +473,22 @@ class Engine:
         def apply(outputs: list[Output]) -> None:
             self._requests[request_id] = samples
             n_first = 1 if self._placement.blocks.has_prefix(samples[0]) else len(samples)
-            self._live |= {sequence.id: sequence for sequence in samples[:n_first]}
+            self._join(samples[:n_first])
             if n_first < len(samples):
                 self._followers[request_id] = samples[n_first:]
 
         return apply
 
+    def _join(self, sequences: list[Sequence]) -> None:
+        """Makes these live."""
+        self._live |= {sequence.id: sequence for sequence in sequences}
+        self._has_newcomers |= bool(sequences)
+
     def _follow(self, request_id: int) -> None:
         """Lets the other samples of a request in: the prompt that they share is in the cache, or
         never will be.
         """
-        followers = self._followers.pop(request_id, ())
-        if followers:
-            self._live = dict(sorted((self._live | {s.id: s for s in followers}).items()))
+        self._join(self._followers.pop(request_id, []))
 
     def _dequeue(self, sequence: Sequence) -> None:
         """Its prompt waits no more, the first time that it gets a row, or for ever."""

@@ -4,6 +4,7 @@ The host's half of the KV cache: it plans and packs, and never waits for the dev
 gives way or is lost gives back here what it held.
 """
 
+import math
 from collections.abc import Iterable
 
 from fastgen_jax.engine.batch import Batch, HostTables, Shape, pack
@@ -57,15 +58,15 @@ class Placement:
         return self.blocks.pool.n_usable - self.blocks.pool.n_free
 
     def plan(self, sequences: list[Sequence]) -> Plan:
-        """What the next step does with these live sequences, in arrival order.
+        """What the next step does with these live sequences, in their turn.
 
         The waiting ones in the plan hold their cached prefixes already, and no others.
         """
         self._drop_unseen(sequences)
         attached = self._attach_prefixes(sequences)
         plan = self._schedule(sequences)
-        is_starved = attached and (plan.preempted or not plan.chunks)
-        admitted = () if is_starved else {chunk.sequence.id for chunk in plan.chunks}
+        admitted = {chunk.sequence.id for chunk in plan.chunks if chunk.sequence.row < 0}
+        is_starved = attached and not admitted and (plan.preempted or not plan.chunks)
         for sequence in attached:
             if sequence.id not in admitted:
                 self.blocks.forget(sequence)
@@ -126,15 +127,17 @@ class Placement:
 
     def _attach_prefixes(self, sequences: list[Sequence]) -> list[Sequence]:
         """Lets the first waiting sequences, as many as the budget can take, hold their cached
-        prefix, for `schedule` to see.
+        prefix, for `schedule` to see: those that there may be rows and blocks for, and those to
+        whom a running one may give way.
         """
         n_rows, n_running = len(self.tables.free_rows), self.n_running
         budget = self.limits.max_batched_tokens - n_running
         attached: list[Sequence] = []
-        if self.blocks.pool.n_free < 2 * n_running:
-            return attached
+        n_rows = 0 if self.blocks.pool.n_free < 2 * n_running else n_rows
+        running = (s.priority for s in reversed(sequences) if s.row >= 0)
+        worst = next(running, -math.inf)
         for sequence in sequences:
-            if budget <= 0 or len(attached) == n_rows:
+            if budget <= 0 or (len(attached) >= n_rows and sequence.priority >= worst):
                 break
             if sequence.row < 0:
                 if self.blocks.may_share(sequence):

@@ -41,6 +41,7 @@ def make_sequences(
             seed=seed,
             max_tokens=max_tokens,
             ending_ids=ending,
+            priority=request.priority,
             cache_salt=request.cache_salt,
             constraint=constraint(request, ending, eos_token_ids, vocab_size),
             pooled=Pooled(request.pooling) if request.pooling else None,

@@ -19,6 +19,7 @@ from fastgen_jax.engine.pooling import Pooled
 from fastgen_jax.grammar import Grammar
 from fastgen_jax.sampling_params import Pooling, SamplingParams
 
+PRIORITIES = range(-(2**63), 2**63)
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -33,6 +34,7 @@ class Request:
         grammar: what `params.structured_outputs` says, as GrammarCompiler makes it.
         bad_words: what `params.bad_words` says, as runs of token ids.
         pooling: of which hidden states the embedding is made; None: samples are wanted.
+        priority: the lower, the earlier its turn; equals take turns as they came.
     """
 
     prompt_token_ids: list[int]
@@ -41,14 +43,19 @@ class Request:
     grammar: Grammar | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     pooling: Pooling | None = None
+    priority: int = 0
 
     @classmethod
     def to_embed(
-        cls, prompt_token_ids: list[int], pooling: Pooling, cache_salt: bytes = b""
+        cls,
+        prompt_token_ids: list[int],
+        pooling: Pooling,
+        cache_salt: bytes = b"",
+        priority: int = 0,
     ) -> Request:
         """What a caller asks who wants a prompt's embedding."""
         params = SamplingParams(max_tokens=1, temperature=0.0)
-        return cls(prompt_token_ids, params, cache_salt, pooling=pooling)
+        return cls(prompt_token_ids, params, cache_salt, pooling=pooling, priority=priority)
 
 
 @dataclass(eq=False, slots=True)
@@ -70,6 +77,7 @@ class Sequence:
     max_tokens: int  # prompt and output together, never exceeded by n_tokens
     ending_ids: frozenset[int]  # tokens that end it
     n_tokens: int
+    priority: int = 0
     cache_salt: bytes = b""
     constraint: Constraint | None = None
     pooled: Pooled | None = None  # its embedding; None: tokens are wanted
@@ -81,10 +89,15 @@ class Sequence:
     n_dropped: int = 0  # leading blocks given back, behind every window: 0 in block_ids
     prefix: int = 0  # the pool's number of what these blocks hold; 0: nothing
     is_dequeued: bool = False  # its prompt no longer counts as waiting
-    n_bypassed: int = 0  # times a younger sequence was admitted before this one
+    n_bypassed: int = 0  # times one behind it was admitted before it
     n_reused: int = 0  # prompt tokens that the prefix cache held when it was admitted
     start_time: float = 0.0  # time.monotonic() of its first step
     finish_reason: FinishReason | None = None
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """The lower of two goes first, and gives way last."""
+        return self.priority, self.id
 
     @property
     def n_prompt(self) -> int:
@@ -110,7 +123,7 @@ class Plan(NamedTuple):
 
     chunks: list[Chunk]
     preempted: list[Sequence]
-    bypassed: list[Sequence]  # waiting ones that a younger one was admitted before
+    bypassed: list[Sequence]  # waiting ones that one behind them was admitted before
 
 
 class TokenLogprobs(NamedTuple):

@@ -36,6 +36,8 @@ class EmbeddingRequest(BaseModel):
     dimensions: int | None = None
     user: str | None = None
     add_special_tokens: bool | None = None
+    cache_salt: str | None = None
+    priority: protocol.Priority | None = None
 
     def entries(self, max_prompts: int) -> list[str | list[int]]:
         """What each vector is of: a text or a list of token ids.
@@ -54,6 +56,8 @@ class EmbeddingAsk(NamedTuple):
     model: str
     is_base64: bool
     n_dimensions: int
+    cache_salt: str | None = None
+    priority: int = 0
 
     @property
     def n_numbers(self) -> int:
@@ -71,12 +75,19 @@ class EmbeddingReader(Reader):
         if extras.get("truncate_prompt_tokens") is not None:
             raise invalid("truncate_prompt_tokens is not supported here", "truncate_prompt_tokens")
         protocol.check_extras(extras)
+        protocol.check_salt(spec.cache_salt)
         entries = spec.entries(self.config.max_prompts)
         n_dimensions = self._dimensions(spec.dimensions, len(entries))
         self._check_texts([entry for entry in entries if isinstance(entry, str)], "input")
         prompts = [self._tokens_of(i, entry, spec) for i, entry in enumerate(entries)]
-        model = spec.model or self.service.model_names[0]
-        return EmbeddingAsk(prompts, model, spec.encoding_format == "base64", n_dimensions)
+        return EmbeddingAsk(
+            prompts,
+            spec.model or self.service.model_names[0],
+            spec.encoding_format == "base64",
+            n_dimensions,
+            spec.cache_salt,
+            spec.priority or 0,
+        )
 
     def _dimensions(self, asked: int | None, n_entries: int) -> int:
         size = self.service.require_backend().engine.model_config.hidden_size
@@ -118,7 +129,7 @@ class Embeddings:
 
     async def respond(self, request: Request) -> Response:
         ask = await self._read(request)
-        vectors = await self._vectors(request, ask.prompts)
+        vectors = await self._vectors(request, ask)
         if ask.n_numbers <= INLINE_NUMBERS:
             content = answer(ask, vectors)
         else:
@@ -130,11 +141,13 @@ class Embeddings:
             body = await read_json(request, self.config.max_body_bytes, upload)
             return await self.service.run_text(len(body), lambda: self.reader.embedding(body))
 
-    async def _vectors(self, request: Request, prompts: list[list[int]]) -> list[np.ndarray]:
+    async def _vectors(self, request: Request, ask: EmbeddingAsk) -> list[np.ndarray]:
         """Of length 1, in the order of the prompts."""
         state = request.scope["state"]
-        salt = protocol.cache_salt(None, state["client"].tenant)
-        generation = self.service.embed(prompts, salt, timeout=state["timeout"])
+        salt = protocol.cache_salt(ask.cache_salt, state["client"].tenant)
+        generation = self.service.embed(
+            ask.prompts, salt, priority=ask.priority, timeout=state["timeout"]
+        )
         with cancelled_by_disconnect(request.receive, self.service, generation):
             await generation.changed()
         return [normalized(embedding) for embedding in generation.embeddings]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from fastgen_jax.engine.types import PRIORITIES
 from fastgen_jax.errors import InvalidRequest
 from fastgen_jax.sampling_params import (
     MAX_ALLOWED_TOKEN_IDS,
@@ -48,7 +49,7 @@ MAX_WARNED = 100  # distinct unknown keys that are worth a log line
 # Accepted because they change nothing here: bookkeeping of the caller, or hints.
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "priority", "request_id", "verbosity",
+    "prompt_cache_retention", "request_id", "verbosity",
     "spaces_between_special_tokens", "detokenize", "guided_decoding_backend",
 }  # fmt: skip
 
@@ -97,6 +98,7 @@ def _integral(value: Any) -> Any:
 
 
 Integer = Annotated[int, BeforeValidator(_integral)]
+Priority = Annotated[Integer, Field(ge=PRIORITIES.start, lt=PRIORITIES.stop)]
 
 
 class StreamOptions(BaseModel):
@@ -140,6 +142,7 @@ class GenerationRequest(BaseModel):
     return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
     cache_salt: str | None = None
+    priority: Priority | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: Any = None
@@ -169,8 +172,7 @@ class GenerationRequest(BaseModel):
             raise unsupported("best_of", "leave it out or set it equal to n")
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens < 1:
             raise invalid("truncate_prompt_tokens must be at least 1", "truncate_prompt_tokens")
-        if len(self.cache_salt or "") > MAX_SALT:
-            raise invalid(f"cache_salt has more than {MAX_SALT} characters", "cache_salt")
+        check_salt(self.cache_salt)
         check_extras(self.model_extra or {})
 
     def structure(self) -> Structure:
@@ -393,6 +395,11 @@ def check_extras(extras: dict[str, Any]):
         elif name not in IGNORED and name not in _warned and len(_warned) < MAX_WARNED:
             _warned.add(name)
             log.warning("request field %.80r is unknown and ignored", name)
+
+
+def check_salt(salt: str | None):
+    if len(salt or "") > MAX_SALT:
+        raise invalid(f"cache_salt has more than {MAX_SALT} characters", "cache_salt")
 
 
 def check_token_ids(ids: list[int], vocab_size: int, param: str):

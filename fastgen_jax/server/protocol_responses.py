@@ -25,7 +25,7 @@ MAX_METADATA_LENGTH = 512  # characters of a value
 ROLES = ("user", "assistant", "system", "developer")
 TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 # Of vLLM's extras, those that mean the same here.
-PASSED = (*SAMPLING_FIELDS[1:], "stop", "stop_token_ids", "logit_bias", "cache_salt")
+PASSED = (*SAMPLING_FIELDS[1:], "stop", "stop_token_ids", "logit_bias", "cache_salt", "priority")
 PASSED += ("allowed_token_ids", "bad_words")
 PASSED += ("truncate_prompt_tokens", "chat_template_kwargs", *structure.FIELDS[1:])
 UNSUPPORTED = {"background": (None, False), "conversation": (None,), "prompt": (None,)}

@@ -45,6 +45,7 @@ class Ask(NamedTuple):
     is_streaming: bool
     param: str  # the field that held the prompts
     cache_salt: str | None
+    priority: int
     voice: Voice = PLAIN
     form_param: str | None = None  # the field that asked for a form of the output
 
@@ -78,8 +79,9 @@ class Reader:
         echo = self._echo(entries, params.n) if spec.echo else None
         format = make_format(echo=echo, **self._shared(spec, params, prompts))
         voice = SILENT if spec.is_echo_alone else PLAIN
-        asker, stream, salt = spec.structure().field, bool(spec.stream), spec.cache_salt
-        return Ask(prompts, params, format, stream, "prompt", salt, voice, asker)
+        asker, stream = spec.structure().field, bool(spec.stream)
+        salt, priority = spec.cache_salt, spec.priority or 0
+        return Ask(prompts, params, format, stream, "prompt", salt, priority, voice, asker)
 
     def chat(self, body: Body) -> Ask:
         """What POST /v1/chat/completions asks for."""
@@ -126,8 +128,8 @@ class Reader:
         format = make_format(self._shared(spec, params, [prompt]), params, tools)
         voice = self.speech.voice(tools, prompt)
         asker = "tools" if tools.must_call else structure.field
-        stream, salt = bool(spec.stream), spec.cache_salt
-        return Ask([prompt], params, format, stream, param, salt, voice, asker)
+        stream, salt, priority = bool(spec.stream), spec.cache_salt, spec.priority or 0
+        return Ask([prompt], params, format, stream, param, salt, priority, voice, asker)
 
     def tokens(self, body: Body) -> bytes:
         """The answer to POST /tokenize."""

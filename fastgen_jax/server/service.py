@@ -322,6 +322,7 @@ class Service:
         is_streaming: bool,
         param: str = "prompt",
         cache_salt: bytes = b"",
+        priority: int = 0,
         constraints: Constraints = UNCONSTRAINED,
         voice: Voice = PLAIN,
         timeout: float | None = None,
@@ -335,14 +336,20 @@ class Service:
         Raises:
             ApiError: the engine refused.
         """
-        fields = {"params": params, "cache_salt": cache_salt, **constraints._asdict()}
+        fields = {"params": params, "cache_salt": cache_salt, "priority": priority}
+        fields |= constraints._asdict()
         requests = [Request(prompt, **fields) for prompt in prompts]
         return self._enter(
             requests, is_streaming=is_streaming, param=param, voice=voice, timeout=timeout
         )
 
     def embed(
-        self, prompts: list[list[int]], cache_salt: bytes = b"", *, timeout: float | None = None
+        self,
+        prompts: list[list[int]],
+        cache_salt: bytes = b"",
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> Generation:
         """Hands the prompts to the engine, which makes the embedding of each: all or none.
         `timeout` is as in `submit`.
@@ -351,7 +358,7 @@ class Service:
             ApiError: the engine refused.
         """
         pooling = cast(Pooling, self.config.embedding_pooling)
-        requests = [Request.to_embed(prompt, pooling, cache_salt) for prompt in prompts]
+        requests = [Request.to_embed(prompt, pooling, cache_salt, priority) for prompt in prompts]
         return self._enter(
             requests, is_streaming=False, param="input", voice=SILENT, timeout=timeout
         )

@@ -358,6 +358,7 @@ class Simulation:
         self.bound = 8  # steps that all requests so far may take
         self.n_steps = 0
         self.n_resets = self.n_poisoned = self.n_guilty = 0  # faults that happened
+        self.n_gave_way = self.n_outranked = 0  # steps in which some did, and for newcomers
         self.suspects: set[int] = set()  # before the newest step
         self.in_flight: Batch | None = None  # then
         self.n_tokens = 0  # delivered
@@ -376,11 +377,14 @@ class Simulation:
         params: SamplingParams,
         salt: bytes = b"",
         bad_words: BadWords = (),
+        priority: int = 0,
     ) -> None:
-        self._submit(Request(prompt, params, salt, bad_words=bad_words))
+        self._submit(Request(prompt, params, salt, bad_words=bad_words, priority=priority))
 
-    def embed(self, prompt: list[int], pooling: Pooling, salt: bytes = b"") -> None:
-        self._submit(Request.to_embed(prompt, pooling, salt))
+    def embed(
+        self, prompt: list[int], pooling: Pooling, salt: bytes = b"", priority: int = 0
+    ) -> None:
+        self._submit(Request.to_embed(prompt, pooling, salt, priority))
 
     def _submit(self, request: Request) -> None:
         n_open = self.engine._admission.n_open
@@ -439,8 +443,8 @@ class Simulation:
             is_idle = self.runner.n_dispatched == n_dispatched
             still = [s for s in live if s.id in self.engine._live]
             assert not (still and is_idle), "work waits and nothing was dispatched"
-            if running and running[0] in still and not self.suspects:
-                assert running[0].row >= 0, "the oldest running sequence was preempted"
+            if not self.suspects:
+                self._check_turns(running)
         self.check()
 
     def drain(self) -> None:
@@ -518,16 +522,32 @@ class Simulation:
         self.n_poisoned += bool(poisoned)
         return bool(failed)
 
+    def _check_turns(self, running: list[Sequence]) -> None:
+        """Who gave way among those that ran before the step: the last in turn, and only for others
+        before them; for newcomers only of better priority.
+        """
+        live = [s for s in running if s.id in self.engine._live]
+        kept, gave_way = [s for s in live if s.row >= 0], [s for s in live if s.row < 0]
+        if not gave_way:
+            return
+        first, in_flight = gave_way[0], self.engine._in_flight
+        newcomers = [s for s in in_flight.batch.sequences if s not in running] if in_flight else []
+        assert all(s.turn < first.turn for s in kept), "one gave way to one behind it"
+        assert all(s.priority < first.priority for s in newcomers), "one gave way to its equal"
+        assert newcomers or first is not running[0], "the first in turn was preempted"
+        self.n_gave_way += not newcomers
+        self.n_outranked += bool(newcomers)
+
     def _running(self):
-        return sorted((s for s in self.engine._live.values() if s.row >= 0), key=lambda s: s.id)
+        return sorted((s for s in self.engine._live.values() if s.row >= 0), key=lambda s: s.turn)
 
     def check(self) -> None:
         engine, running = self.engine, self._running()
         self.pool.check()
         self._check_blocks(running)
         self._check_rows(running)
-        ids = list(engine._live)
-        assert ids == sorted(ids), "arrival order is lost"
+        turns = [s.turn for s in engine._live.values()]
+        assert engine._has_newcomers or turns == sorted(turns), "the order of turns is lost"
         for s in engine._live.values():
             assert 0 <= s.n_cached < s.n_tokens < s.max_tokens, s
             assert s.row >= 0 or (s.n_cached == 0 and not s.block_ids), "a waiting one holds blocks"

@@ -19,10 +19,10 @@ from tests.engine.sequences import make_sequence
 ROOMY = Limits(max_batched_tokens=16, max_seqs=8, block_size=4)
 
 
-def running(n_tokens, n_cached, row=0, block_size=4):
+def running(n_tokens, n_cached, row=0, block_size=4, **fields):
     """A sequence with a row and just the blocks that its cached tokens fill."""
     n_blocks = math.ceil(n_cached / block_size)
-    return make_sequence(n_tokens, n_cached, row=row, block_ids=list(range(n_blocks)))
+    return make_sequence(n_tokens, n_cached, row=row, block_ids=list(range(n_blocks)), **fields)
 
 
 def waiting(n_tokens, **fields):
@@ -52,12 +52,15 @@ def states(draw):
         n_tokens = draw(st.integers(1, n_blocks * block_size))
         n_cached = draw(st.sampled_from([0, 0, n_tokens - 1, n_tokens // 2]))
         n_held = math.ceil(n_cached / block_size)
+        priority = draw(st.sampled_from([0, 0, 0, -1, 1]))
         if n_held <= n_free and n_rows < max_seqs and draw(st.booleans()):
-            sequences.append(running(n_tokens, n_cached, n_rows, block_size))
+            s = running(n_tokens, n_cached, n_rows, block_size, priority=priority)
             n_free, n_rows = n_free - n_held, n_rows + 1
         else:
-            sequences.append(waiting(n_tokens, n_bypassed=draw(st.integers(0, MAX_BYPASSED))))
-    return sequences, n_free, limits
+            n_bypassed = draw(st.integers(0, MAX_BYPASSED))
+            s = waiting(n_tokens, n_bypassed=n_bypassed, priority=priority)
+        sequences.append(s)
+    return sorted(sequences, key=lambda s: s.turn), n_free, limits
 
 
 @given(states())
@@ -118,26 +121,28 @@ def test_something_runs_whenever_anything_is_live(state):
 
 
 @given(states())
-def test_only_the_youngest_running_are_preempted_and_never_the_oldest(state):
+def test_the_last_in_turn_are_preempted_and_the_first_for_newcomers_only(state):
     plan = schedule(*state)
     alive = [s for s in state[0] if s.row >= 0]
     n = len(plan.preempted)
     assert plan.preempted == alive[::-1][:n]
-    assert n < max(len(alive), 1)
+    assert n < max(len(alive), 1) or any(s.row < 0 for s in scheduled(plan))
 
 
 @given(states())
-def test_nobody_is_admitted_while_others_give_way(state):
+def test_nobody_enters_while_others_of_its_priority_or_a_better_one_give_way(state):
     plan = schedule(*state)
-    assert not plan.preempted or all(s.row >= 0 for s in scheduled(plan))
+    newcomers = [s.priority for s in scheduled(plan) if s.row < 0]
+    best = min((s.priority for s in plan.preempted), default=math.inf)
+    assert max(newcomers, default=-math.inf) < best
 
 
 @given(states())
 def test_waiting_sequences_are_passed_over_knowingly_and_not_for_ever(state):
     plan = schedule(*state)
     admitted = [s for s in scheduled(plan) if s.row < 0]
-    youngest = max((s.id for s in admitted), default=-1)
-    passed = [s for s in state[0] if s.row < 0 and s.id < youngest and s not in admitted]
+    last = max((s.turn for s in admitted), default=(-math.inf, 0))
+    passed = [s for s in state[0] if s.row < 0 and s.turn < last and s not in admitted]
     assert plan.bypassed == passed
     assert all(s.n_bypassed < MAX_BYPASSED for s in passed)
 
@@ -219,6 +224,57 @@ def test_oldest_prompt_takes_the_blocks_of_younger_ones_when_nothing_else_runs()
     plan = schedule([old, young], 0, ROOMY)
     assert plan.preempted == [young]
     assert [(s is old, n, blocks) for s, n, blocks in plan.chunks] == [(True, 8, 2)]
+
+
+def test_better_priority_enters_first():
+    late, urgent = waiting(16), waiting(16, priority=-1)
+    assert scheduled(schedule([urgent, late], 100, ROOMY)) == [urgent]
+
+
+def test_prompt_that_waits_goes_before_a_running_one_of_worse_priority():
+    urgent, equal = waiting(9), waiting(10, priority=1)
+    better, worse = running(9, 4, row=0), running(30, 4, row=1, priority=1)
+    plan = schedule([better, urgent, worse, equal], 100, ROOMY)
+    assert scheduled(plan) == [better, urgent, worse]
+    assert lengths(plan) == [5, 9, 2]
+
+
+def test_decodes_of_worse_priority_run_beside_better_prompts():
+    urgent, decodes = waiting(100), [running(6, 5, row=i, priority=i) for i in range(3)]
+    plan = schedule([urgent, *decodes], 100, ROOMY)
+    assert scheduled(plan) == [*decodes, urgent]
+    assert lengths(plan) == [1, 1, 1, 13]
+
+
+def test_row_is_taken_from_the_last_in_turn_by_better_priority_only():
+    decodes = [running(6, 5, row=i) for i in range(8)]
+    assert schedule([*decodes, waiting(2)], 100, ROOMY).preempted == []
+    plan = schedule([urgent := waiting(16, priority=-1), *decodes], 100, ROOMY)
+    assert plan.preempted == decodes[7:]
+    assert scheduled(plan) == [*decodes[:7], urgent]
+    assert lengths(plan) == [1] * 7 + [9]  # with the token of whom it replaced
+
+
+def test_blocks_are_taken_from_no_more_than_must_give_way():
+    decodes = [running(9, 8, row=i, priority=i) for i in range(4)]  # each holds two, and needs one
+    plan = schedule([urgent := waiting(8, priority=-1), *decodes], 6, ROOMY)
+    assert plan.preempted == [decodes[3]]
+    assert scheduled(plan) == [*decodes[:3], urgent]
+
+
+def test_nobody_gives_way_to_one_that_does_not_fit_even_so():
+    equal, worse = running(33, 32, row=0), running(5, 4, row=1, priority=1)
+    plan = schedule([equal, waiting(40), worse], 2, ROOMY)
+    assert scheduled(plan) == [equal, worse]
+    assert plan.preempted == []
+
+
+def test_waiting_sequence_of_no_better_priority_than_a_victim_stays_out():
+    decodes = [running(6, 5, row=i, priority=1) for i in range(8)]
+    urgent, later = waiting(2), waiting(1, priority=1)
+    plan = schedule([urgent, *decodes, later], 100, ROOMY)
+    assert plan.preempted == decodes[7:]
+    assert later not in scheduled(plan)
 
 
 def test_admission_leaves_a_block_for_each_running_sequence():

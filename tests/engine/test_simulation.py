@@ -17,7 +17,9 @@ from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.pooling import Pooled
 from fastgen_jax.engine.prefix import SequenceBlocks
+from fastgen_jax.engine.scheduler import _Draft
 from fastgen_jax.engine.types import STEP_SIZES, Request
+from fastgen_jax.errors import InvalidRequest, QueueFull
 from fastgen_jax.sampling_params import POOLINGS, SamplingParams
 from tests.engine.simulation import SALT, FakeRunner, Simulation, fake_engine
 from tests.tiny import run, tokens
@@ -36,6 +38,8 @@ PARAMS = st.builds(
     logit_bias=st.sampled_from([None, None, {1: 2.0}, {0: -1.5, 3: 4.0}]),
     allowed_token_ids=st.sampled_from([None, None, None, (0, 2), (1,)]),
 )
+SALTS = st.sampled_from([b"", SALT])
+PRIORITIES = st.sampled_from([0, 0, 0, -1, 3])
 BAD_WORDS = st.sampled_from([(), (), ((0, 1), (1, 1, 0)), ((0,), (1,), (3,))])
 
 
@@ -62,13 +66,13 @@ class EngineMachine(RuleBasedStateMachine):
             )
         )
 
-    @rule(prompt=PROMPTS, params=PARAMS, salt=st.sampled_from([b"", SALT]), bad_words=BAD_WORDS)
-    def submit(self, prompt, params, salt, bad_words):
-        self.simulation.submit(prompt, params, salt, bad_words)
+    @rule(prompt=PROMPTS, params=PARAMS, salt=SALTS, bad_words=BAD_WORDS, priority=PRIORITIES)
+    def submit(self, prompt, params, salt, bad_words, priority):
+        self.simulation.submit(prompt, params, salt, bad_words, priority)
 
-    @rule(prompt=PROMPTS, pooling=st.sampled_from(POOLINGS), salt=st.sampled_from([b"", SALT]))
-    def embed(self, prompt, pooling, salt):
-        self.simulation.embed(prompt, pooling, salt)
+    @rule(prompt=PROMPTS, pooling=st.sampled_from(POOLINGS), salt=SALTS, priority=PRIORITIES)
+    def embed(self, prompt, pooling, salt, priority):
+        self.simulation.embed(prompt, pooling, salt, priority)
 
     @rule(data=st.data())
     def cancel(self, data):
@@ -134,10 +138,11 @@ def simulate(seed: int, n_acts: int = 150, n_faults: float = 0.02, **sizes) -> S
         if act < 0.3:
             prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 12))]
             salt = rng.choice([b"", b"", SALT])
+            priority = rng.choice([0, 0, 0, -1, 3])
             if rng.random() < 0.3:
-                simulation.embed(prompt, rng.choice(POOLINGS), salt)
+                simulation.embed(prompt, rng.choice(POOLINGS), salt, priority)
             else:
-                simulation.submit(prompt, random_params(rng), salt)
+                simulation.submit(prompt, random_params(rng), salt, priority=priority)
         elif act < 0.4 and simulation.samples:
             key = rng.choice(list(simulation.samples))
             simulation.cancel(key[0]) if act < 0.36 else simulation.finish(*key)
@@ -155,6 +160,8 @@ def test_simulation_meets_every_event():
     runs = [simulate(seed, n_acts=300, window=(None, 5)[seed % 2]) for seed in range(4)]
     stats = [run.engine.stats() for run in runs]
     assert sum(s.n_preemptions for s in stats) > 5
+    assert sum(run.n_outranked for run in runs) > 2
+    assert sum(run.n_gave_way for run in runs) > 2
     assert sum(s.n_prefix_hits for s in stats) > 50
     assert sum(run.n_resets for run in runs) > 2
     assert sum(run.n_poisoned for run in runs) > 2
@@ -173,8 +180,8 @@ def start(prompts, *, max_tokens=8, n=1, **sizes) -> Simulation:
     return simulation
 
 
-def submit(simulation, prompt, **params):
-    simulation.submit(prompt, SamplingParams(ignore_eos=True, seed=0, **params))
+def submit(simulation, prompt, priority=0, **params):
+    simulation.submit(prompt, SamplingParams(ignore_eos=True, seed=0, **params), priority=priority)
 
 
 def test_preempted_samples_deliver_the_same_tokens():
@@ -203,6 +210,46 @@ def test_pool_for_one_serves_the_longest_request_beside_others():
     assert simulation.engine.max_total_tokens == 16
     simulation.drain()
     assert simulation.engine.stats().n_preemptions > 0
+
+
+def test_better_priority_overtakes_and_no_token_changes():
+    simulation = start([[0, 1, 1, 0]] * 4, max_tokens=10, max_num_seqs=2)
+    for _ in range(3):
+        simulation.step()
+    submit(simulation, [1] * 5, max_tokens=6, priority=-1)
+    simulation.step()
+    assert simulation.n_outranked == 1
+    assert [s.request_id for s in simulation._running()] == [4, 0]
+    simulation.drain()  # which compares all tokens with those of each alone
+
+
+def test_a_full_queue_refuses_better_priority_too():
+    engine = fake_engine(max_queued_requests=1)
+    params = SamplingParams(max_tokens=4)
+    engine.submit(Request([0, 1], params))
+    with pytest.raises(QueueFull):
+        engine.submit(Request([0, 1], params, priority=-1))
+
+
+def test_cached_prefix_is_kept_by_who_overtakes_in_a_short_pool():
+    simulation = start([[0, 1] * 4], max_tokens=12, num_kv_blocks=11)
+    for _ in range(3):
+        simulation.step()
+    for _ in range(3):
+        submit(simulation, [1, 1, 1, 1], max_tokens=8, priority=3)
+    for _ in range(3):
+        simulation.step()
+    assert simulation.pool.n_free < 2 * simulation.engine.stats().n_running
+    submit(simulation, [0, 1] * 4, max_tokens=1, priority=-1)
+    simulation.drain()
+    assert simulation.n_outranked > 0
+    assert simulation.engine.stats().n_prefix_hits >= 6
+
+
+@pytest.mark.parametrize("priority", [None, True, 1.5, "1", 2**63, -(2**63) - 1])
+def test_what_is_no_priority_is_refused(priority):
+    with pytest.raises(InvalidRequest, match="priority must be an integer of 64 bits"):
+        fake_engine().submit(Request([0, 1], SamplingParams(max_tokens=4), priority=priority))
 
 
 def test_waiting_prefixes_do_not_starve_what_runs():
@@ -605,6 +652,18 @@ def seed_is_the_row(original, *args):
     column = len(FLOAT_PARAMS) + INT_PARAMS.index("seed")
     part["sample_params"][:, column] = part["sample_rows"]
     return batch
+
+
+@bug(_Draft, "_preempt_last")
+def who_gives_way_keeps_its_chunk(original, draft):
+    chunks = list(draft.chunks)
+    original(draft)
+    draft.chunks[:] = chunks
+
+
+@bug(Engine, "_line_up")
+def newcomers_stay_at_the_tail(original, engine):
+    engine._has_newcomers = False
 
 
 @bug(HostTables, "extend")

@@ -64,7 +64,7 @@ def test_the_smallest_floats_are_served_or_refused_by_name(up, path, field):
 @pytest.mark.parametrize(("path", "field"), fields(int))
 def test_integers_out_of_range_are_refused_by_name(up, path, field):
     allowed = {
-        "seed": range(-(2**63), 2**63), "top_k": [-1],
+        "seed": range(-(2**63), 2**63), "priority": range(-(2**63), 2**63), "top_k": [-1],
         "truncate_prompt_tokens": range(1, 2**65),  # no prompt is that long: nothing is cut
     }  # fmt: skip
     for value in (-1, -2, -(2**31), -(2**63), -(2**63) - 1, 2**63, 2**64, 10**300, -(10**300)):
