@@ -15,6 +15,7 @@ DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 SENDABLE = re.compile(r"[!-~]+")
 METRICS_PREFIXES = {"both": ("fastgen", "vllm"), "fastgen": ("fastgen",), "vllm": ("vllm",)}
 LOG_FORMATS = ("text", "json")
+MAX_LIMIT = 10**12
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -112,6 +113,18 @@ class ServerConfig:
         "limits",
     )
     max_prompts: int = option(256, "most prompts in one request body", "limits")
+    max_requests_per_key: int | None = option(
+        None,
+        "requests of one API key, running and waiting at once (HTTP 429 above; 0 or none: any "
+        "number); clients without a key are one client together",
+        "limits",
+    )
+    max_tokens_per_minute: int | None = option(
+        None,
+        "tokens, of prompts and generated, that one API key may use a minute: while they are used "
+        "up its requests are refused (HTTP 429; 0 or none: any number)",
+        "limits",
+    )
     queue_timeout: float = option(
         600.0, "seconds that a request may wait for its first token (HTTP 504 after)", "limits"
     )
@@ -183,6 +196,11 @@ class ServerConfig:
         for name in ("max_body_bytes", "max_upload_bytes", "max_prompts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {getattr(self, name)}")
+        for name in ("max_requests_per_key", "max_tokens_per_minute"):
+            if not 0 <= (getattr(self, name) or 0) <= MAX_LIMIT:
+                raise ConfigError(
+                    f"{name} must be from 0 to {MAX_LIMIT}, got {getattr(self, name)}"
+                )
         if self.max_upload_bytes < self.max_body_bytes:
             raise ConfigError(
                 f"max_upload_bytes={self.max_upload_bytes} is less than one body may have; give at "

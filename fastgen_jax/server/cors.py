@@ -7,7 +7,9 @@ cookies. What a request says is compared and not repeated.
 
 from starlette.datastructures import Headers
 
-ANSWER = {"access-control-expose-headers": "x-request-id, retry-after"}
+from fastgen_jax.server.limits import HEADERS
+
+ANSWER = {"access-control-expose-headers": ", ".join(("x-request-id", "retry-after", *HEADERS))}
 # A star stands for every header but Authorization.
 PREFLIGHT = {
     "access-control-allow-methods": "GET, HEAD, POST, DELETE",

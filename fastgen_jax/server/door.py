@@ -67,17 +67,22 @@ class Door:
         self.service = service
         self.client_of = Keys(config).client_of
 
-    def check_work(self, *, queues: bool):
-        """Asks for new work, which `queues` in the engine or not.
+    def check_work(self, client: Client, *, queues: bool):
+        """Asks for new work of a client, which `queues` in the engine or not.
 
         Raises:
-            ApiError: 503: none is taken now; 429: the queue is full.
+            ApiError: 503: none is taken now; 429: none of this client's, or the queue is full.
         """
         refusal = self.service.refusal()
         if refusal is not None:
             raise refusal
         if queues:
+            self.service.limits.of(client.owner).check()
             self.service.check_queue()
+
+    def limits(self, client: Client) -> dict[str, str]:
+        """What an answer tells a client of its limits; nothing where it has none."""
+        return self.service.limits.of(client.owner).headers()
 
 
 def request_id_of(given: str) -> str:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from fastgen_jax.engine.pooling import normalized
 from fastgen_jax.server import protocol
 from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.door import Client
 from fastgen_jax.server.errors import ApiError, internal, invalid
 from fastgen_jax.server.reader import Body, Reader
 from fastgen_jax.server.service import Service
@@ -143,10 +144,13 @@ class Embeddings:
 
     async def _vectors(self, request: Request, ask: EmbeddingAsk) -> list[np.ndarray]:
         """Of length 1, in the order of the prompts."""
-        state = request.scope["state"]
-        salt = protocol.cache_salt(ask.cache_salt, state["client"].tenant)
+        client: Client = request.scope["state"]["client"]
         generation = self.service.embed(
-            ask.prompts, salt, priority=ask.priority, timeout=state["timeout"]
+            ask.prompts,
+            protocol.cache_salt(ask.cache_salt, client.tenant),
+            owner=client.owner,
+            priority=ask.priority,
+            timeout=request.scope["state"]["timeout"],
         )
         with cancelled_by_disconnect(request.receive, self.service, generation):
             await generation.changed()

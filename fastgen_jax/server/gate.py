@@ -90,7 +90,8 @@ class Gate:
             scope["state"]["client"] = self.door.client_of(headers.get("authorization", ""))
         if scope["method"] == "POST":  # before the body is read, or its route looked for
             scope["state"]["timeout"] = _timeout(headers.getlist("x-request-timeout"))
-            self.door.check_work(queues=scope["path"] in QUEUEING_PATHS)
+            queues = scope["path"] in QUEUEING_PATHS
+            self.door.check_work(scope["state"]["client"], queues=queues)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send):
         fields = scope["state"]["headers"].items()
@@ -102,7 +103,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *added]
+                fields = self._limits(scope) | dict(message["headers"])
+                message["headers"] = [*fields.items(), *added]
             await send(message)
 
         app = Response(status_code=204) if scope["state"]["is_preflight"] else self.app
@@ -114,6 +116,13 @@ class Gate:
         finally:
             self.service.n_inflight -= is_post
             self.service.journal.answered(origin, status, time.monotonic() - started)
+
+    def _limits(self, scope: Scope) -> dict[bytes, bytes]:
+        """What the answer says of the client's limits, when it begins."""
+        if scope["method"] != "POST" or scope["path"] not in QUEUEING_PATHS:
+            return {}
+        fields = self.door.limits(scope["state"]["client"]).items()
+        return {name.encode(): value.encode() for name, value in fields}
 
     def _is_known_host(self, name: str) -> bool:
         """Addresses are; names are not: a foreign page that resolves to loopback sends its own."""

@@ -15,6 +15,7 @@ import numpy as np
 from fastgen_jax.dialects import CallPart, CallStart, Event, Reader, Text, Thought
 from fastgen_jax.engine.types import Output, TokenLogprobs
 from fastgen_jax.server.errors import ApiError
+from fastgen_jax.server.limits import Account
 from fastgen_jax.tokenizer import TextDelta, TextStream
 
 
@@ -190,6 +191,7 @@ class Generation:
         self.request_ids: list[int] = []  # the engine's
         self.timers: list[asyncio.TimerHandle] = []
         self.first_token_timer: asyncio.TimerHandle | None = None
+        self.account: Account | None = None  # whom its tokens are charged to
         self._changed = asyncio.Event()
 
     @property

@@ -44,6 +44,7 @@ async def enter(
         param=ask.param,
         voice=ask.voice,
         cache_salt=protocol.cache_salt(ask.cache_salt, client.tenant),
+        owner=client.owner,
         priority=ask.priority,
         constraints=constraints,
         timeout=timeout,

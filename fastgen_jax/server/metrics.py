@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, ProcessCollector, generate_la
 
 from fastgen_jax.engine.types import STEP_SIZES, Stats
 from fastgen_jax.server.generation import Choice, Generation
+from fastgen_jax.server.limits import KINDS
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FIRST_TOKEN_BUCKETS = (
@@ -111,6 +112,7 @@ class Metrics:
 
     def __init__(self, model_name: str, prefixes: tuple[str, ...]):
         self.finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
+        self.n_limited: dict[str, int] = dict.fromkeys(KINDS, 0)  # refused by a client's limits
         self.histograms = {
             name: Histogram(buckets, N_NEWEST.get(name, 0)) for name, _, buckets in HISTOGRAMS
         }
@@ -181,6 +183,9 @@ class Metrics:
             yield self._family("counter", name, text, {"": value(field)})
         n_ended = {f',finished_reason="{reason}"': n for reason, n in self.finished.items()}
         yield self._family("counter", "request_success_total", "Samples finished", n_ended)
+        n_limited = {f',limit="{kind}"': n for kind, n in self.n_limited.items()}
+        text = "Requests refused by a limit of their API key"
+        yield self._family("counter", "rate_limited_requests_total", text, n_limited)
         waiting = {',reason="capacity"': value("n_waiting"), ',reason="deferred"': 0}
         yield self._family("gauge", "num_requests_waiting_by_reason", "Why they wait", waiting)
         n_prompt = self.histograms["request_prompt_tokens"].sum

@@ -25,6 +25,7 @@ from fastgen_jax.server.config import METRICS_PREFIXES, ServerConfig
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
 from fastgen_jax.server.generation import PLAIN, SILENT, Choice, Generation, Voice
 from fastgen_jax.server.journal import Journal, tracer_to
+from fastgen_jax.server.limits import Limits
 from fastgen_jax.server.metrics import Metrics, cache_labels
 from fastgen_jax.server.trial import Trial
 from fastgen_jax.server.uploads import Uploads
@@ -99,6 +100,11 @@ class Service:
         self.phase = Phase("starting")
         self.load_error: BaseException | None = None
         self.failure: str | None = None  # why the engine has given up
+        self.limits = Limits(
+            config.max_requests_per_key or None,
+            config.max_tokens_per_minute or None,
+            self.metrics.n_limited,
+        )
         self.uploads = Uploads(config.max_upload_bytes)
         self.n_inflight = 0  # HTTP requests that may use the engine
         self.created = int(time.time())
@@ -322,6 +328,7 @@ class Service:
         is_streaming: bool,
         param: str = "prompt",
         cache_salt: bytes = b"",
+        owner: bytes = b"",
         priority: int = 0,
         constraints: Constraints = UNCONSTRAINED,
         voice: Voice = PLAIN,
@@ -331,6 +338,7 @@ class Service:
         cached prefixes with requests of the same salt only. Answers are read as `voice` says.
 
         Args:
+            owner: who asks, and is charged for it.
             timeout: seconds that the request may take from now on; request_timeout is the most.
 
         Raises:
@@ -340,7 +348,12 @@ class Service:
         fields |= constraints._asdict()
         requests = [Request(prompt, **fields) for prompt in prompts]
         return self._enter(
-            requests, is_streaming=is_streaming, param=param, voice=voice, timeout=timeout
+            requests,
+            is_streaming=is_streaming,
+            param=param,
+            voice=voice,
+            owner=owner,
+            timeout=timeout,
         )
 
     def embed(
@@ -348,11 +361,12 @@ class Service:
         prompts: list[list[int]],
         cache_salt: bytes = b"",
         *,
+        owner: bytes = b"",
         priority: int = 0,
         timeout: float | None = None,
     ) -> Generation:
-        """Hands the prompts to the engine, which makes the embedding of each: all or none.
-        `timeout` is as in `submit`.
+        """Hands the prompts to the engine, which makes the embedding of each: all or none. `owner`
+        and `timeout` are as in `submit`.
 
         Raises:
             ApiError: the engine refused.
@@ -360,7 +374,12 @@ class Service:
         pooling = cast(Pooling, self.config.embedding_pooling)
         requests = [Request.to_embed(prompt, pooling, cache_salt, priority) for prompt in prompts]
         return self._enter(
-            requests, is_streaming=False, param="input", voice=SILENT, timeout=timeout
+            requests,
+            is_streaming=False,
+            param="input",
+            voice=SILENT,
+            owner=owner,
+            timeout=timeout,
         )
 
     def _enter(
@@ -370,14 +389,19 @@ class Service:
         is_streaming: bool,
         param: str,
         voice: Voice,
+        owner: bytes,
         timeout: float | None,
     ) -> Generation:
+        account = self.limits.of(owner)
+        account.check()
         # Admitted first: what a refusal costs must not depend on what the request asks for.
         ids, n_samples = self._admit(requests, param), requests[0].params.n
         with contextlib.ExitStack() as undo:
             undo.callback(self._cancel, ids)
             generation = self._generation(requests, is_streaming, voice)
             undo.pop_all()
+        generation.account = account
+        account.enter(generation.n_prompt_tokens)
         # Outputs reach _dispatch by the event loop, which runs here: none can come before this.
         if not self._live:
             self._busy_since = generation.arrival
@@ -435,6 +459,8 @@ class Service:
         live = [id for id in generation.request_ids if id in self._live]
         for request_id in live:
             del self._live[request_id]
+        if live and generation.account is not None:
+            generation.account.leave()
         return live
 
     def _set_deadlines(self, generation: Generation, timeout: float | None):
@@ -489,6 +515,8 @@ class Service:
         return None
 
     def _observe_token(self, generation: Generation, choice: Choice, now: float):
+        if generation.account is not None and choice.n_tokens:  # none that nobody is told
+            generation.account.charge(1)
         if choice.n_tokens <= 1:
             if generation.first_token_timer is not None:
                 generation.first_token_timer.cancel()
