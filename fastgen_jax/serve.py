@@ -12,7 +12,8 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.built_in import DEMO
@@ -35,6 +36,7 @@ LESS_MEMORY = (
     "--max-num-seqs or --memory-fraction"
 )
 KEY_VARIABLE = "FASTGEN_API_KEY"
+RPC_PACKAGES = ("grpc", "grpc_health", "grpc_reflection", "google.rpc")
 CONFIGS = (EngineConfig, ServerConfig, ClusterConfig)
 EXAMPLES = """\
 examples:
@@ -71,17 +73,22 @@ def run(argv: Sequence[str]) -> int:
     logs.set_up_logging(server_config.log_level, server_config.log_format)
     signal.signal(signal.SIGTERM, exit_at_once)  # until the server's own handlers stand
     if cluster_config.is_asked_for:
+        if server_config.grpc_port:
+            raise ConfigError(
+                "--grpc-port is of one server, and replicas share theirs; leave it out"
+            )
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray has no other switch
         from fastgen_jax.cluster.running import run_cluster
 
         return run_cluster(engine_config, server_config, cluster_config)
     certificates = tls_files(server_config)
-    with listen(server_config) as listener:
-        return serve(listener, engine_config, server_config, certificates, started)
+    with listen(server_config) as listener, listen_to_rpc(server_config) as rpc_listener:
+        return serve(listener, rpc_listener, engine_config, server_config, certificates, started)
 
 
 def serve(
     listener: socket.socket,
+    rpc_listener: socket.socket | None,
     engine_config: EngineConfig,
     server_config: ServerConfig,
     certificates: "Certificates | None",
@@ -109,7 +116,12 @@ def serve(
     service.start()
     from fastgen_jax.server.lifecycle import Server  # FastAPI, while the engine's thread loads
 
-    Server(service, server_config, certificates).run([listener])
+    rpc = None
+    if rpc_listener is not None:
+        from fastgen_jax.server.rpc.server import RpcServer
+
+        rpc = RpcServer(service, server_config, rpc_listener, certificates)
+    Server(service, server_config, certificates, rpc).run([listener])
     has_stopped = service.stop()
     if service.load_error is not None:
         raise service.load_error
@@ -124,6 +136,22 @@ def listen(config: ServerConfig) -> AbstractContextManager[socket.socket]:
     if config.fd is not None:
         return inherited(config.fd)
     return bind(config.host, config.port) if config.uds is None else unix_socket(config.uds)
+
+
+def listen_to_rpc(config: ServerConfig) -> AbstractContextManager[socket.socket | None]:
+    """Keeps the port of gRPC until its server can take it.
+
+    Raises:
+        ConfigError: the port is taken, or gRPC's packages are not here.
+    """
+    if not config.grpc_port:
+        return nullcontext()
+    missing = [name for name in RPC_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"--grpc-port needs {', '.join(missing)}; pip install 'fastgen-jax[grpc]'"
+        )
+    return bind(config.host, config.grpc_port, "--grpc-port")
 
 
 def parse(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig, ClusterConfig]:

@@ -15,8 +15,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from fastgen_jax import serve
 from fastgen_jax.built_in import DEMO
@@ -274,6 +277,34 @@ class TestProcess:
         *_, cause, remedy = errors.splitlines()
         assert cause.startswith(f"error: cannot listen on 127.0.0.1 port {port}: ")
         assert "--port" in remedy
+
+    def test_a_taken_port_of_grpc_is_named_before_the_model_loads(self, model, launch):
+        with bind("127.0.0.1", 0) as taken:
+            port = taken.getsockname()[1]
+            process = launch(model, "--port", "0", "--grpc-port", str(port), "--seed", "2")
+            _, errors = process.communicate(timeout=10)
+        assert process.returncode == 2
+        *_, cause, remedy = errors.splitlines()
+        assert cause.startswith(f"error: cannot listen on 127.0.0.1 port {port}: ")
+        assert "--grpc-port" in remedy
+
+    def test_grpc_is_served_beside_http_and_ends_with_it(self, model, launch):
+        with bind("127.0.0.1", 0) as free:
+            port = str(free.getsockname()[1])
+        process = launch(model, "--port", "0", "--grpc-port", port)
+        wait_for(url_when_open(process) + "/health", 200)
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            asked = HealthCheckRequest(service="fastgen.v1.FastGen")
+            assert HealthStub(channel).Check(asked).status == HealthCheckResponse.SERVING
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=10)
+        assert process.returncode == 0
+        assert "gRPC" in errors
+
+    def test_grpc_without_its_packages_names_the_extra(self, monkeypatch):
+        monkeypatch.setattr(serve, "RPC_PACKAGES", ("json", "no_such_package"))
+        with pytest.raises(ConfigError, match=r"needs no_such_package; .*fastgen-jax\[grpc\]"):
+            serve.listen_to_rpc(ServerConfig(grpc_port=1))
 
     def test_an_inherited_socket_is_listened_on(self, model, launch):
         with bind("127.0.0.1", 0) as listener:

@@ -51,6 +51,9 @@ class ServerConfig:
         "server",
     )  # fmt: skip
     tls_key: str | None = option(None, "PEM file with the key of --tls-cert", "server")
+    grpc_port: int = option(
+        0, "port of the gRPC service on the same host (0: none); needs the extra grpc", "server"
+    )
     served_model_name: tuple[str, ...] = option(
         (), "model id that clients see; may be repeated (default: the model's name)", "server"
     )
@@ -156,6 +159,10 @@ class ServerConfig:
     def __post_init__(self):
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port must be in [0, 65535], got {self.port}")
+        if not 0 <= self.grpc_port < 65536:
+            raise ConfigError(f"grpc_port must be in [0, 65535], got {self.grpc_port}")
+        if self.grpc_port and self.grpc_port == self.port:
+            raise ConfigError(f"grpc_port and port are both {self.port}; give gRPC its own")
         if self.uds is not None and (self.host, self.port) != (HOST, PORT):
             raise ConfigError("uds takes the place of host and port; give the one or the others")
         if (self.tls_cert is None) != (self.tls_key is None):

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
@@ -25,6 +25,9 @@ from fastgen_jax.server.listen import BACKLOG
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.tls import TlsProtocol
 
+if TYPE_CHECKING:  # it needs packages that only its users have
+    from fastgen_jax.server.rpc.server import RpcServer
+
 log = logging.getLogger("fastgen_jax.server")
 
 POLL = 0.02  # seconds
@@ -36,7 +39,11 @@ class Server(uvicorn.Server):
     """uvicorn with our start and end. INVARIANT: new work is refused from the first signal on."""
 
     def __init__(
-        self, service: Service, config: ServerConfig, certificates: Certificates | None = None
+        self,
+        service: Service,
+        config: ServerConfig,
+        certificates: Certificates | None = None,
+        rpc: "RpcServer | None" = None,
     ):
         self.capacity = capacity.of_process()
         self.certificates = certificates
@@ -62,6 +69,7 @@ class Server(uvicorn.Server):
             )
         )
         self.service = service
+        self.rpc = rpc
         self.drain_timeout = config.drain_timeout
         self.throughput = ThroughputLog(service)
         self.descriptor_alarm = capacity.DescriptorAlarm()
@@ -79,7 +87,14 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        if self.rpc is not None:
+            await self.rpc.start()
         self.service.attach(self._loop)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.rpc is not None:
+            await self.rpc.stop()
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         self.throughput.tick()
@@ -100,6 +115,8 @@ class Server(uvicorn.Server):
         if self._draining is None:
             log.info("stopping: %d requests in flight", self.service.n_inflight)
             self.service.drain()
+            if self.rpc is not None:
+                self.rpc.drain(self.drain_timeout + 2 * LAST_WRITES)
             self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self):
@@ -115,6 +132,8 @@ class Server(uvicorn.Server):
         for connection in self._connections():
             connection.refuse_unfinished(error)
         if not await self._idle_within(LAST_WRITES):
+            if self.rpc is not None:
+                await self.rpc.stop()
             for connection in self._connections():
                 connection.cut()
             await self._idle_within(LAST_WRITES)

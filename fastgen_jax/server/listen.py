@@ -11,8 +11,11 @@ from fastgen_jax.errors import ConfigError
 BACKLOG = 65_535  # connections not yet accepted; the kernel cuts it to its own limit
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, flag: str = "--port") -> socket.socket:
     """A listening socket, so that a taken port is known before the model loads.
+
+    Args:
+        flag: the one that chooses the port.
 
     Raises:
         ConfigError: the address is in use or not ours, naming it.
@@ -33,7 +36,7 @@ def bind(host: str, port: int) -> socket.socket:
         reason = error.strerror or str(error)
         raise ConfigError(
             f"cannot listen on {host} port {port}: {reason}; stop what uses it or choose another "
-            "with --port"
+            f"with {flag}"
         ) from None
     return listener
 

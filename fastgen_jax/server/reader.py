@@ -134,22 +134,25 @@ class Reader:
     def tokens(self, body: Body) -> bytes:
         """The answer to POST /tokenize."""
         spec = protocol.parse(protocol.TokenizeRequest, body)
-        self.check_model(spec.model)
-        if (spec.prompt is None) == (spec.messages is None):
-            raise invalid("send either prompt or messages", "prompt")
-        if spec.prompt is not None:
-            self._check_texts([spec.prompt], "prompt")
-            ids = self._encode(spec.prompt, spec.add_special_tokens)
-        else:
-            messages = protocol.parse_messages(spec.messages)
-            self._check_texts(["".join(protocol.texts_of(messages))], "messages")
-            opens = spec.add_generation_prompt is not False
-            ids = self._rendered(messages, {"add_generation_prompt": opens}, Tools())
+        ids = self.tokens_of(spec)
         backend = self.service.require_backend()
         reply = {"count": len(ids), "max_model_len": backend.engine.max_total_tokens, "tokens": ids}
         if spec.return_token_strs:
             reply["token_strs"] = [backend.tokenizer.token_text(id) for id in ids]
         return orjson.dumps(reply)
+
+    def tokens_of(self, spec: protocol.TokenizeRequest) -> list[int]:
+        """The token ids of a prompt or messages."""
+        self.check_model(spec.model)
+        if (spec.prompt is None) == (spec.messages is None):
+            raise invalid("send either prompt or messages", "prompt")
+        if spec.prompt is not None:
+            self._check_texts([spec.prompt], "prompt")
+            return self._encode(spec.prompt, spec.add_special_tokens)
+        messages = protocol.parse_messages(spec.messages)
+        self._check_texts(["".join(protocol.texts_of(messages))], "messages")
+        opens = spec.add_generation_prompt is not False
+        return self._rendered(messages, {"add_generation_prompt": opens}, Tools())
 
     def text(self, body: Body) -> bytes:
         """The answer to POST /detokenize."""

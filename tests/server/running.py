@@ -38,6 +38,7 @@ class Running:
     http: httpx.Client
     url: str
     trusts: ssl.SSLContext | None  # where TLS is spoken
+    rpc_address: str  # where gRPC is
 
     def post(self, path: str, body=None, **kwargs) -> httpx.Response:
         """POSTs a JSON value, or bytes as they are."""
@@ -119,9 +120,12 @@ def serving(
     load=None,
     wait=True,
     trusts: ssl.SSLContext | None = None,
+    rpc=False,
     **options,
 ) -> Iterator[Running]:
-    """A server on a free port; its threads are gone at the end. TLS is spoken with who `trusts`."""
+    """A server on a free port, and gRPC on another; its threads are gone at the end. TLS is spoken
+    with who `trusts`.
+    """
     engine = engine or FakeEngine(tokenizer.eos_token_id or 0)
     place = {} if "uds" in options else {"port": 0}
     config = ServerConfig(**place | {"drain_timeout": 0.0} | options)
@@ -135,7 +139,14 @@ def serving(
         load or (lambda on_phase: backend), config, model_names=["fake"], model_aliases=["./fake"]
     )
     pair = (config.tls_cert, config.tls_key)
-    server = Server(service, config, Certificates(*pair) if all(pair) else None)
+    certificates = Certificates(*pair) if all(pair) else None
+    server, rpc_address = Server(service, config, certificates), ""
+    if rpc:
+        from fastgen_jax.server.rpc.server import RpcServer  # it needs packages of an extra
+
+        rpc_listener = bind(config.host, 0)
+        rpc_address = f"127.0.0.1:{rpc_listener.getsockname()[1]}"
+        server.rpc = RpcServer(service, config, rpc_listener, certificates)
     address = listener.getsockname()
     url = url_of(listener, "127.0.0.1", "https" if all(pair) else "http")
     service.start()
@@ -145,7 +156,9 @@ def serving(
     http_client = httpx.Client(
         timeout=10, limits=one_request_each, trust_env=False, verify=trusts or True
     )
-    running = Running(service, server, thread, address, engine, http_client, url, trusts)
+    running = Running(
+        service, server, thread, address, engine, http_client, url, trusts, rpc_address
+    )
     try:
         wait_until(lambda: server.started)
         if wait:

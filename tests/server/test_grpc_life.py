@@ -1,0 +1,165 @@
+"""gRPC's calls end as they should: deadlines, clients that leave or read nothing, health, drain."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import grpc
+import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from fastgen_jax.server.rpc import fastgen_pb2 as messages
+from fastgen_jax.server.rpc.fastgen_pb2_grpc import FastGenStub
+from fastgen_jax.server.service import Backend
+from tests.server.fake_engine import FakeEngine
+from tests.server.running import serving, wait_until
+from tests.server.test_grpc import channel_to, detail, details, endless, error_of, request
+
+CLIENT = """
+import sys, grpc
+from fastgen_jax.server.rpc import fastgen_pb2 as messages, fastgen_pb2_grpc
+stub = fastgen_pb2_grpc.FastGenStub(grpc.insecure_channel(sys.argv[1]))
+asked = messages.GenerateRequest.FromString(bytes.fromhex(sys.argv[2]))
+for piece in stub.GenerateStream(asked):
+    print("piece", flush=True)
+"""
+NAMES = ("", "fastgen.v1.FastGen")
+
+
+class TestLeaving:
+    @pytest.mark.parametrize("phase", ["queued", "running"])
+    def test_a_deadline_ends_the_request(self, tokenizer, phase):
+        with serving(tokenizer, rpc=True) as up, channel_to(up) as channel:
+            up.engine.step_time = 0.01
+            up.engine.may_step.set() if phase == "running" else up.engine.may_step.clear()
+            call = FastGenStub(channel).Generate
+            error = error_of(lambda: call(endless(), timeout=0.3))
+            assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            wait_until(lambda: not up.engine.live and not up.service.n_inflight)
+            assert len(up.engine.cancelled) == 1
+
+    @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+    def test_a_cancelled_call_ends_the_request(self, tokenizer, method):
+        with serving(tokenizer, rpc=True) as up, channel_to(up) as channel:
+            up.engine.step_time = 0.01
+            call = getattr(FastGenStub(channel), method)
+            call = call.future(endless()) if method == "Generate" else call(endless())
+            wait_until(lambda: up.engine.live)
+            call.cancel()
+            wait_until(lambda: not up.engine.live and not up.service.n_inflight)
+            assert len(up.engine.cancelled) == 1
+            assert up.service.metrics.finished["abort"] == 1
+
+    def test_a_client_killed_in_mid_stream_frees_what_it_held(self, tokenizer, caplog):
+        with serving(tokenizer, rpc=True) as up:
+            up.engine.step_time = 0.01
+            command = [sys.executable, "-c", CLIENT, up.rpc_address]
+            command.append(endless().SerializeToString().hex())
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+                assert client.stdout is not None
+                assert client.stdout.readline() == "piece\n"
+                os.kill(client.pid, signal.SIGKILL)
+            wait_until(lambda: not up.engine.live)
+            assert len(up.engine.cancelled) == 1
+            wait_until(lambda: not up.service.n_inflight)
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+    def test_a_reader_that_takes_nothing_is_cut_and_holds_up_nobody(self, tokenizer):
+        window = {"http2.lookahead_bytes": 65_536, "http2.bdp_probe": 0}
+        options = {"stream_timeout": 0.3}
+        with serving(tokenizer, rpc=True, **options) as up, channel_to(up, **window) as slow:
+            asked = endless(logprobs=20, n=8)
+            stream = FastGenStub(slow).GenerateStream(asked)
+            wait_until(lambda: not up.engine.live, 20)  # all generated, or given up
+            wait_until(lambda: not up.service.n_inflight, 20)
+            with channel_to(up) as channel:
+                assert FastGenStub(channel).Generate(request()).choices
+            error = error_of(lambda: stream)
+            assert error.code() == grpc.StatusCode.CANCELLED
+            assert "left unread" in error.details()
+
+
+class TestHealth:
+    def test_it_serves_once_the_model_is_ready_and_no_more_when_it_drains(self, tokenizer):
+        go_on = threading.Event()
+
+        def load(on_phase):
+            assert go_on.wait(20)
+            return Backend(engine, tokenizer)
+
+        engine = FakeEngine(tokenizer.eos_token_id)
+        options = {"load": load, "wait": False, "rpc": True, "drain_timeout": 20}
+        with serving(tokenizer, engine, **options) as up, channel_to(up) as channel:
+            health, stub = HealthStub(channel), FastGenStub(channel)
+            watched = health.Watch(HealthCheckRequest(service="fastgen.v1.FastGen"))
+            assert next(watched).status == HealthCheckResponse.NOT_SERVING
+            for name in NAMES:
+                status = health.Check(HealthCheckRequest(service=name)).status
+                assert status == HealthCheckResponse.NOT_SERVING
+            refused = error_of(lambda: stub.Generate(request()))
+            assert refused.code() == grpc.StatusCode.UNAVAILABLE
+            assert detail(refused, details.RetryInfo).retry_delay.seconds == 5
+            assert stub.Models(messages.ModelsRequest()).models[0].id == "fake"
+            go_on.set()
+            assert next(watched).status == HealthCheckResponse.SERVING
+            up.engine.may_step.clear()
+            stream = stub.GenerateStream(endless())
+            wait_until(lambda: engine.live)
+            up.begin_drain()
+            assert next(watched).status == HealthCheckResponse.NOT_SERVING
+            engine.may_step.set()
+            assert list(stream)[-1].usage.completion_tokens == 4000
+
+    def test_an_unknown_service_is_not_found(self, tokenizer):
+        with serving(tokenizer, rpc=True) as up, channel_to(up) as channel:
+            asked = HealthCheckRequest(service="other")
+            error = error_of(lambda: HealthStub(channel).Check(asked))
+            assert error.code() == grpc.StatusCode.NOT_FOUND
+            watched = HealthStub(channel).Watch(asked)
+            assert next(watched).status == HealthCheckResponse.SERVICE_UNKNOWN
+
+
+class TestDrain:
+    def test_it_finishes_what_runs_and_takes_nothing_new(self, tokenizer):
+        with serving(tokenizer, rpc=True, drain_timeout=20) as up, channel_to(up) as channel:
+            up.engine.may_step.clear()
+            stub = FastGenStub(channel)
+            stream, whole = stub.GenerateStream(endless()), stub.Generate.future(endless())
+            wait_until(lambda: len(up.engine.live) == 2)
+            up.begin_drain()
+            wait_until(lambda: up.service.phase.name == "draining")
+            with channel_to(up) as other:
+                refused = error_of(lambda: FastGenStub(other).Generate(request()))
+            assert refused.code() == grpc.StatusCode.UNAVAILABLE
+            up.engine.may_step.set()
+            assert list(stream)[-1].usage.completion_tokens == 4000
+            assert whole.result().usage.completion_tokens == 4000
+            up.thread.join(5)
+            assert not up.thread.is_alive()
+
+    def test_what_runs_too_long_ends_with_unavailable(self, tokenizer):
+        with serving(tokenizer, rpc=True, drain_timeout=0.2) as up, channel_to(up) as channel:
+            up.engine.may_step.clear()
+            stub = FastGenStub(channel)
+            calls = [stub.GenerateStream(endless()), stub.Generate.future(endless())]
+            wait_until(lambda: len(up.engine.live) == 2)
+            up.begin_drain()
+            for call in calls:
+                with contextlib.suppress(grpc.RpcError):
+                    list(call) if hasattr(call, "__next__") else call.result()
+                assert call.code() == grpc.StatusCode.UNAVAILABLE
+                assert "shutting down" in call.details()
+            up.thread.join(5)
+            assert not up.thread.is_alive()
+
+    def test_an_idle_server_ends_at_once_though_its_health_is_watched(self, tokenizer):
+        with serving(tokenizer, rpc=True, drain_timeout=30) as up, channel_to(up) as channel:
+            watched = HealthStub(channel).Watch(HealthCheckRequest())
+            next(watched)
+            up.begin_drain()
+            up.thread.join(5)
+            assert not up.thread.is_alive()
