@@ -21,7 +21,7 @@ from fastgen_jax.cluster.config import ClusterConfig
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.server import logs
-from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.config import KEY_VARIABLE, ServerConfig
 from fastgen_jax.server.flags import FlagParser, add_flags, build, markdown
 from fastgen_jax.server.listen import bind, inherited, unix_socket, url_of
 from fastgen_jax.server.loading import check_model, hub_id, load, model_names
@@ -35,7 +35,6 @@ LESS_MEMORY = (
     "choose a smaller model, --dtype bfloat16, or less of --max-num-batched-tokens, "
     "--max-num-seqs or --memory-fraction"
 )
-KEY_VARIABLE = "FASTGEN_API_KEY"
 RPC_PACKAGES = ("grpc", "grpc_health", "grpc_reflection", "google.rpc")
 CONFIGS = (EngineConfig, ServerConfig, ClusterConfig)
 EXAMPLES = """\

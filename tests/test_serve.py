@@ -26,7 +26,7 @@ from fastgen_jax.built_in import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.server import loading
-from fastgen_jax.server.config import ServerConfig
+from fastgen_jax.server.config import KEY_VARIABLE, ServerConfig
 from fastgen_jax.server.listen import bind, inherited, url_of
 from fastgen_jax.server.report import curl
 from tests import tiny_tokenizers
@@ -131,10 +131,10 @@ class TestFlags:
         assert (server.port, server.api_key) == (0, ("a", "b"))
 
     def test_a_key_of_the_environment_is_one_more_and_goes_no_further(self, monkeypatch):
-        monkeypatch.setenv(serve.KEY_VARIABLE, "c")
+        monkeypatch.setenv(KEY_VARIABLE, "c")
         assert serve.parse(["--api-key", "a"])[1].api_key == ("a", "c")
         assert serve.parse(["--api-key", "a"])[1].api_key == ("a",)
-        monkeypatch.setenv(serve.KEY_VARIABLE, "two words")
+        monkeypatch.setenv(KEY_VARIABLE, "two words")
         with pytest.raises(ConfigError, match="api_key may hold only visible ASCII"):
             serve.parse([])
 

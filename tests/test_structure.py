@@ -85,12 +85,19 @@ BORDER += ("server/stream", "server/uploads", "server/connection", "server/confi
 BORDER += ("cluster/arguments", "cluster/config", "cluster/ticket", "cluster/ingress")
 BORDER += ("server/cors", "server/embeddings", "tokenizer/history", "tokenizer/loading")
 BORDER += ("sampling_params", "prompts", "engine/admission", "engine/config", "models/config")
+BORDER += ("mii/options", "mii/deployments", "mii/wire", "mii/remote", "mii/start")
 BORDER += ("models/hf_config", "checkpoints/directory", "checkpoints/tensor_files")
 # What a server has no use for: other processes, but for one that tries clients' grammars, and
-# ways to speak to other servers.
+# ways to speak to other servers. MII's form starts a server, and is a client of it.
 PROCESSES = {"subprocess", "multiprocessing", "pty"}
-TRIAL = {"fastgen_jax/server/trial.py": {"subprocess"}}
-MESSAGES = {"zmq", "grpc", "rpyc", "xmlrpc", "requests", "httpx", "aiohttp", "urllib"}
+NEEDED = {
+    "fastgen_jax/server/trial.py": {"subprocess"},
+    "fastgen_jax/mii/start.py": {"subprocess"},
+    "fastgen_jax/mii/wire.py": {"httpx2"},
+    "fastgen_jax/mii/remote.py": {"httpx2"},
+    "fastgen_jax/mii/deployments.py": {"urllib"},  # to spell names
+}
+MESSAGES = {"zmq", "grpc", "rpyc", "xmlrpc", "requests", "httpx", "httpx2", "aiohttp", "urllib"}
 RPC = "fastgen_jax/server/rpc/"  # which answers by gRPC, and asks nobody
 ENVIRONMENT = ("os.environ", "os.getenv")
 
@@ -258,7 +265,7 @@ def test_no_user_text_is_a_regular_expression():
 def test_a_server_starts_no_process_but_one_and_speaks_to_no_other():
     def reaches_out(path: Path) -> set[str]:
         found = (PROCESSES | MESSAGES) & packages(imported(parse(path)))
-        found -= TRIAL.get(short(path), set())
+        found -= NEEDED.get(short(path), set())
         return found - ({"grpc"} if short(path).startswith(RPC) else set())
 
     assert problems(reaches_out, "fastgen_jax", "pallas_kernels") == []
@@ -287,9 +294,10 @@ def has_definition(tree: ast.Module | ast.ClassDef, names: list[str]) -> bool:
     return any(has_definition(node, names[1:]) for node in found)
 
 
-def test_only_the_command_line_reads_the_environment():
+def test_only_the_command_line_and_what_starts_it_read_the_environment():
     found = problems(reads_environment, "fastgen_jax", "pallas_kernels", "convert")
-    assert [text for text in found if not text.startswith("fastgen_jax/serve.py")] == []
+    outermost = ("fastgen_jax/serve.py", "fastgen_jax/mii/start.py", "fastgen_jax/mii/deployments")
+    assert [text for text in found if not text.startswith(outermost)] == []
 
 
 def test_engine_and_converter_never_import_torch():

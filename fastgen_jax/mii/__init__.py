@@ -1,6 +1,12 @@
-"""MII's names: `pipeline(model)(prompts, max_new_tokens=64)` runs a model in this process.
+"""MII's names: `pipeline` runs a model in this process, `serve` in one that outlives it.
 
-Names are imported when first used.
+    client = mii.serve("path-or-hub-id")
+    client(["DeepSpeed is", "Seattle is"], max_new_tokens=128)
+    mii.client("path-or-hub-id")  # elsewhere, as long as the server runs
+    client.terminate_server()
+
+Both forms read the same options (options.py) and answer with the same Response. Names are imported
+when first used.
 """
 
 import importlib
@@ -9,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastgen_jax.mii.offline import Pipeline, pipeline
     from fastgen_jax.mii.options import PipelineOptions, Response
+    from fastgen_jax.mii.remote import Client, client
+    from fastgen_jax.mii.start import serve
 
-__all__ = ["Pipeline", "PipelineOptions", "Response", "pipeline"]
+__all__ = ["Client", "Pipeline", "PipelineOptions", "Response", "client", "pipeline", "serve"]
 
 _ROOMS = {
     "offline": ("Pipeline", "pipeline"),
     "options": ("PipelineOptions", "Response"),
+    "remote": ("Client", "client"),
+    "start": ("serve",),
 }
 
 

@@ -32,6 +32,7 @@ SERVING: dict[str, Idle] = {
     "restful_processes": int,
     "hostfile": str | None,
     "version": int,
+    "uds": (None,),
 }
 
 

@@ -16,6 +16,7 @@ SENDABLE = re.compile(r"[!-~]+")
 METRICS_PREFIXES = {"both": ("fastgen", "vllm"), "fastgen": ("fastgen",), "vllm": ("vllm",)}
 LOG_FORMATS = ("text", "json")
 MAX_LIMIT = 10**12
+KEY_VARIABLE = "FASTGEN_API_KEY"  # of the environment: a key that no list of processes shows
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
