@@ -22,7 +22,13 @@ from fastgen_jax.server.protocol import ChatRequest, CompletionRequest
 from fastgen_jax.server.protocol_responses import ResponsesRequest
 from fastgen_jax.server.reader import Ask, Reader
 from fastgen_jax.server.service import Service
-from fastgen_jax.server.stream import EventStream, Refusal, cancelled_by_disconnect, read_json
+from fastgen_jax.server.stream import (
+    EVENT_STREAM,
+    EventStream,
+    Refusal,
+    cancelled_by_disconnect,
+    read_json,
+)
 from fastgen_jax.server.watch import StepStream, Watch
 from fastgen_jax.server.web import PAGES, Web
 
@@ -62,6 +68,9 @@ def create_app(service: Service, config: ServerConfig) -> Gate:
     )
     if config.web:
         app.add_api_route("/debug/steps", routes.steps, methods=["GET"])
+        app.add_api_route(
+            "/debug/steps", routes.no_steps, methods=["HEAD"], include_in_schema=False
+        )
         web = Web()
         for path in PAGES:
             app.add_api_route(path, web.page, methods=["GET", "HEAD"], include_in_schema=False)
@@ -101,6 +110,9 @@ class Routes:
 
     async def steps(self, request: Request) -> Response:
         return StepStream(self.watch)
+
+    async def no_steps(self, request: Request) -> Response:
+        return Response(media_type=EVENT_STREAM)
 
     async def models(self, request: Request) -> Response:
         data = [self._model_object(name) for name in self.service.model_names]

@@ -16,8 +16,9 @@ from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
 from fastgen_jax.server.uploads import Upload
 
+EVENT_STREAM = "text/event-stream; charset=utf-8"
 SSE_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"content-type", EVENT_STREAM.encode()),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]

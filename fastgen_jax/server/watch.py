@@ -95,7 +95,7 @@ class Watch:
         self.watchers: set[Watcher] = set()
         self._task: asyncio.Task | None = None
         self._n_told = 0  # the newest step that was told
-        self._last: dict[str, Any] = {}  # what was told last of what is not a step
+        self._last: dict[str, Any] = {}  # what was told last, steps apart: changes are from there
         self._last_time = 0.0
         self._latency: dict[str, list[float]] = {}
         self._latency_time = -math.inf
@@ -129,6 +129,7 @@ class Watch:
         backend = self.service.backend
         self._n_told = backend.engine.history.n_steps if backend else 0
         self._seen, self._next_look, self._blocks = None, 0.0, None
+        self._last = self._state()
         self._task = asyncio.create_task(self._run())
 
     async def _run(self):
@@ -166,7 +167,7 @@ class Watch:
             "step_fields": STEP_FIELDS,
             "steps": [as_row(step) for step in kept if step.number <= self._n_told],
         }
-        return event_of(first | self._state())
+        return event_of(first | self._last)
 
     def _new_steps(self) -> list[list[Any]]:
         if self.service.backend is None:

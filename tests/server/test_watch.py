@@ -47,7 +47,8 @@ def the_watch(up) -> watch.Watch:
     app = up.server.config.app
     while not hasattr(app, "routes"):
         app = app.app
-    return next(r.endpoint.__self__.watch for r in app.routes if r.path == "/debug/steps")
+    routes = [route for route in app.routes if route.path == "/debug/steps"]
+    return routes[0].endpoint.__self__.watch
 
 
 def test_a_watcher_is_told_limits_history_and_then_each_new_step_once(up):
@@ -63,6 +64,13 @@ def test_a_watcher_is_told_limits_history_and_then_each_new_step_once(up):
     numbers += [step[0] for event in told for step in event["steps"]]
     assert numbers == list(range(numbers[0], newest + 1))
     assert len(first["step_fields"]) == len(told[-1]["steps"][-1])
+
+
+def test_head_tells_the_type_and_watches_nothing(up):
+    answer = up.http.head(up.url + "/debug/steps")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert not the_watch(up).watchers
 
 
 def test_latencies_and_blocks_follow_what_happens(up):
@@ -150,6 +158,22 @@ def test_a_watcher_that_reads_nothing_holds_a_bounded_number_of_events():
     assert watcher.is_behind
     watcher.restart(b"first again")
     assert list(watcher._events) == [b"first again"]
+
+
+def test_one_that_joins_late_knows_the_same_as_one_that_was_there(up):
+    """Whatever has changed between two events, its first holds what the next ones build on."""
+    with watching(up) as early:
+        state = next(early)
+        with watching(up) as late:
+            later = next(late)
+            for event in until(early, lambda event: event["time"] >= later["time"]):
+                state |= event
+            up.post("/v1/completions", PROMPT)
+            newest = up.engine.history.n_steps
+            for known, events in ((state, early), (later, late)):
+                for event in until(events, lambda e: e["steps"] and e["steps"][-1][0] >= newest):
+                    known |= event
+    assert [state[name] for name in watch.STATS] == [later[name] for name in watch.STATS]
 
 
 def test_a_watcher_that_reads_nothing_is_cut_in_the_end(tokenizer):
