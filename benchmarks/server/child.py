@@ -38,16 +38,19 @@ class Child:
     Args:
         flags: of fastgen_jax.serve, but for the port.
         is_leaky: whether each request leaves something behind.
+        worker: the module that runs the server and takes orders.
     """
 
-    def __init__(self, flags: Sequence[str], *, is_leaky: bool = False):
+    def __init__(
+        self, flags: Sequence[str], *, is_leaky: bool = False, worker: str = "faulty_worker"
+    ):
         self._folder = tempfile.TemporaryDirectory(prefix="fastgen-soak-")
         self.log = Path(self._folder.name) / "log"
         self.address = ("127.0.0.1", free_port())
         port = ["--port", str(self.address[1])]
-        worker = [sys.executable, "-m", "benchmarks.server.faulty_worker"]
+        command = [sys.executable, "-m", f"benchmarks.server.{worker}"]
         self._process = subprocess.Popen(
-            [*worker, *(["--leak"] if is_leaky else []), *port, *flags],
+            [*command, *(["--leak"] if is_leaky else []), *port, *flags],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"),
             text=True,
         )  # fmt: skip
