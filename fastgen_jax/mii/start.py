@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgen_jax.config import is_integer, show
-from fastgen_jax.demo import DEMO_NAME
+from fastgen_jax.built_in import DEMO_NAME
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.mii.deployments import SUFFIX, Deployment, Directory, last_lines, private
