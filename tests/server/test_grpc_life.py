@@ -3,20 +3,25 @@
 import contextlib
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import threading
 
 import grpc
 import pytest
+import trustme
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
+from fastgen_jax.server import certificates
 from fastgen_jax.server.rpc import fastgen_pb2 as messages
 from fastgen_jax.server.rpc.fastgen_pb2_grpc import FastGenStub
 from fastgen_jax.server.service import Backend
 from tests.server.fake_engine import FakeEngine
-from tests.server.running import serving, wait_until
+from tests.server.pairs import write_pair
+from tests.server.running import Running, read_all, serving, wait_until
 from tests.server.test_grpc import channel_to, detail, details, endless, error_of, request
 
 CLIENT = """
@@ -27,6 +32,8 @@ asked = messages.GenerateRequest.FromString(bytes.fromhex(sys.argv[2]))
 for piece in stub.GenerateStream(asked):
     print("piece", flush=True)
 """
+SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+PING = bytes((0, 0, 8, 6, 0, 0, 0, 0, 0)) + b"pingpong"
 NAMES = ("", "fastgen.v1.FastGen")
 
 
@@ -163,3 +170,39 @@ class TestDrain:
             up.begin_drain()
             up.thread.join(5)
             assert not up.thread.is_alive()
+
+
+def trusted(up: Running, authority: trustme.CA) -> bool:
+    """Whether a new connection finds a certificate of this authority."""
+    credentials = grpc.ssl_channel_credentials(authority.cert_pem.bytes())
+    own_connection = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.secure_channel(up.rpc_address, credentials, own_connection) as channel:
+        try:
+            return bool(FastGenStub(channel).Generate(request(), timeout=10).choices)
+        except grpc.RpcError:
+            return False
+
+
+class TestConnection:
+    def test_a_flood_of_pings_is_cut(self, tokenizer):
+        with serving(tokenizer, rpc=True) as up:
+            host, _, port = up.rpc_address.partition(":")
+            with socket.create_connection((host, int(port)), timeout=10) as connection:
+                connection.sendall(SETTINGS + 100 * PING)
+                assert b"too_many_pings" in read_all(connection)
+
+    def test_tls_is_spoken_with_the_pair_of_https_and_changes_with_it(
+        self, tokenizer, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(certificates, "LOOK_EVERY", 0.0)
+        first, second, trusts = trustme.CA(), trustme.CA(), ssl.create_default_context()
+        pair = write_pair(first, tmp_path)
+        with serving(tokenizer, rpc=True, trusts=trusts, **pair) as up:
+            assert (trusted(up, first), trusted(up, second)) == (True, False)
+            before = up.server.certificates.context
+            write_pair(second, tmp_path)
+            wait_until(lambda: up.server.certificates.context is not before)
+            assert (trusted(up, first), trusted(up, second)) == (False, True)
+            with channel_to(up) as plain:
+                error = error_of(lambda: FastGenStub(plain).Generate(request(), timeout=10))
+            assert error.code() == grpc.StatusCode.UNAVAILABLE
