@@ -276,6 +276,18 @@ class TestKeys:
             first, second = (asked.cache_salt for asked in up.engine.submitted)
             assert first != second
 
+    def test_a_key_has_its_limits_here_too(self, tokenizer):
+        options = {"api_key": ("secret",), "max_requests_per_key": 1}
+        with serving(tokenizer, rpc=True, **options) as up, channel_to(up) as channel:
+            up.engine.may_step.clear()
+            stub = FastGenStub(channel)
+            first = stub.GenerateStream(endless(), metadata=KEYED)
+            wait_until(lambda: up.engine.live)
+            error = error_of(lambda: stub.Generate(request(), metadata=KEYED))
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert detail(error, details.RetryInfo).retry_delay.seconds >= 1
+            first.cancel()
+
 
 class TestReflection:
     @pytest.mark.parametrize("version", ["v1alpha", "v1"])

@@ -25,7 +25,7 @@ FIELDS: dict[str, tuple] = {
     **dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty"), FLOATS),
     **dict.fromkeys(("frequency_penalty", "repetition_penalty"), FLOATS),
     **dict.fromkeys(("max_tokens", "min_tokens", "n", "top_k", "seed"), INTEGERS),
-    **dict.fromkeys(("logprobs", "truncate_prompt_tokens"), INTEGERS),
+    **dict.fromkeys(("logprobs", "truncate_prompt_tokens", "priority"), INTEGERS),
     **dict.fromkeys(("ignore_eos", "include_stop_str_in_output"), (True, False)),
     **dict.fromkeys(("skip_special_tokens", "add_special_tokens", "echo"), (True, False)),
     "cache_salt": WORDS,

@@ -116,7 +116,7 @@ class Calls:
         try:
             client = self.door.client_of(authorization)
             if queues is not None:
-                self.door.check_work(queues=queues)
+                self.door.check_work(client, queues=queues)
         except ApiError as error:
             self.service.journal.refused(origin, error)
             raise
