@@ -28,7 +28,9 @@ from fastgen_jax.server.origin import Origin
 log = logging.getLogger("fastgen_jax.server")
 
 CLOSE_SECONDS = 2.0  # that the last spans may take
-OPERATIONS = {"/v1/completions": "text_completion", "/v1/embeddings": "embeddings"}  # else chat
+OPERATIONS = {
+    "/v1/chat/completions": "chat", "/v1/responses": "chat", "/v1/embeddings": "embeddings",
+}  # fmt: skip
 SERVICE = "fastgen_jax"  # unless OTEL_SERVICE_NAME has another
 
 
@@ -88,7 +90,7 @@ class Tracer:
         reasons = [choice.finish_reason or "error" for choice in generation.choices]
         first_times = [choice.first_time for choice in generation.choices if choice.first_time]
         attributes = {
-            "gen_ai.operation.name": OPERATIONS.get(path, "chat"),
+            "gen_ai.operation.name": OPERATIONS.get(path, "text_completion"),
             "gen_ai.provider.name": SERVICE,
             "gen_ai.request.model": self.model_name,
             "gen_ai.response.model": self.model_name,

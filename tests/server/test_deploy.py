@@ -61,12 +61,12 @@ class TestUnit:
     def test_its_flags_are_ours(self, unit):
         _, module, name, *flags = shlex.split(unit["ExecStart"])
         assert [module, name] == ["-m", "fastgen_jax.serve"]
-        _, config = serve.parse(flags)
+        config = serve.parse(flags)[1]
         assert config.log_format == "json"
         assert config.host == "127.0.0.1"
 
     def test_it_waits_for_what_runs_and_starts_again_what_failed(self, unit):
-        _, config = serve.parse(shlex.split(unit["ExecStart"])[3:])
+        config = serve.parse(shlex.split(unit["ExecStart"])[3:])[1]
         end = config.drain_timeout + 2 * lifecycle.LAST_WRITES + ENGINE_EXIT_TIMEOUT
         assert int(unit["TimeoutStopSec"]) > end
         assert unit["Restart"] == "on-failure"
