@@ -23,7 +23,7 @@ from fastgen_jax.mii.wire import Wire
 SUFFIX = "-mii-deployment"
 MAX_FILE_NAME = 240  # bytes, of the 255 that file systems take
 TAIL_BYTES, TAIL_LINES = 8192, 20
-END_SECONDS = 10.0  # beyond its drain timeout, for a server to write its last and unload
+END_SECONDS = 30.0  # beyond its drain timeout, for a server, or Ray with its replicas, to unload
 
 
 @dataclass(frozen=True, kw_only=True)

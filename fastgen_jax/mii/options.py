@@ -15,6 +15,7 @@ OUR_NAMES = {
     "tensor_parallel": "tensor_parallel_size",
     "max_length": "max_model_len",
     "port_number": "port",
+    "replica_num": "replicas",
 }
 LOADING: dict[str, Idle] = {
     "task": ("text-generation",),

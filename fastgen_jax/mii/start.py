@@ -9,7 +9,6 @@ import json
 import math
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -18,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgen_jax.config import is_integer, show
 from fastgen_jax.built_in import DEMO_NAME
+from fastgen_jax.cluster.config import ClusterConfig
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.errors import ConfigError, FastGenError
+from fastgen_jax.errors import FastGenError
 from fastgen_jax.mii.deployments import SUFFIX, Deployment, Directory, last_lines, private
 from fastgen_jax.mii.options import SERVING, loading_options
 from fastgen_jax.mii.process import Process
@@ -31,7 +30,7 @@ from fastgen_jax.server.config import KEY_VARIABLE, ServerConfig
 from fastgen_jax.server.flags import FlagParser, add_flags, build
 from fastgen_jax.server.listen import bind, url_of
 
-CONFIGS = (EngineConfig, ServerConfig)
+CONFIGS = (EngineConfig, ServerConfig, ClusterConfig)
 OURS = ("model", "fd", "uds", "api_key")  # fields that are not the caller's
 POLL = 0.1  # seconds
 
@@ -40,7 +39,6 @@ def serve(
     model_name_or_path: str = "",
     *,
     deployment_name: str | None = None,
-    replica_num: int = 1,
     api_key: str | None = None,
     start_timeout: float | None = None,
     **options: Any,
@@ -49,11 +47,10 @@ def serve(
 
     Args:
         deployment_name: for `client`; default: the model's, followed by -mii-deployment.
-        replica_num: engines that share the work.
         api_key: that clients must send; default: a new one, which `client` finds. "" for none.
         start_timeout: seconds after which a server that is not ready is ended; default: no limit.
-        options: fields of EngineConfig and ServerConfig, or MII's names of them, as
-            tensor_parallel, host, port (default: a free one) and log_level.
+        options: fields of EngineConfig, ServerConfig and ClusterConfig, or MII's names of them, as
+            tensor_parallel, replica_num, host, port (default: a free one) and log_level.
 
     Raises:
         ConfigError: an unknown option, with the nearest known one, or a value that cannot work.
@@ -63,13 +60,10 @@ def serve(
     options = {"port": 0} | loading_options(options, SERVING, [n for n in known if n not in OURS])
     if model_name_or_path:
         options["model"] = os.fspath(model_name_or_path)
-    if not (is_integer(replica_num) and replica_num > 0):
-        raise ConfigError(f"replica_num must be a positive integer, got {show(replica_num)}")
     launch = Launch(
         name=deployment_name or (options.get("model") or DEMO_NAME) + SUFFIX,
         arguments=arguments(options),
         api_key=secrets.token_urlsafe(32) if api_key is None else api_key,
-        n_replicas=replica_num,
     )
     directory = Directory.of_user()
     deployment = launch.start(directory)
@@ -89,11 +83,10 @@ class Launch:
     name: str
     arguments: list[str]
     api_key: str
-    n_replicas: int
 
     def start(self, directory: Directory) -> Deployment:
         """Starts the server, unless one of that name runs, and tells the directory."""
-        engine, server = self._configs()
+        engine, server, cluster = self._configs()
         log = directory.log(self.name)
         with directory.locked(), contextlib.ExitStack() as undo:
             taken = directory.find(self.name)
@@ -103,7 +96,9 @@ class Launch:
                     "is a client of it, or choose another deployment_name"
                 )
             listener = undo.enter_context(bind(server.host, server.port))
-            process = self._spawn(listener, log)
+            fd = None if cluster.is_asked_for else listener.fileno()
+            port = listener.getsockname()[1]
+            process = self._spawn(port, fd, log)
             undo.callback(process.stop, 0.0)
             deployment = Deployment(
                 name=self.name,
@@ -120,33 +115,34 @@ class Launch:
             listener.close()
         return deployment
 
-    def _configs(self) -> tuple[EngineConfig, ServerConfig]:
+    def _configs(self) -> tuple[EngineConfig, ServerConfig, ClusterConfig]:
         """What the server will read. Raises ConfigError as it would, before it is started."""
         parser = FlagParser(add_help=False, allow_abbrev=False)
         add_flags(parser, CONFIGS)
         namespace = parser.parse(self.arguments)
         if self.api_key:
             namespace.api_key = [self.api_key]
-        return build(EngineConfig, namespace), build(ServerConfig, namespace)
+        engine, server = build(EngineConfig, namespace), build(ServerConfig, namespace)
+        return engine, server, build(ClusterConfig, namespace)
 
-    def _spawn(self, listener: socket.socket, log: Path) -> Process:
+    def _spawn(self, port: int, fd: int | None, log: Path) -> Process:
         """The command line in a session of its own: neither a hangup nor Ctrl-C reaches it. It
         imports from where we do, and from nowhere else: its working directory may be anybody's.
+
+        Args:
+            fd: the socket that it listens on; None: Ray binds the port, and takes no socket.
         """
-        fd, port = listener.fileno(), listener.getsockname()[1]
-        where = ["--fd", str(fd)]
-        if self.n_replicas > 1:  # each has a socket of its own, and who speaks for all binds one
-            where = ["--replicas", str(self.n_replicas), "--port", str(port)]
+        where = f"--port={port}" if fd is None else f"--fd={fd}"
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         environment |= {KEY_VARIABLE: self.api_key}
         with open(log, "wb", opener=private) as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "fastgen_jax.serve", *self.arguments, *where],
+                [sys.executable, "-m", "fastgen_jax.serve", *self.arguments, where],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=[fd] if self.n_replicas == 1 else [],
+                pass_fds=[] if fd is None else [fd],
                 start_new_session=True,
                 env=environment,
             )

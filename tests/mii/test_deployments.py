@@ -193,7 +193,7 @@ class TestLaunch:
         options = {"max_model_len": 64, "enable_prefix_caching": False, "dtype": "float32",
                    "hf_overrides": {"rope_theta": 1.0}, "served_model_name": ["-a", "b"],
                    "memory_fraction": 0.5, "num_kv_blocks": None, "model": "--x"}  # fmt: skip
-        engine, server = parse(arguments(options))
+        engine, server, _ = parse(arguments(options))
         assert (engine.max_model_len, engine.enable_prefix_caching) == (64, False)
         assert (engine.hf_overrides, engine.memory_fraction) == ({"rope_theta": 1.0}, 0.5)
         assert (engine.num_kv_blocks, engine.model) == (None, "--x")
@@ -208,8 +208,8 @@ class TestLaunch:
         ({"port": True}, "port"),
         ({"dtype": "int3"}, "dtype must be one of"),
         ({"tensor_parallel": 0}, "tensor_parallel_size must be a positive integer"),
-        ({"replica_num": 0}, "replica_num must be a positive integer, got 0"),
-        ({"replica_num": "2"}, "replica_num must be a positive integer, got '2'"),
+        ({"replica_num": 0}, "replicas must be at least 1"),
+        ({"replica_num": "two"}, "expected a whole number"),
         ({"api_key": "two words"}, "visible ASCII"),
         ({"deployment_name": "x" * 300}, "give a shorter deployment_name"),
     ])  # fmt: skip
@@ -236,7 +236,7 @@ class TestLaunch:
         results = []
 
         def launch():
-            one = Launch(name="n", arguments=["--port=0"], api_key="k", n_replicas=1)
+            one = Launch(name="n", arguments=["--port=0"], api_key="k")
             try:
                 results.append(one.start(directory))
             except FastGenError as error:
@@ -257,7 +257,7 @@ class TestLaunch:
         process = Process.started(child.pid)
         monkeypatch.setattr(Launch, "_spawn", lambda *_: process)
         monkeypatch.setattr(Directory, "add", lambda *_: json.loads("x"))
-        launch = Launch(name="n", arguments=["--port=0"], api_key="", n_replicas=1)
+        launch = Launch(name="n", arguments=["--port=0"], api_key="")
         with pytest.raises(ValueError, match="Expecting value"):
             launch.start(directory)
         assert not process.is_running
@@ -276,6 +276,16 @@ class TestLaunch:
             mii.serve(start_timeout=0.0)
         assert [path.name for path in session.iterdir()] == ["lock"]
         assert time.monotonic() - started < 60
+
+    def test_replicas_are_asked_of_the_command_line(self, session, monkeypatch):
+        def spawn(launch, port, fd, log):
+            assert "--replicas=2" in launch.arguments
+            assert (fd, port > 0) == (None, True)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Launch, "_spawn", spawn)
+        with pytest.raises(KeyboardInterrupt):
+            mii.serve(replica_num=2)
 
     def test_an_interrupt_ends_what_it_started(self, session, monkeypatch):
         seen = []
