@@ -167,7 +167,7 @@ async function a_load_moves_the_steps_and_fills_blocks(url) {
     const before = await picture();
     await page.click("#load");
     await page.waitForFunction(() => Number(document.getElementById("running").textContent) > 4);
-    await page.waitForFunction(() => /[1-9]\d* sequences at one token/.test(document.getElementById("step").textContent));
+    await page.waitForFunction(() => /[1-9]\d* decodes/.test(document.getElementById("step").textContent));
     await page.waitForFunction(() => /\d/.test(document.getElementById("generated-rate").textContent));
     await page.waitForFunction(() => document.querySelector("#classes .held b").textContent !== "0");
     assert.notEqual(await picture(), before);

@@ -121,8 +121,8 @@ export function words(step, budget) {
   const parts = [
     `step ${step.number.toLocaleString("en")}`,
     `${n} of ${budget} tokens`,
-    plural(decodes, "sequence") + " at one token",
-    plural(prompts, "prompt chunk") + (prompts ? ` of ${n - decodes} tokens` : ""),
+    plural(decodes, "decode"),
+    plural(prompts, "prompt chunk") + (prompts ? ` of ${n - decodes}` : ""),
     `${(step.seconds * 1000).toFixed(1)} ms`,
   ];
   if (step.n_preempted) parts.push(`${step.n_preempted} preempted`);
