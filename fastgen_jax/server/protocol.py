@@ -368,10 +368,13 @@ def parse_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def cache_salt(given: str | None, tenant: bytes) -> bytes:
-    """What separates cached prompts: the caller's own salt within those of its tenant."""
+    """What separates cached prompts: the caller's own salt within those of its tenant. No salt of
+    one tenant says what one of another does: where a tenant's name ends is told by its length.
+    """
     if not given and not tenant:
         return b""
-    return hashlib.sha256(tenant + b":" + (given or "").encode("utf-8", "surrogatepass")).digest()
+    own = (given or "").encode("utf-8", "surrogatepass")
+    return hashlib.sha256(len(tenant).to_bytes(2, "big") + tenant + own).digest()
 
 
 def texts_of(messages: list[dict[str, Any]]) -> Iterator[str]:
