@@ -12,7 +12,7 @@ import httpx
 import orjson
 import pytest
 
-from fastgen_jax.server import gate, protocol, service
+from fastgen_jax.server import door, gate, protocol, service
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.formats import format
@@ -188,7 +188,7 @@ class TestDoor:
             compared.append((a, b))
             return plain(a, b)
 
-        monkeypatch.setattr(gate.hmac, "compare_digest", compare)
+        monkeypatch.setattr(door.hmac, "compare_digest", compare)
         with serving(tokenizer, api_key=("first", "second", "third")) as up:
             for key, status in (("first", 200), ("third", 200), ("x", 401), ("FIRST", 401)):
                 compared.clear()
