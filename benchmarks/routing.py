@@ -2,6 +2,7 @@
 
     python -m benchmarks.routing                     # needs the extra ray; 4 replicas of the demo
     python -m benchmarks.routing --rate 8 --requests 200 --rounds 8
+    python -m benchmarks.routing --simulate          # 8 replicas with a device each, by a clock
 
 Arrivals are random, lengths skewed: most requests are short, one of ten asks for many tokens, and
 half of the prompts continue one of a few documents. Both routers, each with replicas of its own,
@@ -17,6 +18,8 @@ from typing import NamedTuple
 
 import httpx
 import numpy as np
+
+from benchmarks.simulated_replicas import print_table
 
 N_DOCUMENTS, DOCUMENT = 8, "Tom and Anna went to the market to buy apples and a red ball. " * 12
 SHORT, LONG, LONG_SHARE = 12, 240, 0.1  # tokens of answers
@@ -103,7 +106,15 @@ def main():
     parser.add_argument("--requests", type=int, default=80, help="in each round")
     parser.add_argument("--rounds", type=int, default=5, help="for each router")
     parser.add_argument("--in-time", type=float, default=1.0, help="seconds to the first token")
+    parser.add_argument("--simulate", action="store_true", help="see simulated_replicas.py")
     args = parser.parse_args()
+    if args.simulate:
+        print_table(4000, n_replicas=8, rates=(60, 110))
+    else:
+        measure_real(args)
+
+
+def measure_real(args: argparse.Namespace):
     import ray  # pyright: ignore[reportMissingImports]
     from ray import serve  # pyright: ignore[reportMissingImports]
 

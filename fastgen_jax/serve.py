@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from fastgen_jax.built_in import DEMO
-from fastgen_jax.cluster.config import ClusterConfig
+from fastgen_jax.cluster.config import ClusterConfig, check_shared
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.server import logs
@@ -72,10 +72,7 @@ def run(argv: Sequence[str]) -> int:
     logs.set_up_logging(server_config.log_level, server_config.log_format)
     signal.signal(signal.SIGTERM, exit_at_once)  # until the server's own handlers stand
     if cluster_config.is_asked_for:
-        if server_config.grpc_port:
-            raise ConfigError(
-                "--grpc-port is of one server, and replicas share theirs; leave it out"
-            )
+        check_shared(server_config)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray has no other switch
         from fastgen_jax.cluster.running import run_cluster
 

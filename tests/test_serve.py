@@ -306,9 +306,10 @@ class TestProcess:
         with pytest.raises(ConfigError, match=r"needs no_such_package; .*fastgen-jax\[grpc\]"):
             serve.listen_to_rpc(ServerConfig(grpc_port=1))
 
-    def test_replicas_have_no_port_of_grpc(self):
-        with pytest.raises(ConfigError, match="--grpc-port is of one server"):
-            serve.run(["--replicas", "2", "--grpc-port", "8001"])
+    @pytest.mark.parametrize("flag", ["--grpc-port=8001", "--uds=a", "--fd=0"])
+    def test_replicas_have_no_sockets_of_their_own(self, flag):
+        with pytest.raises(ConfigError, match="is for a single server"):
+            serve.run(["--replicas", "2", flag])
 
     def test_an_inherited_socket_is_listened_on(self, model, launch):
         with bind("127.0.0.1", 0) as listener:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastgen_jax.built_in import DEMO
-from fastgen_jax.cluster.config import ClusterConfig
+from fastgen_jax.cluster.config import ClusterConfig, check_shared
 from fastgen_jax.config import check_names, show
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError
@@ -30,6 +30,7 @@ def read(args: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig, ClusterCo
     namespace = parser.parse(flags)
     namespace.model = getattr(namespace, "model", None) or str(DEMO)
     engine, server, cluster = (build(config, namespace) for config in CONFIGS)
+    check_shared(server)
     return engine, server, cluster
 
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from fastgen_jax.config import option
 from fastgen_jax.errors import ConfigError
+from fastgen_jax.server.config import ServerConfig
+
+OF_ONE_SERVER = ("fd", "uds", "tls_cert", "grpc_port")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +66,13 @@ class ClusterConfig:
     def is_asked_for(self) -> bool:
         """Whether this needs Ray; else one server in one process does."""
         return self.replicas != 1 or self.max_replicas is not None or self.ray_address is not None
+
+
+def check_shared(config: ServerConfig):
+    """Raises ConfigError for what a replica cannot have of its own: clients meet Ray's proxy."""
+    for name in OF_ONE_SERVER:
+        if getattr(config, name) != getattr(ServerConfig, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for a single server: replicas answer through Ray's "
+                "proxy, on host and port; leave it out"
+            )
