@@ -149,10 +149,11 @@ def judge(tool: Tool, url: str, missing: dict[str, str]) -> Verdict:
 
 def run(tool: Tool, url: str, calls_out: Path) -> tuple[str, str]:
     """How it ended, "" if well, and what it printed. It ends in time, with all that it started."""
-    log = LOGS / f"{tool.name}.log"
+    log, scratch = LOGS / f"{tool.name}.log", SCRATCH / tool.name
+    scratch.mkdir()  # of its own: two that unpack a browser in one place find it busy
     with log.open("w") as file:
         process = subprocess.Popen(
-            tool.command(url), cwd=SCRATCH, env=settings_of_a_tool(calls_out),
+            tool.command(url), cwd=scratch, env=settings_of_a_tool(calls_out, scratch),
             stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
         )  # fmt: skip
     try:

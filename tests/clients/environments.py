@@ -138,12 +138,12 @@ def fetch(command: list) -> None:
         raise Missing(f"{Path(command[0]).name} could not fetch it: {' '.join(said)[-300:]}")
 
 
-def settings_of_a_tool(calls_out: Path) -> dict[str, str]:
+def settings_of_a_tool(calls_out: Path, scratch: Path) -> dict[str, str]:
     """Environment variables: a home of its own, no talk, and no way out."""
     return QUIET | {
         "PATH": os.environ["PATH"],
         "HOME": str(HOME),
-        "TMPDIR": str(SCRATCH),
+        "TMPDIR": str(scratch),
         "PYTHONPATH": f"{SEALED}{os.pathsep}{ROOT}",
         "NODE_OPTIONS": f"--import={(SEALED / 'seal.mjs').as_uri()}",
         "CALLS_OUT": str(calls_out),

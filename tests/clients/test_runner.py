@@ -41,7 +41,10 @@ def test_a_tool_that_turns_to_another_machine_is_refused_and_noted(tmp_path, hos
     calls = tmp_path / "calls"
     code = f"import socket; socket.create_connection(({host!r}, 443), timeout=1)"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=settings_of_a_tool(calls), capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=settings_of_a_tool(calls, tmp_path),
+        capture_output=True,
+        text=True,
     )
     assert f"no tool may turn to {host}" in done.stderr
     assert calls.read_text() == f"{host}\n"

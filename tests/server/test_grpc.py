@@ -51,10 +51,15 @@ def endless(**fields) -> messages.GenerateRequest:
     return request(max_tokens=4000, ignore_eos=True, **fields)
 
 
+def taken(answer):
+    """All of it: a stream is read to its end."""
+    return list(answer) if isinstance(answer, Iterator) else answer
+
+
 def error_of(call) -> grpc.Call:
     """What a call that must fail has failed with."""
     with pytest.raises(grpc.RpcError) as caught:
-        list(call()) if hasattr(result := call(), "__next__") else result
+        taken(call())
     return caught.value  # type: ignore[return-value]
 
 
@@ -260,8 +265,7 @@ class TestKeys:
                 for metadata in ((), (("authorization", "Bearer Secret"),)):
                     error = error_of(lambda c=call, a=asked, m=metadata: c(a, metadata=m))
                     assert error.code() == grpc.StatusCode.UNAUTHENTICATED
-                answer = call(asked, metadata=KEYED)
-                assert list(answer) if hasattr(answer, "__next__") else answer
+                assert taken(call(asked, metadata=KEYED))
             error = error_of(lambda: ProtoReflectionDescriptorDatabase(channel).get_services())
             assert error.code() == grpc.StatusCode.UNAUTHENTICATED
             health = health_pb2_grpc.HealthStub(channel).Check(HealthCheckRequest())
