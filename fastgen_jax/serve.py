@@ -79,12 +79,20 @@ def run(argv: Sequence[str]) -> int:
         return run_cluster(engine_config, server_config, cluster_config)
     certificates = tls_files(server_config)
     with listen(server_config) as listener, listen_to_rpc(server_config) as rpc_listener:
-        return serve(listener, rpc_listener, engine_config, server_config, certificates, started)
+        return serve(
+            listener,
+            rpc_listener,
+            engine_config=engine_config,
+            server_config=server_config,
+            certificates=certificates,
+            started=started,
+        )
 
 
 def serve(
     listener: socket.socket,
     rpc_listener: socket.socket | None,
+    *,
     engine_config: EngineConfig,
     server_config: ServerConfig,
     certificates: "Certificates | None",
