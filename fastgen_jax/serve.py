@@ -72,7 +72,6 @@ def run(argv: Sequence[str]) -> int:
     logs.set_up_logging(server_config.log_level, server_config.log_format)
     signal.signal(signal.SIGTERM, exit_at_once)  # until the server's own handlers stand
     if cluster_config.is_asked_for:
-        check_shared(server_config)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray has no other switch
         from fastgen_jax.cluster.running import run_cluster
 
@@ -174,6 +173,8 @@ def parse(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig, ClusterConfi
     if key := os.environ.pop(KEY_VARIABLE, None):
         namespace.api_key = [*getattr(namespace, "api_key", ()), key]
     engine, server, cluster = (build(config, namespace) for config in CONFIGS)
+    if cluster.is_asked_for:
+        check_shared(server)
     return engine, server, cluster
 
 

@@ -309,7 +309,7 @@ class TestProcess:
     @pytest.mark.parametrize("flag", ["--grpc-port=8001", "--uds=a", "--fd=0"])
     def test_replicas_have_no_sockets_of_their_own(self, flag):
         with pytest.raises(ConfigError, match="is for a single server"):
-            serve.run(["--replicas", "2", flag])
+            serve.parse(["--replicas", "2", flag])
 
     def test_an_inherited_socket_is_listened_on(self, model, launch):
         with bind("127.0.0.1", 0) as listener:

@@ -102,7 +102,7 @@ class Trial:
     def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
-            with self._process, contextlib.suppress(BrokenPipeError):  # which closes and waits
+            with contextlib.suppress(BrokenPipeError), self._process:  # which closes and waits
                 pass
             self._process = None
 

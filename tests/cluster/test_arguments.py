@@ -8,6 +8,7 @@ import yaml
 
 from fastgen_jax import serve
 from fastgen_jax.cluster.arguments import read
+from fastgen_jax.cluster.running import run_cluster
 from fastgen_jax.errors import ConfigError
 
 
@@ -52,7 +53,7 @@ def test_the_files_of_the_package_ask_for_what_there_is(file):
     assert cluster.max_replicas > cluster.replicas
 
 
-def test_replicas_without_ray_say_what_to_install(monkeypatch, capsys):
+def test_replicas_without_ray_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert serve.main(["--replicas", "4"]) == 2
-    assert "pip install 'fastgen-jax[ray]'" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"pip install 'fastgen-jax\[ray\]'"):
+        run_cluster(*read({"replicas": 4}))

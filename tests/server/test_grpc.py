@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
+from fastgen_jax.server import protocol
 from fastgen_jax.server.rpc import fastgen_pb2 as messages
 from fastgen_jax.server.rpc.fastgen_pb2_grpc import FastGenStub
 from tests.server.fake_engine import FakeEngine
@@ -204,7 +205,8 @@ class TestErrors:
         up.engine.poisoned = {id for id, _ in up.engine.live}
         assert error_of(lambda: stream).code() == grpc.StatusCode.INTERNAL
 
-    def test_an_unknown_field_is_warned_of(self, stub, caplog):
+    def test_an_unknown_field_is_warned_of(self, stub, caplog, monkeypatch):
+        monkeypatch.setattr(protocol, "_warned", set())
         asked = messages.GenerateRequest.FromString(
             request(max_tokens=1).SerializeToString() + b"\xf8\x3f\x01"  # field 1023
         )
