@@ -24,7 +24,7 @@ from fastgen_jax.server import logs
 from fastgen_jax.server.config import KEY_VARIABLE, ServerConfig
 from fastgen_jax.server.flags import FlagParser, add_flags, build, markdown
 from fastgen_jax.server.listen import bind, inherited, unix_socket, url_of
-from fastgen_jax.server.loading import check_model, hub_id, load, model_names
+from fastgen_jax.server.loading import check_model, make_service, model_names
 from fastgen_jax.server.report import StartupReport
 
 if TYPE_CHECKING:
@@ -102,20 +102,11 @@ def serve(
     Raises:
         FastGenError: the model cannot work, or the engine has given up.
     """
-    names = model_names(engine_config.model, server_config)
+    name = model_names(engine_config.model, server_config)[0]
     url = url_of(listener, server_config.host, "https" if certificates else "http")
-    report = StartupReport(url, names[0], started, server_config.uds)
+    report = StartupReport(url, name, started, server_config.uds)
     report.opened()
-    from fastgen_jax.server.service import Service
-
-    service = Service(
-        lambda on_phase: load(engine_config, server_config, on_phase),
-        server_config,
-        model_names=names,
-        model_aliases=[engine_config.model],
-        hub_id=hub_id(engine_config.model),
-        on_phase=lambda *phase: report.phase(service, *phase),
-    )
+    service = make_service(engine_config, server_config, report)
     service.start()
     from fastgen_jax.server.lifecycle import Server  # FastAPI, while the engine's thread loads
 

@@ -36,6 +36,7 @@ ROOT = Path(serve.__file__).parent.parent
 LAUNCH = """
 import sys, time
 from fastgen_jax import serve
+from fastgen_jax.server import loading
 def load(engine_config, server_config, on_phase):
     from fastgen_jax.errors import CheckpointError
     from fastgen_jax.server.service import Backend
@@ -51,7 +52,7 @@ def load(engine_config, server_config, on_phase):
     if engine_config.seed == 3:
         engine.fault = TypeError("a fault of ours")
     return Backend(engine, tokenizer)
-serve.load = load
+loading.load = load
 sys.exit(serve.main(sys.argv[1:]))
 """
 
@@ -236,7 +237,7 @@ class TestFlags:
         assert serve.model_names(str(DEMO), config) == ["fastgen-demo"]
         named = ServerConfig(served_model_name=("a", "b"))
         assert serve.model_names(str(tmp_path), named) == ["a", "b"]
-        assert (serve.hub_id(str(tmp_path)), serve.hub_id("org/name")) == (None, "org/name")
+        assert (loading.hub_id(str(tmp_path)), loading.hub_id("org/name")) == (None, "org/name")
 
     def test_a_directory_whose_name_is_no_text_has_a_name_that_json_holds(self, tmp_path):
         path = tmp_path / "model\udcff"

@@ -22,6 +22,7 @@ from fastgen_jax.errors import QueueFull
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.door import Keys
 from fastgen_jax.server.errors import ApiError, from_engine, unavailable
+from fastgen_jax.server.formats.format import event
 from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.stream import read_json
 from fastgen_jax.server.uploads import Uploads
@@ -155,9 +156,9 @@ class Reply:
         """The event that ends a stream; the connection is cut after it."""
         error = _lost()
         if self._path != "/v1/responses":
-            return b"data: %s\n\n" % error.body()
-        event = {"type": "error", "code": error.code, "message": error.message, "param": None}
-        return b"event: error\ndata: %s\n\n" % orjson.dumps(event | {"sequence_number": 0})
+            return event(error.body())
+        fields = {"type": "error", "code": error.code, "message": error.message, "param": None}
+        return b"event: error\n" + event(orjson.dumps(fields | {"sequence_number": 0}))
 
 
 def _lost() -> ApiError:

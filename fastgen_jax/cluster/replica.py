@@ -16,9 +16,8 @@ from fastgen_jax.server import logs
 from fastgen_jax.server.app import create_app
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.errors import unavailable
-from fastgen_jax.server.loading import hub_id, load, model_names
+from fastgen_jax.server.loading import make_service, model_names
 from fastgen_jax.server.report import StartupReport
-from fastgen_jax.server.service import Service
 
 log = logging.getLogger("fastgen_jax.cluster")
 
@@ -30,16 +29,9 @@ class Replica:
 
     async def __init__(self, engine_config: EngineConfig, server_config: ServerConfig):
         logs.set_up_logging(server_config.log_level, server_config.log_format)
-        names = model_names(engine_config.model, server_config)
-        report = StartupReport("", names[0], time.monotonic())
-        self.service = Service(
-            lambda on_phase: load(engine_config, server_config, on_phase),
-            server_config,
-            model_names=names,
-            model_aliases=[engine_config.model],
-            hub_id=hub_id(engine_config.model),
-            on_phase=lambda *phase: report.phase(self.service, *phase),
-        )
+        name = model_names(engine_config.model, server_config)[0]
+        report = StartupReport("", name, time.monotonic())
+        self.service = make_service(engine_config, server_config, report)
         self.app = create_app(self.service, server_config)
         self._answers: set[asyncio.Task] = set()
         self.service.start()

@@ -58,8 +58,8 @@ class Directory:
         """Raises ConfigError if the directory is another's, or open to others."""
         path.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()
-        isprivate = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
-        if found.st_uid != os.getuid() or not isprivate:
+        is_private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
+        if found.st_uid != os.getuid() or not is_private:
             raise ConfigError(
                 f"{path} must be a directory of this user that is closed to others (mode 0700), "
                 "for it tells where prompts go; remove it or set XDG_RUNTIME_DIR"

@@ -5,14 +5,12 @@ The caller binds the socket, so that the port is known, and nobody else's, befor
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from fastgen_jax.mii.process import Process
 from fastgen_jax.mii.remote import Client, terminate
 from fastgen_jax.progress import PhaseBars
 from fastgen_jax.server.config import KEY_VARIABLE, ServerConfig
-from fastgen_jax.server.flags import FlagParser, add_flags, build
+from fastgen_jax.server.flags import FlagParser, add_flags, arguments, build
 from fastgen_jax.server.listen import bind, url_of
 
 CONFIGS = (EngineConfig, ServerConfig, ClusterConfig)
@@ -148,22 +146,6 @@ class Launch:
             )
         process.returncode = 0  # or Python would warn of a child that nobody waits for
         return Process.started(process.pid)
-
-
-def arguments(options: dict[str, Any]) -> list[str]:
-    """The flags that mean these options."""
-    given = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            given.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, Mapping):
-            given.append(f"--{flag}={json.dumps(value)}")
-        elif isinstance(value, list | tuple | set):
-            given += [f"--{flag}={entry}" for entry in value]
-        elif value is not None:
-            given.append(f"--{flag}={value}")
-    return given
 
 
 def _wait_until_ready(

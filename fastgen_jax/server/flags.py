@@ -6,9 +6,10 @@ A flag is `--` and the field's name with dashes; its help, group and default are
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from fastgen_jax.config import json_object
@@ -100,6 +101,24 @@ def markdown(config_classes: Sequence[type], *, positional: str) -> str:
             name = f"{name}`, `--no-{name[2:]}"
         lines.append(f"| `{name}` | {shown} | {field.metadata.get('help', '')} |")
     return "\n".join(lines)
+
+
+def arguments(options: Mapping[str, Any]) -> list[str]:
+    """How the command line says that fields have these values; nothing of None, their default."""
+    return [argument for name, value in options.items() for argument in _arguments(name, value)]
+
+
+def _arguments(name: str, value: Any) -> Iterator[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        yield f"--{flag}" if value else f"--no-{flag}"
+    elif isinstance(value, Mapping):
+        yield f"--{flag}={json.dumps(value)}"
+    elif isinstance(value, list | tuple | set):
+        for entry in value:
+            yield from _arguments(name, entry)
+    elif value is not None:
+        yield f"--{flag}={value}"
 
 
 def flag_name(field: Field) -> str:

@@ -14,7 +14,8 @@ from fastgen_jax.errors import ConfigError
 from fastgen_jax.server.config import ServerConfig
 
 if TYPE_CHECKING:
-    from fastgen_jax.server.service import Backend, OnPhase
+    from fastgen_jax.server.report import StartupReport
+    from fastgen_jax.server.service import Backend, OnPhase, Service
 
 
 def check_model(model: str):
@@ -40,6 +41,23 @@ def model_names(model: str, config: ServerConfig) -> list[str]:
 def hub_id(model: str) -> str | None:
     """None for a directory of this machine, whose path is nobody's business."""
     return None if Path(model).is_dir() else model
+
+
+def make_service(
+    engine_config: EngineConfig, server_config: ServerConfig, report: "StartupReport"
+) -> "Service":
+    """The service of a model, which `report` tells of and `start` loads."""
+    from fastgen_jax.server.service import Service
+
+    service = Service(
+        lambda on_phase: load(engine_config, server_config, on_phase),
+        server_config,
+        model_names=model_names(engine_config.model, server_config),
+        model_aliases=[engine_config.model],
+        hub_id=hub_id(engine_config.model),
+        on_phase=lambda *phase: report.phase(service, *phase),
+    )
+    return service
 
 
 def load(

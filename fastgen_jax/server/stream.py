@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -80,18 +80,28 @@ def cancelled_by_disconnect(
     receive: Receive, service: Service, generation: Generation
 ) -> Iterator[None]:
     """Ends `generation` when the client goes away; cancels what is unfinished on leaving."""
+    gone = ApiError(CLIENT_GONE, "the client disconnected")
+    try:
+        with on_disconnect(receive, lambda: service.fail(generation, gone)):
+            yield
+    finally:
+        service.release(generation)
+
+
+@contextlib.contextmanager
+def on_disconnect(receive: Receive, leave: Callable[[], None]) -> Iterator[None]:
+    """Calls `leave` if the client goes away meanwhile."""
 
     async def watch():
         while (await receive())["type"] != "http.disconnect":
             pass
-        service.fail(generation, ApiError(CLIENT_GONE, "the client disconnected"))
+        leave()
 
     watcher = asyncio.create_task(watch())
     try:
         yield
     finally:
         watcher.cancel()
-        service.release(generation)
 
 
 class EventStream(Response):

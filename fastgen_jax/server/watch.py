@@ -26,9 +26,10 @@ from fastgen_jax.engine.blocks import EVICTABLE, BlockMap
 from fastgen_jax.engine.history import StepRecord
 from fastgen_jax.engine.types import Stats
 from fastgen_jax.server.errors import ApiError, unavailable
+from fastgen_jax.server.formats.format import event
 from fastgen_jax.server.responses import send_error
 from fastgen_jax.server.service import Service
-from fastgen_jax.server.stream import SSE_HEADERS
+from fastgen_jax.server.stream import SSE_HEADERS, on_disconnect
 
 MAX_WATCHERS = 16
 MAX_RATE = 20  # events a second
@@ -231,7 +232,7 @@ class StepStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
         try:
-            with self.watch.join() as watcher, _ended_by_disconnect(receive, watcher):
+            with self.watch.join() as watcher, on_disconnect(receive, watcher.end):
                 start = {"type": "http.response.start", "status": 200, "headers": SSE_HEADERS}
                 await send(start)
                 async for event in watcher:
@@ -241,22 +242,8 @@ class StepStream(Response):
             await send_error(error, send)
 
 
-@contextlib.contextmanager
-def _ended_by_disconnect(receive: Receive, watcher: Watcher) -> Iterator[None]:
-    async def wait():
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        watcher.end()
-
-    task = asyncio.create_task(wait())
-    try:
-        yield
-    finally:
-        task.cancel()
-
-
 def event_of(value: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(value) + b"\n\n"
+    return event(orjson.dumps(value))
 
 
 def as_row(step: StepRecord) -> list[Any]:

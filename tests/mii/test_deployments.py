@@ -16,8 +16,9 @@ from fastgen_jax import mii
 from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.mii.deployments import Deployment, Directory, last_lines
 from fastgen_jax.mii.process import Process
-from fastgen_jax.mii.start import Launch, arguments
+from fastgen_jax.mii.start import Launch
 from fastgen_jax.serve import parse
+from fastgen_jax.server.flags import arguments
 from fastgen_jax.server.listen import bind
 
 STUBBORN = "import signal; signal.signal(15, signal.SIG_IGN); print('up', flush=True); input()"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from fastgen_jax import serve
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.llm import LLM
+from fastgen_jax.server import loading
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.tokenizer import Tokenizer, has_tokenizer
 from tests import tiny, tiny_tokenizers
@@ -34,7 +34,7 @@ def serve_it(directory: Path):
     def on_phase(name, done, total):
         raise AssertionError("the engine began to load")
 
-    serve.load(EngineConfig(model=str(directory)), ServerConfig(), on_phase)
+    loading.load(EngineConfig(model=str(directory)), ServerConfig(), on_phase)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -183,4 +183,4 @@ def test_what_is_wrong_with_a_tokenizer_does_not_wait_for_the_weights(directory,
 
     monkeypatch.setattr("fastgen_jax.engine.engine.Engine", load_for_long)
     with pytest.raises(CheckpointError, match="cannot load the tokenizer of"):
-        serve.load(EngineConfig(model=str(directory)), ServerConfig(), lambda *phase: None)
+        loading.load(EngineConfig(model=str(directory)), ServerConfig(), lambda *phase: None)
