@@ -87,7 +87,7 @@ class _Draft:
         while i < len(running) and self.budget > 0:
             s = running[i]
             i += 1
-            if s.n_tokens - s.n_cached != 1:
+            if _owed(s) != 1:
                 continue
             need = 1 if s.n_cached >= len(s.block_ids) * block_size else 0
             if need > self.n_free:
@@ -101,17 +101,19 @@ class _Draft:
 
     def add_prompts(self, worst_priority: float = math.inf) -> None:
         """Running sequences that owe more, in their turn, while budget and blocks last; none of a
-        worse priority, and none twice.
+        worse priority, and none twice. Ones of worse priority give way for what it lacks of blocks.
         """
         while self.n_asked < len(self.running) and self.budget > 0:
             s = self.running[self.n_asked]
             if s.priority > worst_priority:
                 return
             self.n_asked += 1
-            if s.n_tokens - s.n_cached == 1:
+            if _owed(s) == 1:
                 continue
             if not self._room(s) and not self.chunks:
                 self._preempt_behind(self.n_asked)
+            while self._outranks_last(s) and self._room(s) < min(_owed(s), self.budget):
+                self._preempt_last()
             self._add(s)
 
     def admit(self, waiting: list[types.Sequence]) -> list[types.Sequence]:
@@ -183,7 +185,7 @@ class _Draft:
         return (len(s.block_ids) + self.n_free) * self.limits.block_size - s.n_cached
 
     def _add(self, s: types.Sequence) -> None:
-        n_new = min(s.n_tokens - s.n_cached, self.budget, self._room(s))
+        n_new = min(_owed(s), self.budget, self._room(s))
         if n_new <= 0:
             return
         need = max(0, -(-(s.n_cached + n_new) // self.limits.block_size) - len(s.block_ids))
@@ -207,3 +209,7 @@ class _Draft:
                 break
         self.n_free += self.reclaimable(victim)
         self.preempted.append(victim)
+
+
+def _owed(s: types.Sequence) -> int:
+    return s.n_tokens - s.n_cached

@@ -316,3 +316,17 @@ def test_scheduler_sees_no_arrays():
 def test_scheduler_imports_without_jax():
     code = "import sys, fastgen_jax.engine.scheduler; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_prompt_cut_for_want_of_blocks_takes_those_of_a_worse_priority():
+    first, last = running(12, 4, row=0, priority=-1), running(9, 8, row=1, priority=1)
+    plan = schedule([first, last], 1, ROOMY)
+    assert plan.preempted == [last]
+    assert plan.chunks == [(first, 8, 2)]
+
+
+def test_prompt_cut_for_want_of_blocks_takes_none_of_its_own_priority():
+    first, last = running(12, 4, row=0), running(9, 8, row=1)
+    plan = schedule([first, last], 2, ROOMY)
+    assert not plan.preempted
+    assert plan.chunks == [(last, 1, 1), (first, 4, 1)]
