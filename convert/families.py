@@ -4,7 +4,8 @@ import inspect
 import re
 from types import ModuleType
 
-from fastgen_jax.models import families, hf_config
+import fastgen_jax.models.families as families
+import fastgen_jax.models.hf_config as hf_config
 from fastgen_jax.models.families.wrappers import WRAPPERS
 
 

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastgen_jax import models
     from fastgen_jax.engine.config import EngineConfig
     from fastgen_jax.errors import (
         CheckpointError,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         InvalidRequest,
         QueueFull,
         RequestError,
+        WeightsError,
     )
     from fastgen_jax.llm import LLM
     from fastgen_jax.mii import pipeline
@@ -55,6 +57,8 @@ __all__ = [
     "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
+    "WeightsError",
+    "models",
     "pipeline",
 ]
 
@@ -77,6 +81,8 @@ _ROOMS = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "models":
+        return importlib.import_module(f"{__name__}.models")
     room = next((room for room, names in _ROOMS.items() if name in names), "errors")
     return getattr(importlib.import_module(f"{__name__}.{room}"), name)
 

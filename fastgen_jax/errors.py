@@ -13,6 +13,10 @@ class CheckpointError(FastGenError):
     """The files of a model are missing, damaged or do not fit its config."""
 
 
+class WeightsError(FastGenError, ValueError):
+    """Arrays that a program gave as weights do not fit the model; the message lists all of them."""
+
+
 class RequestError(FastGenError):
     """A request was refused; nothing was allocated for it. `param` names the field at fault."""
 

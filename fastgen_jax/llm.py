@@ -34,6 +34,8 @@ from fastgen_jax.vllm_options import (
 )
 
 if TYPE_CHECKING:
+    from flax import nnx
+
     from fastgen_jax.engine.engine import Engine
 
 TEMPLATE_OPTIONS = ("tools", "add_generation_prompt", "continue_final_message")
@@ -65,11 +67,7 @@ class LLM:
         from fastgen_jax.engine.engine import Engine
         from fastgen_jax.progress import PhaseBars
 
-        options = acting(options, LOADING, [f.name for f in dataclasses.fields(EngineConfig)])
-        options["model"] = _path("model", model)
-        if options.get("tokenizer") is not None:
-            options["tokenizer"] = _path("tokenizer", options["tokenizer"])
-        config = EngineConfig(**options)
+        config = _config(options, model=_path("model", model))
         directory = locate_tokenizer(
             config.model, config.tokenizer, revision=config.revision, overrides=config.hf_overrides
         )
@@ -78,6 +76,35 @@ class LLM:
         with contextlib.closing(PhaseBars()) as on_phase:
             engine = Engine(config, on_phase=on_phase)
         self._set(engine, tokenizer)
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nnx.Module,
+        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> LLM:
+        """An LLM that generates with a module of fastgen_jax.models, and with its arrays: none is
+        copied, unless dtype or tensor_parallel_size ask for others. What an optimizer makes of them
+        later is not seen before `update_weights`.
+
+        Args:
+            tokenizer: or its directory or hub id; without one the LLM knows token ids only.
+            options: as above; dtype="auto" is the module's.
+
+        Raises:
+            ConfigError: as above.
+            WeightsError: arrays of the module do not fit its config, or have been deleted.
+        """
+        from fastgen_jax.checkpoints.directory import locate
+        from fastgen_jax.engine.engine import Engine
+        from fastgen_jax.progress import PhaseBars
+
+        if isinstance(tokenizer, str | os.PathLike):
+            tokenizer = Tokenizer(str(locate(os.fspath(tokenizer), with_weights=False)))
+        with contextlib.closing(PhaseBars()) as on_phase:
+            engine = Engine(_config(options), on_phase=on_phase, module=module)
+        return cls.from_engine(engine, tokenizer)
 
     @classmethod
     def from_engine(cls, engine: Engine, tokenizer: Tokenizer | None = None) -> LLM:
@@ -362,6 +389,14 @@ def _priorities(given: Iterable[int] | None, n_prompts: int) -> list[int]:
     if len(priorities) != n_prompts:
         raise InvalidRequest(f"{len(priorities)} priorities for {n_prompts} prompts")
     return priorities
+
+
+def _config(options: dict[str, Any], **others: Any) -> EngineConfig:
+    """Of a caller's options and ours."""
+    options = acting(options, LOADING, [f.name for f in dataclasses.fields(EngineConfig)])
+    if options.get("tokenizer") is not None:
+        options["tokenizer"] = _path("tokenizer", options["tokenizer"])
+    return EngineConfig(**options | others)
 
 
 def _path(name: str, value: Any) -> str:

@@ -45,6 +45,7 @@ WINGS = {
     "dialects": Wing("how models write calls and thoughts", ("fastgen_jax/dialects",)),
     "tokenizer": Wing("text to ids and back", ("fastgen_jax/tokenizer",)),
     "engine": Wing("token ids in, token ids out", ("fastgen_jax/engine",)),
+    "library": Wing("models for JAX programs", ("fastgen_jax/models/__init__.py",)),
     "checkpoints": Wing("formats on disk", ("fastgen_jax/checkpoints",)),
     "models": Wing("the decoder of all families", ("fastgen_jax/models",)),
     "grammar": Wing("forms of text, as llguidance reads them", ("fastgen_jax/grammar.py",)),
@@ -128,9 +129,11 @@ def short(path: Path) -> str:
 
 
 def wing(path: Path) -> str:
-    """The wing that a file lies in."""
+    """The wing that a file lies in: the one that names it, else the one that names its folder."""
     name = short(path)
-    found = [w for w in WINGS for r in WINGS[w].rooms if f"{name}/".startswith(f"{r}/")]
+    by_name = [w for w in WINGS if name in WINGS[w].rooms]
+    by_folder = [w for w in WINGS for r in WINGS[w].rooms if name.startswith(f"{r}/")]
+    found = by_name or by_folder
     assert len(found) == 1, f"{name} lies in the wings {found}; WINGS gives each file one"
     return found[0]
 

@@ -50,11 +50,11 @@ def make_engine(directory: Path, make: Callable[[EngineConfig], Engine] = Engine
     return make(EngineConfig(model=write_config(directory), **OPTIONS | options))
 
 
-def one_program(config: EngineConfig) -> Engine:
+def one_program(config: EngineConfig, **given) -> Engine:
     """An engine that pads every batch to its token budget, and so compiles one step, not four."""
     cpu = dataclasses.replace(startup.BACKENDS["cpu"], smallest_batch=2**31)
     with mock.patch.dict(startup.BACKENDS, cpu=cpu):
-        engine = Engine(config)
+        engine = Engine(config, **given)
     assert len(engine._runner.shapes) == 1
     return engine
 

@@ -1,14 +1,15 @@
 """A model's directory: where it is, and what its JSON files say."""
 
+import os
 from pathlib import Path
 from typing import Any
 
+import fastgen_jax.models.families as families
 from fastgen_jax.checkpoints import hub
 from fastgen_jax.checkpoints.overrides import Overrides, overridden
 from fastgen_jax.checkpoints.quantisation import BESIDE, settings
 from fastgen_jax.checkpoints.tensor_files import read_json
 from fastgen_jax.errors import ConfigError
-from fastgen_jax.models import families
 from fastgen_jax.models.config import ModelConfig
 
 EOS = "eos_token_id"
@@ -75,7 +76,16 @@ def read_config(directory: Path, overrides: Overrides = None) -> ModelConfig:
             f"{str(directory)!r} holds an adapter ({hub.ADAPTER}), not a model; merge it into its "
             f"base model {base!r} (merge_and_unload of peft) and give what that saves"
         )
-    hf = read_hf(directory, overrides)
+    return as_config(read_hf(directory, overrides))
+
+
+def as_config(given: ModelConfig | dict[str, Any] | str | os.PathLike[str]) -> ModelConfig:
+    """A ModelConfig as it is, of what a config.json says, or of a directory that has one."""
+    if isinstance(given, ModelConfig):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return read_config(locate(os.fspath(given), with_weights=False))
+    hf = given
     if "model_type" not in hf:
         raise ConfigError("config.json has no model_type")
     try:

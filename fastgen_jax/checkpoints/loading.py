@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+import fastgen_jax.models.families as families
 from fastgen_jax.checkpoints import converted, names, weights
 from fastgen_jax.checkpoints.converted import Transform
 from fastgen_jax.checkpoints.directory import read_hf
@@ -26,7 +27,6 @@ from fastgen_jax.checkpoints.quantised import Tensor, unquantised
 from fastgen_jax.checkpoints.tensor_files import read_headers, weight_files
 from fastgen_jax.checkpoints.weights import Source
 from fastgen_jax.errors import CheckpointError
-from fastgen_jax.models import families
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Model
 from fastgen_jax.models.families.wrappers import WRAPPERS
@@ -53,9 +53,12 @@ def flat_params(model: nnx.Module) -> dict[str, Any]:
     }
 
 
-def random_model(config: ModelConfig, policy: Policy, mesh: Mesh, seed: int) -> nnx.Module:
+def random_model(config: ModelConfig, policy: Policy, mesh: Mesh, seed: int | jax.Array) -> Model:
     """A model of random weights (load_format="dummy"), made on the devices: the same on one as on
     several.
+
+    Args:
+        seed: or a key.
     """
     model = abstract_model(config, policy)
     params = flat_params(model)
@@ -68,10 +71,10 @@ def random_model(config: ModelConfig, policy: Policy, mesh: Mesh, seed: int) -> 
             for path, leaf in zip(params, leaves, strict=True)
         ]
 
-    return _filled(model, jax.jit(init, out_shardings=shardings)())
+    return filled(model, jax.jit(init, out_shardings=shardings)())
 
 
-def _filled(model: nnx.Module, leaves: list[jax.Array]) -> nnx.Module:
+def filled(model: Model, leaves: Iterable[jax.Array]) -> Model:
     """The model with these parameters.
 
     Not by nnx.split and nnx.merge: these leave cycles that hold the arrays until Python looks for
@@ -88,7 +91,7 @@ def load_model(
     on_progress: OnProgress = lambda done, total: None,
     transform: Transform | None = None,
     overrides: Overrides = None,
-) -> nnx.Module:
+) -> Model:
     """The model of a Hugging Face or converted directory, on the devices of the mesh.
 
     Args:
@@ -107,7 +110,7 @@ def load_model(
         leaves = read_safetensors(
             directory, config, mesh, params, on_progress, transform, overrides
         )
-    return _filled(model, leaves)
+    return filled(model, leaves)
 
 
 def read_converted(

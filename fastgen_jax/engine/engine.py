@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import nnx
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.admission import Admission
@@ -75,15 +76,21 @@ class Engine:
     Args:
         config: what to load and its limits; `self.config` is the same with nothing left None.
         on_phase: called with (phase, done, total) while loading and compiling.
+        module: of fastgen_jax.models, in place of the config's model; its arrays are shared.
 
     Raises:
-        ConfigError, CheckpointError: the model cannot be served so; the message says what to
-        change.
+        ConfigError, CheckpointError, WeightsError: the model cannot be served so; the message says
+        what to change.
     """
 
-    def __init__(self, config: EngineConfig, on_phase: startup.OnPhase | None = None):
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_phase: startup.OnPhase | None = None,
+        module: nnx.Module | None = None,
+    ):
         on_phase = on_phase or (lambda phase, done, total: None)
-        started = startup.start(config, on_phase)
+        started = startup.start(config, on_phase, module)
         self.config = c = started.config
         self.model_config = started.model_config
         self.default_params = default_params(started.generation_config)

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from fastgen_jax.checkpoints import loading
-from fastgen_jax.checkpoints.directory import locate, read_config, read_generation_config
 from fastgen_jax.engine.batch import Shape
 from fastgen_jax.engine.compiled import keep_compiled
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.runner import Runner, make_shapes
+from fastgen_jax.engine.source import Load, source_of
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import Policy
@@ -47,7 +47,6 @@ OnPhase = Callable[[str, int, int], None]  # phase, done, total
 class Backend:
     """What a platform wants where the user says nothing."""
 
-    dtype: str
     attention: str
     block_size: int
     max_num_batched_tokens: int
@@ -59,9 +58,9 @@ class Backend:
 
 BACKENDS = {
     # A batch of one token: XLA:CPU then copies the cache to write its cell (memory_analysis says).
-    "cpu": Backend("float32", "xla", 64, 512, 64, 0.25, 32, 2),
-    "gpu": Backend("bfloat16", "pallas_gpu", 64, 768, 256, 0.9, 1024, 8),
-    "tpu": Backend("bfloat16", "pallas_tpu", 128, 768, 256, 0.9, 1024, 16),
+    "cpu": Backend("xla", 64, 512, 64, 0.25, 32, 2),
+    "gpu": Backend("pallas_gpu", 64, 768, 256, 0.9, 1024, 8),
+    "tpu": Backend("pallas_tpu", 128, 768, 256, 0.9, 1024, 16),
 }
 
 DEFAULT_PROCESSORS = 132  # of a GPU that does not tell
@@ -92,40 +91,36 @@ class Started:
     model_config: ModelConfig
     generation_config: dict[str, Any]
     runner: Runner
+    reload: Load | None = None  # makes the model again, where that is possible
 
 
-def start(config: EngineConfig, on_phase: OnPhase) -> Started:
-    """Loads the model, resolves the config and makes a Runner (not yet compiled).
+def start(config: EngineConfig, on_phase: OnPhase, module: nnx.Module | None = None) -> Started:
+    """Loads the model, or takes the module's, resolves the config and makes a Runner (not yet
+    compiled).
 
     Raises:
         ConfigError, CheckpointError: what is wrong, and what to change.
     """
     on_phase("loading", 0, 1)
-    if not config.model:
-        raise ConfigError("no model given; name a directory or a hub id")
+    source = source_of(config, module)
     keep_compiled(config.compilation_cache)
-    directory = model_directory(config)
-    model_config = read_config(directory, config.hf_overrides)
+    model_config = source.model_config
     backend = BACKENDS[jax.default_backend()]
+    if config.dtype == "auto":
+        config = dataclasses.replace(config, dtype=source.dtype or config.dtype)
     resolved = resolve(config, model_config, backend)
     model_config = fit_rope(model_config, resolved.max_model_len)
     check_cache(resolved, model_config, config.num_kv_blocks or 2)
     mesh = make_mesh(config.tensor_parallel_size)
-    policy = make_policy(resolved, mesh)
-    model = _load(resolved, directory, model_config, policy, mesh, on_phase)
+    policy = Policy.here(resolved.dtype, mesh)
+    model = source.load(model_config, policy, mesh, partial(on_phase, "loading"))
     shapes = _shapes(resolved, model_config, backend)
     if config.num_kv_blocks is None:
         n_blocks = _fit_blocks(resolved, model_config, model, shapes, mesh)
         resolved = dataclasses.replace(resolved, num_kv_blocks=n_blocks)
     runner = make_runner(model, model_config, resolved, shapes, mesh)
-    generation_config = read_generation_config(directory, config.hf_overrides)
-    return Started(resolved, model_config, generation_config, runner)
-
-
-def model_directory(config: EngineConfig) -> Path:
-    """Where the model's files are; those of a hub id are downloaded."""
-    has_weights = config.load_format != "dummy"
-    return locate(config.model, revision=config.revision, with_weights=has_weights)
+    reload = source.load if source.is_lasting else None
+    return Started(resolved, model_config, source.generation_config, runner, reload)
 
 
 def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> ResolvedConfig:
@@ -145,7 +140,7 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Resol
     else:
         check_attention(attention, jax.default_backend())
     chosen = {
-        "dtype": backend.dtype if config.dtype == "auto" else config.dtype,
+        "dtype": Policy.here(config.dtype, None).weights,
         "attention_backend": attention,
         "max_model_len": length,
         "block_size": block_size,
@@ -223,31 +218,6 @@ def check_cache(config: ResolvedConfig, model: ModelConfig, n_blocks: int) -> No
         raise ConfigError(str(error)) from None
 
 
-def make_policy(config: ResolvedConfig, mesh: Mesh) -> Policy:
-    """On CPU activations stay float32 between products: 16-bit elementwise work is slow there."""
-    activations = "float32" if jax.default_backend() == "cpu" else config.dtype
-    return Policy(config.dtype, activations, mesh)
-
-
-def _load(
-    config: ResolvedConfig,
-    directory: Path,
-    model_config: ModelConfig,
-    policy: Policy,
-    mesh: Mesh,
-    on_phase: OnPhase,
-) -> nnx.Module:
-    if config.load_format == "dummy":
-        return loading.random_model(model_config, policy, mesh, config.seed)
-
-    def on_progress(done: int, total: int) -> None:
-        on_phase("loading", done, total)
-
-    return loading.load_model(
-        directory, model_config, policy, mesh, on_progress, overrides=config.hf_overrides
-    )
-
-
 def _shapes(config: ResolvedConfig, model: ModelConfig, backend: Backend) -> list[Shape]:
     shapes = make_shapes(
         smallest=backend.smallest_batch,
@@ -291,7 +261,7 @@ def make_runner(
         n_blocks=config.num_kv_blocks,
         block_size=config.block_size,
         cache_dtype=config.dtype,
-        hidden_dtype=make_policy(config, mesh).activations,
+        hidden_dtype=Policy.here(config.dtype, mesh).activations,
         shapes=shapes,
         sample_tile=BACKENDS[jax.default_backend()].sample_tile,
     )

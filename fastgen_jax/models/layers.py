@@ -18,11 +18,13 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layout import HeadLayout
 from fastgen_jax.models.rope import Rotation
 from pallas_kernels import AttentionSpec
 
+DTYPES = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}  # of weights, by backend
 Cache = Any  # whatever the attend function reads and returns
 # (q, k, v, cache, *, spec, alibi_slopes=None, sinks=None) -> (out, cache)
 Attend = Callable[..., tuple[Array, Cache]]
@@ -38,6 +40,17 @@ class Policy:
     weights: str = "float32"
     activations: str = "float32"
     mesh: Mesh | None = None  # None: one device
+
+    @classmethod
+    def here(cls, dtype: str, mesh: Mesh | None) -> "Policy":
+        """What the default backend wants for weights of that dtype; auto: of its own.
+
+        On CPU activations stay float32 between products: 16-bit elementwise work is slow there.
+        """
+        weights = DTYPES[jax.default_backend()] if dtype == "auto" else dtype
+        if weights not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+        return cls(weights, "float32" if jax.default_backend() == "cpu" else weights, mesh)
 
     @property
     def n_shards(self) -> int:

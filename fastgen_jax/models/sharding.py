@@ -73,6 +73,16 @@ def make_mesh(n_devices: int) -> Mesh:
     return Mesh(np.array(devices[:n_devices]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def check_mesh(mesh: Mesh) -> Mesh:
+    """The mesh; ConfigError unless it has the one axis that splits parameters."""
+    if mesh.axis_names != (AXIS,):
+        raise ConfigError(
+            f"a mesh of the one axis {AXIS!r} is wanted, got {mesh.axis_names}; make_mesh of "
+            "fastgen_jax.models.sharding makes one"
+        )
+    return mesh
+
+
 def split_of(path: str, config: ModelConfig) -> Split | None:
     """How the parameter at a path is split; None: it is replicated."""
     has_head_norms = config.qk_norm in ("all", "each_head")
@@ -112,6 +122,26 @@ def placed(path: str, param: Any, config: ModelConfig, mesh: Mesh) -> jax.ShapeD
     return jax.ShapeDtypeStruct(tuple(shape), param.dtype, sharding=NamedSharding(mesh, spec))
 
 
+def shape_on(
+    path: str, shape: tuple[int, ...], config: ModelConfig, n_shards: int
+) -> tuple[int, ...]:
+    """On so many devices together, of a parameter that has the shape on one."""
+    found = lines_of(path, shape, config, n_shards)
+    if found is None:
+        return tuple(shape)
+    axis, lines = found
+    return (*shape[:axis], len(lines), *shape[axis + 1 :])
+
+
+def lies_alike(
+    path: str, shape: tuple[int, ...], config: ModelConfig, one: int, other: int
+) -> bool:
+    """Whether a parameter has the same lines in the same order on so many devices as on others."""
+    if one == other:
+        return True
+    return all(lines_of(path, shape, config, n) is None for n in (one, other))
+
+
 def place(path: str, array: np.ndarray, config: ModelConfig, mesh: Mesh) -> jax.Array:
     """A parameter on the devices of the mesh.
 
@@ -130,6 +160,25 @@ def place(path: str, array: np.ndarray, config: ModelConfig, mesh: Mesh) -> jax.
         own = taken(array, lines[index[axis]], axis)
         shards.append(jax.device_put(own, device).block_until_ready())
     return jax.make_array_from_single_device_arrays(want.shape, want.sharding, shards)
+
+
+def gathered(
+    path: str, array: np.ndarray, shape: tuple[int, ...], config: ModelConfig, n_shards: int
+) -> np.ndarray:
+    """The inverse of `laid_out`, on the host.
+
+    Args:
+        shape: that one device has.
+    """
+    found = lines_of(path, shape, config, n_shards)
+    if found is None:
+        return array
+    axis, lines = found
+    is_filled = lines != EMPTY
+    one = np.empty(shape, array.dtype)
+    places = (slice(None),) * axis
+    one[(*places, lines[is_filled])] = array[(*places, is_filled)]
+    return one
 
 
 def laid_out(path: str, array: Array, config: ModelConfig, n_shards: int) -> Array:

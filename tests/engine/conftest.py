@@ -1,5 +1,7 @@
 """A tiny engine for the tests of one file, and its naive twin."""
 
+import gc
+
 import pytest
 
 from tests.tiny import Naive, make_engine
@@ -18,3 +20,12 @@ def engine(folder):
 @pytest.fixture(scope="module")
 def naive(engine):
     return Naive(engine)
+
+
+@pytest.fixture
+def no_collection():
+    """Only reference counts free anything."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -1,6 +1,5 @@
 """A closed engine leaves nothing behind: no weights, no cache, no programs, no threads."""
 
-import gc
 import subprocess
 import sys
 import threading
@@ -20,15 +19,6 @@ from tests.engine.simulation import fake_engine
 
 ROOT = Path(__file__).parents[2]
 REQUEST = Request([0, 1], SamplingParams(max_tokens=4))
-
-
-@pytest.fixture
-def no_collection():
-    """Only reference counts free anything."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def device_arrays(engine):
