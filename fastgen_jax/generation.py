@@ -47,6 +47,7 @@ class Sample:
         self._token_ids: list[int] = []
         self._embedding: np.ndarray | None = None
         self._logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
         self._wants_logprobs = request.params.logprobs is not None
         self._stop_reason: int | str | None = None
         self._error: str | None = None
@@ -55,11 +56,12 @@ class Sample:
         """Takes the next output; a stop string may end the sample before the engine does."""
         if output.token_id is not None:
             self._token_ids.append(output.token_id)
-        if output.token_id is not None or output.embedding is not None:
-            self.n_reused = output.n_reused
+        self.n_reused = output.n_reused or self.n_reused
         self._embedding = output.embedding
         if output.logprobs is not None:
             self._logprobs.append(output.logprobs)
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
         self._error = output.error
         end = self._stream.push(output) if self._stream else output
         self.finish_reason, self._stop_reason = end.finish_reason, end.stop_reason
@@ -67,8 +69,7 @@ class Sample:
     def result(self) -> CompletionOutput:
         logprobs = cumulative = None
         if self._wants_logprobs:
-            positions = zip(self._token_ids, self._logprobs, strict=True)
-            logprobs = [self._position(*position) for position in positions]
+            logprobs = self._positions(self._token_ids, self._logprobs)
             cumulative = sum(position.logprob for position in self._logprobs)
         return CompletionOutput(
             index=self.index,
@@ -81,14 +82,27 @@ class Sample:
             error=self._error,
         )
 
+    def prompt_positions(self, request: Request) -> list[dict[int, Logprob] | None] | None:
+        """What came of the prompt's scores; None before the first position that has one."""
+        if self.prompt_logprobs is None:
+            return None
+        prompt, scores = request.prompt_token_ids, self.prompt_logprobs
+        first = len(prompt) - len(scores)
+        return [None] * first + self._positions(prompt[first:], scores)
+
     def embedding(self, *, is_normalized: bool) -> EmbeddingOutput:
         vector = self._embedding
         if vector is None:
             return EmbeddingOutput([], self._error)
         return EmbeddingOutput((normalized(vector) if is_normalized else vector).tolist())
 
+    def _positions(
+        self, token_ids: list[int], logprobs: list[TokenLogprobs]
+    ) -> list[dict[int, Logprob]]:
+        return [self._position(*each) for each in zip(token_ids, logprobs, strict=True)]
+
     def _position(self, token_id: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
-        """The sampled token, then the most likely ones."""
+        """The token that is there, then the most likely ones."""
         ranks = {id: rank for rank, (id, _) in enumerate(logprobs.top, 1)}
         pairs = {token_id: logprobs.logprob} | dict(logprobs.top)
         return {
@@ -126,6 +140,7 @@ class Job:
             self.request.prompt_token_ids,
             [sample.result() for sample in self.samples],
             num_cached_tokens=self.samples[0].n_reused,  # the others share what the first one made
+            prompt_logprobs=self.samples[0].prompt_positions(self.request),
         )
 
     def embedding(self, *, is_normalized: bool) -> EmbeddingRequestOutput:

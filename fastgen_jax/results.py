@@ -33,7 +33,9 @@ class RequestOutput:
     """All samples of one prompt. The properties are MII's names for the first sample.
 
     num_cached_tokens: of the prompt, which the first sample took from the prefix cache.
-    prompt_logprobs, metrics: None; vLLM's users look whether they are there.
+    prompt_logprobs: of each place of the prompt the token there and the likeliest ones; None for
+        the first, which nothing comes before. None where they were not asked for.
+    metrics: None; vLLM's users look whether they are there.
     """
 
     request_id: str
@@ -42,7 +44,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = True
     num_cached_tokens: int = 0
-    prompt_logprobs: None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: None = None
 
     @property

@@ -77,7 +77,6 @@ class RequestOutputKind(Enum):
 
 # Fields that only callers of vLLM bring, with the values that ask for nothing more than is done.
 IDLE: dict[str, Idle] = {
-    "prompt_logprobs": (None,),  # prompt tokens are not scored
     "output_kind": RequestOutputKind,
     "spaces_between_special_tokens": bool,  # fast tokenizers put none there
     "extra_args": (None, {}),
@@ -90,9 +89,10 @@ class SamplingParams:
     """How the tokens of one request are chosen; names and defaults are vLLM's.
 
     temperature 0 is greedy. top_k 0 or -1 keeps all tokens. `logprobs=k` returns the k most likely
-    tokens of each step and the sampled one. Without `detokenize` no text is made of them. The noise
-    depends on (seed, position) alone, never on the batch; logits differ between batch sizes by
-    rounding.
+    tokens of each step and the sampled one, `prompt_logprobs=k` those at each place of the prompt
+    and the one that is there; with it max_tokens may be 0, to score and not to generate. Without
+    `detokenize` no text is made of them. The noise depends on (seed, position) alone, never on the
+    batch; logits differ between batch sizes by rounding.
 
     Fields may be assigned, as vLLM's users do; `clone` checks what they hold then. An engine keeps
     the params that it gets: LLM gives it clones.
@@ -136,7 +136,8 @@ class SamplingParams:
         self._check_lists()
         _integer("n", self.n, 1, MAX_SAMPLES)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            least = 1 if self.prompt_logprobs is None else 0
+            _integer("max_tokens", self.max_tokens, least, 2**31 - 1)
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
@@ -152,17 +153,18 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
-        if self.logprobs == -1:
-            raise InvalidRequest(
-                f"logprobs must be an integer from 0 to {MAX_LOGPROBS}, got -1: a step returns no "
-                f"more than the {MAX_LOGPROBS} likeliest tokens, never the whole vocabulary",
-                param="logprobs",
-            )
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _logprobs("logprobs", self.logprobs)
+        _logprobs("prompt_logprobs", self.prompt_logprobs)
         self._check_bias()
         if isinstance(self.structured_outputs, dict):
             self.structured_outputs = _structure(self.structured_outputs)
+        if self.max_tokens == 0 and (self.n > 1 or self.structured_outputs is not None):
+            name = "n" if self.n > 1 else "structured_outputs"
+            raise InvalidRequest(
+                f"max_tokens=0 scores the prompt and generates nothing, which {name} is about; "
+                "leave it out",
+                param=name,
+            )
 
     def clone(self, **changes: Any) -> Self:
         """A deep copy, but for these fields."""
@@ -263,6 +265,17 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
         raise InvalidRequest(
             f"{name} must be an integer from {low} to {high}, got {show(value)}", param=name
         )
+
+
+def _logprobs(name: str, value: Any) -> None:
+    if value == -1:
+        raise InvalidRequest(
+            f"{name} must be an integer from 0 to {MAX_LOGPROBS}, got -1: a step returns no "
+            f"more than the {MAX_LOGPROBS} likeliest tokens, never the whole vocabulary",
+            param=name,
+        )
+    if value is not None:
+        _integer(name, value, 0, MAX_LOGPROBS)
 
 
 def _texts(name: str, texts: Sequence[Any], most: int) -> None:

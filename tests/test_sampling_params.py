@@ -193,7 +193,6 @@ def test_stop_strings_need_the_text():
 @pytest.mark.parametrize(
     ("name", "values"),
     {
-        "prompt_logprobs": [None],
         "output_kind": list(RequestOutputKind),
         "spaces_between_special_tokens": [True, False],
         "extra_args": [None, {}],
@@ -207,8 +206,6 @@ def test_values_of_vllm_that_change_nothing_are_taken(name, values):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("prompt_logprobs", 0, "prompt_logprobs=0 is not supported; it may be None"),
-        ("prompt_logprobs", LONG, "prompt_logprobs=a huge integer is not supported"),
         ("output_kind", "delta", "'delta' is not supported; it may be any RequestOutputKind"),
         ("spaces_between_special_tokens", None, "it may be any bool"),
         ("extra_args", {"x": 1}, "extra_args={'x': 1} is not supported; it may be None or {}"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgen_jax.config import is_integer
 from fastgen_jax.engine.scheduler import servable_tokens
 from fastgen_jax.engine.types import PRIORITIES, Request
 from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
@@ -62,6 +63,7 @@ class Admission:
             raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
         if request.pooling is not None:
             check_embedding(request)
+        check_scoring(request)
         wanted = 1 if p.max_tokens is None else p.max_tokens
         wanted = wanted if request.pooling is None else 0
         if len(prompt) + wanted > self.max_total_tokens:
@@ -74,7 +76,8 @@ class Admission:
         check_ids("allowed_token_ids", p.allowed_token_ids or (), self._vocab_size)
         for word in request.bad_words:
             check_ids("bad_words", word, self._vocab_size)
-        return self.max_total_tokens if p.max_tokens is None else len(prompt) + p.max_tokens
+        # The token after a prompt is counted, though perhaps nobody wants it.
+        return self.max_total_tokens if p.max_tokens is None else len(prompt) + max(p.max_tokens, 1)
 
     def enter(self, requests: list[Request]) -> None:
         """Counts all of them in or, raising, none.
@@ -155,6 +158,25 @@ def check_embedding(request: Request) -> None:
             "an embedding samples nothing, so that its request takes no params, grammar or "
             "bad_words; make it with Request.to_embed",
             param="pooling",
+        )
+
+
+def check_scoring(request: Request) -> None:
+    """Raises InvalidRequest unless `scored_from` is a position that can be scored."""
+    first, n_prompt = request.scored_from, len(request.prompt_token_ids)
+    if first is None:
+        return
+    if request.params.prompt_logprobs is None:
+        raise InvalidRequest(
+            "scored_from needs prompt_logprobs, which says how many of the likeliest tokens are "
+            "wanted beside each",
+            param="prompt_logprobs",
+        )
+    if not is_integer(first) or not 1 <= first <= n_prompt:
+        raise InvalidRequest(
+            f"scored_from must be a position from 1 to {n_prompt}, the length of the prompt, got "
+            f"{first!r:.40}: nothing comes before the first token, to say how likely it is",
+            param="scored_from",
         )
 
 

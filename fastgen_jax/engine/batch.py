@@ -73,7 +73,10 @@ class Shape(NamedTuple):
                 s,
             ),  # each chunk's first token whose hidden state is summed, or its end
             "sample_params": (s, N_PARAMS),
-            "counts": (3,),  # n_seqs, n_single, n_samples: none if masks come first
+            "scored_tokens": (t,),  # whose hidden states score the tokens that follow them
+            "scored_ids": (t,),  # those that follow
+            "counts": (5,),  # n_seqs, n_single, n_samples: none if masks come first,
+            # n_scored, most tops that a score wants
         }
 
 
@@ -103,6 +106,7 @@ class Batch(NamedTuple):
     packed: np.ndarray  # i32, laid out by shape
     sequences: list[Sequence]  # one per chunk
     sampled: list[Sequence]  # in the order of the result's rows
+    scored: list[tuple[Sequence, range]]  # whose positions are, in the order of the scores
 
     @property
     def is_constrained(self) -> bool:
@@ -255,9 +259,18 @@ def pack(chunks: list[Chunk], tables: HostTables, shape: Shape, block_size: int)
     part["cu_q_lens"][1 : n + 1] = ends
     part["cu_q_lens"][n + 1 :] = total
     part["pooled_from"][:] = part["cu_q_lens"][1:]
+    scored: list[tuple[Sequence, range]] = []
+    n_scored = n_tops = 0
     for i, (sequence, n_new, _) in enumerate(chunks):
         if sequence.pooled is not None:
             part["pooled_from"][i] += sequence.pooled.n_left_out(n_new) - n_new
+        if sequence.scoring is not None and (due := sequence.scoring.due(int(starts[i]), n_new)):
+            scored.append((sequence, due))
+            lines = slice(n_scored, n_scored + len(due))
+            n_scored, n_tops = lines.stop, max(n_tops, sequence.scoring.n_top)
+            before = np.arange(due.start - 1, due.stop - 1)  # positions
+            part["scored_tokens"][lines] = before - starts[i] + ends[i] - n_new
+            part["scored_ids"][lines] = sequence.prompt_ids[due.start : due.stop]
     if shape.plan is not None:
         plan = shape.plan.make(part["seq_lens"], part["cu_q_lens"], n)
         for name, lines in plan._asdict().items():
@@ -272,9 +285,9 @@ def pack(chunks: list[Chunk], tables: HostTables, shape: Shape, block_size: int)
     part["sample_params"][:m] = tables.params[rows[sampled]]
     part["sample_params"][m:] = NO_PARAMS
     sequences = [chunk.sequence for chunk in chunks]
-    batch = Batch(shape, packed, sequences, [sequences[i] for i in sampled])
+    batch = Batch(shape, packed, sequences, [sequences[i] for i in sampled], scored)
     n_samples = 0 if batch.is_constrained else m
-    part["counts"][:] = n, int((lengths == 1).sum()), n_samples
+    part["counts"][:] = n, int((lengths == 1).sum()), n_samples, n_scored, n_tops
     return batch
 
 

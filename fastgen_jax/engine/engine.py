@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 from flax import nnx
 
 from fastgen_jax.engine import startup
@@ -29,7 +28,7 @@ from fastgen_jax.engine.history import History
 from fastgen_jax.engine.masks import MaskMaker
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.requests import default_params, eos_token_ids, known_eos, make_sequences
-from fastgen_jax.engine.sampling import NO_TOKEN
+from fastgen_jax.engine.scoring import Scores, take_scores, token_logprobs
 from fastgen_jax.engine.step import StepResult
 from fastgen_jax.engine.types import (
     STEP_SIZES,
@@ -402,6 +401,8 @@ class Engine:
         result = self._runner.fetch(step.launched)
         if step.batch.is_pooled:
             self._pool(step)
+        if step.batch.scored:
+            take_scores(step.batch.scored, self._runner.fetch_scores(step.launched))
         fetched = time.perf_counter()
         tokens, is_finite = result.token_ids.tolist(), result.is_finite.tolist()
         is_possible = result.is_possible.tolist()
@@ -410,13 +411,13 @@ class Engine:
             if sequence.finish_reason is not None:
                 continue  # it ended while this step ran
             n_rows += 1
-            pooled = sequence.pooled
-            if not is_finite[i] or (pooled is not None and not pooled.is_finite):
+            parts = [part for part in (sequence.pooled, sequence.scoring) if part is not None]
+            if not is_finite[i] or not all(part.is_finite for part in parts):
                 n_bad += 1
                 self._end_with(sequence, "error", NOT_FINITE, outputs)
                 continue
-            if pooled is not None:
-                self._end_embedding(sequence, pooled.vector(sequence.n_prompt), outputs)
+            if sequence.wants_no_token:
+                self._end_prompt(sequence, outputs)
                 continue
             if not is_possible[i]:
                 self._end_with(sequence, "error", NOTHING_ALLOWED, outputs)
@@ -531,9 +532,11 @@ class Engine:
             is_over = True
         elif sequence.n_prompt + n_output == sequence.max_tokens:
             reason = "length"
+        scoring = sequence.scoring if n_output == 1 else None
         output = Output(
             sequence.request_id, sequence.index, token, logprobs, reason, stop_reason,
             n_reused=sequence.n_reused, start_time=sequence.start_time,
+            prompt_logprobs=None if scoring is None else scoring.logprobs(),
         )  # fmt: skip
         outputs.append(output)
         self._placement.blocks.publish(sequence)
@@ -545,18 +548,24 @@ class Engine:
         elif is_over:
             self._end_grammar(sequence, outputs)
 
-    def _end_embedding(
-        self, sequence: Sequence, embedding: np.ndarray, outputs: list[Output]
-    ) -> None:
+    def _end_prompt(self, sequence: Sequence, outputs: list[Output]) -> None:
+        """Ends one of which nothing is wanted but what its prompt left: an embedding, or scores."""
+        reason: FinishReason = "length"
+        embedding = prompt_logprobs = None
+        if sequence.pooled is not None:
+            reason, embedding = "stop", sequence.pooled.vector(sequence.n_prompt)
+        if sequence.scoring is not None:
+            prompt_logprobs = sequence.scoring.logprobs()
         outputs.append(
             Output(
-                sequence.request_id, sequence.index, None, finish_reason="stop",
+                sequence.request_id, sequence.index, None, finish_reason=reason,
                 n_reused=sequence.n_reused, start_time=sequence.start_time, embedding=embedding,
+                prompt_logprobs=prompt_logprobs,
             )
         )  # fmt: skip
         self._placement.blocks.publish(sequence)
         self._counters["prompt"] += sequence.n_prompt
-        self._end(sequence, "stop")
+        self._end(sequence, reason)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
@@ -599,7 +608,5 @@ def read_logprobs(result: StepResult, i: int, params: SamplingParams) -> TokenLo
     """What a request asked to know of row i."""
     if params.logprobs is None:
         return None
-    ids = result.top_ids[i, : params.logprobs].tolist()
-    logprobs = result.top_logprobs[i, : params.logprobs].tolist()
-    top = [(id, logprob) for id, logprob in zip(ids, logprobs, strict=True) if id != NO_TOKEN]
-    return TokenLogprobs(float(result.logprobs[i]), top)
+    scores = Scores(result.logprobs, result.top_ids, result.top_logprobs)
+    return token_logprobs(scores.cut(i, i + 1), params.logprobs)[0]

@@ -40,7 +40,10 @@ class SequenceBlocks:
     def attach(self, sequence: Sequence) -> None:
         """Lets a sequence without blocks hold the cached prefix of its known tokens."""
         assert not sequence.block_ids
-        n_full = (_n_known(sequence) - 1) // self.block_size
+        n_cacheable = _n_known(sequence) - 1
+        if sequence.scoring is not None:
+            n_cacheable = min(n_cacheable, sequence.scoring.n_cacheable)
+        n_full = int(n_cacheable) // self.block_size
         sequence.block_ids, sequence.prefix = self.pool.match(self._split(sequence, 0, n_full))
         sequence.n_published = len(sequence.block_ids)
         sequence.n_cached = sequence.n_published * self.block_size

@@ -8,6 +8,7 @@ import numpy as np
 from fastgen_jax.engine.batch import MAX_EOS
 from fastgen_jax.engine.constraint import Constraint
 from fastgen_jax.engine.pooling import Pooled
+from fastgen_jax.engine.scoring import Scoring
 from fastgen_jax.engine.types import Request, Sequence
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
@@ -45,10 +46,19 @@ def make_sequences(
             cache_salt=request.cache_salt,
             constraint=constraint(request, ending, eos_token_ids, vocab_size),
             pooled=Pooled(request.pooling) if request.pooling else None,
+            scoring=scoring(request) if index == 0 else None,
             n_tokens=len(prompt),
         )
         for index, seed in enumerate(sample_seeds(engine_seed, request_id, params))
     ]
+
+
+def scoring(request: Request) -> Scoring | None:
+    """Of the prompt, which the first sample is to see to."""
+    n_top = request.params.prompt_logprobs
+    if n_top is None:
+        return None
+    return Scoring(request.scored_from or 1, len(request.prompt_token_ids), n_top)
 
 
 def constraint(

@@ -33,6 +33,7 @@ from fastgen_jax.engine.batch import (
     packed_size,
 )
 from fastgen_jax.engine.constraint import mask_width
+from fastgen_jax.engine.scoring import Scores
 from fastgen_jax.engine.step import (
     DeviceState,
     Launched,
@@ -194,6 +195,8 @@ class Runner:
             launched.result.copy_to_host_async()
         if batch.is_pooled:
             launched.pooled.copy_to_host_async()
+        if batch.scored:
+            launched.scores.copy_to_host_async()
         return launched
 
     def draw(self, batch: Batch, launched: Launched, masks: np.ndarray) -> Launched:
@@ -215,6 +218,10 @@ class Runner:
     def fetch_pooled(self, launched: Launched) -> np.ndarray:
         """f32[S, D] of a dispatched step: a line for each of its sequences."""
         return np.asarray(launched.pooled)
+
+    def fetch_scores(self, launched: Launched) -> Scores:
+        """Of a dispatched step: a line for each scored position, and more."""
+        return Scores.unpack(np.asarray(launched.scores))
 
     def _upload_tables(self, tables: HostTables) -> None:
         # Copies: on CPU device_put may alias host memory, and the host goes on writing there.

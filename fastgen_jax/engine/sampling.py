@@ -16,10 +16,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS
+from fastgen_jax.engine.scoring import NO_TOKEN
 from fastgen_jax.sampling_params import MAX_LOGPROBS
 
 TINY = 1e-30
-NO_TOKEN = -1
 
 
 class RowParams(NamedTuple):
@@ -61,12 +61,21 @@ class RowTables(NamedTuple):
     banned_ids: Int[Array, "R Z"]
 
 
-class Sampled(NamedTuple):
-    token_ids: Int[Array, "S"]
-    logprobs: Float[Array, "S"]  # of the raw logits
+class Scored(NamedTuple):
+    """What raw logits say of one token each."""
+
+    logprobs: Float[Array, "S"]
     top_ids: Int[Array, "S {MAX_LOGPROBS}"]  # NO_TOKEN beyond the vocabulary
     top_logprobs: Float[Array, "S {MAX_LOGPROBS}"]
     is_finite: Bool[Array, "S"]  # the logits
+
+
+class Sampled(NamedTuple):
+    token_ids: Int[Array, "S"]
+    logprobs: Float[Array, "S"]  # these as of Scored
+    top_ids: Int[Array, "S {MAX_LOGPROBS}"]
+    top_logprobs: Float[Array, "S {MAX_LOGPROBS}"]
+    is_finite: Bool[Array, "S"]
     is_possible: Bool[Array, "S"]  # some token was allowed
 
 
@@ -82,7 +91,6 @@ def sample(
 
     The draw depends on (logits, parameters, seed, position) of the row alone, never on the others.
     """
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     wants_change = (
         (params.repetition_penalty != 1.0)
         | (params.presence_penalty != 0.0)
@@ -104,18 +112,20 @@ def sample(
     is_random = params.temperature > 0.0
     drawn = lax.cond(jnp.any(is_random), lambda: draw(adjusted, params, n_tokens), lambda: greedy)
     token_ids = jnp.where(is_random, drawn, greedy)
+    return Sampled(token_ids, *score(logits, token_ids, params.n_logprobs), is_possible)
+
+
+def score(
+    logits: Float[Array, "S V"], token_ids: Int[Array, "S"], n_top: Int[Array, "..."]
+) -> Scored:
+    """n_top: how many of the likeliest tokens are asked for, of each row or of all."""
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=1) - normaliser
     top_logits, top_ids = lax.cond(
-        jnp.any(params.n_logprobs > 0), lambda: _top(logits), lambda: _no_top(logits)
+        jnp.any(n_top > 0), lambda: _top(logits), lambda: _no_top(logits)
     )
-    return Sampled(
-        token_ids,
-        chosen[:, 0],
-        top_ids,
-        top_logits - normaliser,
-        jnp.isfinite(normaliser[:, 0]),
-        is_possible,
-    )
+    is_finite = jnp.isfinite(normaliser[:, 0])
+    return Scored(chosen[:, 0], top_ids, top_logits - normaliser, is_finite)
 
 
 def is_allowed(masks: Int[Array, "S W"], vocab_size: int) -> Bool[Array, "S V"]:

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from fastgen_jax.engine.batch import UNKNOWN, MaskedShape, Shape, unpack, work_plan
-from fastgen_jax.engine.sampling import RowParams, RowTables, Sampled, sample
+from fastgen_jax.engine.sampling import RowParams, RowTables, Sampled, Scored, sample, score
+from fastgen_jax.engine.scoring import SCORE_SIZE
 from fastgen_jax.models.sharding import replicated, shard_attention
 from fastgen_jax.sampling_params import MAX_LOGPROBS
 from pallas_kernels import RaggedMeta, select
@@ -36,11 +37,12 @@ class DeviceState(NamedTuple):
 
 class Launched(NamedTuple):
     """What a dispatched step leaves on the device; row i belongs to `Batch.sampled[i]`, of `pooled`
-    to `Batch.sequences[i]`.
+    to `Batch.sequences[i]`, of `scores` to the i-th position of `Batch.scored`.
     """
 
     hidden: Float[Array, "n_hidden D"]
     pooled: Float[Array, "S D"]  # float32 sums; zeros where nothing is pooled
+    scores: Int[Array, "T {SCORE_SIZE}"]
     result: Int[Array, "S {RESULT_SIZE}"]
 
 
@@ -65,15 +67,22 @@ class StepResult(NamedTuple):
 
 def pack_result(sampled: Sampled) -> Int[Array, "S {RESULT_SIZE}"]:
     """The inverse of StepResult.unpack, on device."""
-
-    def bits(x):
-        return lax.bitcast_convert_type(x, jnp.int32)
-
     flags = jnp.where(sampled.is_finite, IS_FINITE, 0)
     flags |= jnp.where(sampled.is_possible, IS_POSSIBLE, 0)
     columns = [sampled.token_ids, bits(sampled.logprobs), flags]
     tops = [sampled.top_ids, bits(sampled.top_logprobs)]
     return jnp.concatenate([jnp.stack(columns, axis=1), *tops], axis=1)
+
+
+def pack_scores(scored: Scored) -> Int[Array, "T {SCORE_SIZE}"]:
+    """The inverse of Scores.unpack, on device."""
+    logprobs = jnp.where(scored.is_finite, scored.logprobs, jnp.nan)
+    columns = [bits(logprobs)[:, None], scored.top_ids, bits(scored.top_logprobs)]
+    return jnp.concatenate(columns, axis=1)
+
+
+def bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    return lax.bitcast_convert_type(x, jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ def step(
 ) -> tuple[DeviceState, Launched]:
     """One ragged batch through the model, and one sampled token for each row that asks for it."""
     part = unpack(packed, shape)
-    n_seqs, n_single, n_samples = part["counts"]
+    n_seqs, n_single, n_samples, n_scored, n_tops = part["counts"]
     rows, positions = part["token_rows"], part["positions"]
     with jax.named_scope("token_ids"):
         is_unknown = part["token_ids"] == UNKNOWN
@@ -127,6 +136,8 @@ def step(
     hidden, caches = model(token_ids, positions, state.caches, attend)
     pooled = pool(hidden, part["cu_q_lens"], part["pooled_from"])
     pooled = lax.with_sharding_constraint(pooled, replicated(program.mesh))
+    questions = Questions(part["scored_tokens"], part["scored_ids"], n_scored, n_tops)
+    scores = score_rows(model.unembed, hidden, questions, program)
     sample_tokens = jnp.pad(part["sample_tokens"], (0, shape.n_hidden - shape.n_seqs))
     hidden = hidden[sample_tokens]
     hidden = lax.with_sharding_constraint(hidden, replicated(program.mesh))
@@ -139,7 +150,7 @@ def step(
     known, result = draw_rows(
         model.unembed, hidden[: shape.n_seqs], drawn, tables, n_samples, program.sample_tile
     )
-    return DeviceState(caches, known), Launched(hidden, pooled, result)
+    return DeviceState(caches, known), Launched(hidden, pooled, scores, result)
 
 
 def masked_step(
@@ -176,6 +187,38 @@ def pool(
     with jax.named_scope("pool"):
         nothing = jnp.zeros((n_seqs, hidden.shape[1]), jnp.float32)
         return lax.cond(jnp.any(pooled_from < ends), add, lambda: nothing)
+
+
+class Questions(NamedTuple):
+    """How likely was what followed these tokens?"""
+
+    tokens: Int[Array, "T"]
+    followers: Int[Array, "T"]
+    n: Int[Array, ""]
+    n_tops: Int[Array, ""]
+
+
+def score_rows(
+    unembed: Callable[[Array], Array],
+    hidden: Float[Array, "T D"],
+    asked: Questions,
+    program: Program,
+) -> Int[Array, "T {SCORE_SIZE}"]:
+    """Answers the first questions, a tile of logits at a time: none, where nobody asks."""
+    tile = min(program.sample_tile, len(hidden))
+
+    def score_tile(i, result):
+        start = i * tile
+        tokens = lax.dynamic_slice_in_dim(asked.tokens, start, tile)
+        followers = lax.dynamic_slice_in_dim(asked.followers, start, tile)
+        rows = lax.with_sharding_constraint(hidden[tokens], replicated(program.mesh))
+        scored = pack_scores(score(unembed(rows), followers, asked.n_tops))
+        return lax.dynamic_update_slice_in_dim(result, scored, start, 0)
+
+    with jax.named_scope("score"):
+        result = jnp.zeros((len(hidden), SCORE_SIZE), jnp.int32)
+        result = lax.fori_loop(0, (asked.n + tile - 1) // tile, score_tile, result)
+    return lax.with_sharding_constraint(result, replicated(program.mesh))
 
 
 class Drawn(NamedTuple):

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastgen_jax.engine.constraint import Constraint
 from fastgen_jax.engine.pooling import Pooled
+from fastgen_jax.engine.scoring import Scoring, TokenLogprobs
 from fastgen_jax.grammar import Grammar
 from fastgen_jax.sampling_params import Pooling, SamplingParams
 
@@ -35,6 +36,7 @@ class Request:
         bad_words: what `params.bad_words` says, as runs of token ids.
         pooling: of which hidden states the embedding is made; None: samples are wanted.
         priority: the lower, the earlier its turn; equals take turns as they came.
+        scored_from: first position whose token `params.prompt_logprobs` scores; None: 1.
     """
 
     prompt_token_ids: list[int]
@@ -44,6 +46,7 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()
     pooling: Pooling | None = None
     priority: int = 0
+    scored_from: int | None = None
 
     @classmethod
     def to_embed(
@@ -64,7 +67,7 @@ class Sequence:
 
     INVARIANT: n_cached < n_tokens. It owes n_tokens - n_cached tokens to the cache; a chunk that
     pays all of them yields one more token. n_tokens counts a sampled token as soon as its step is
-    dispatched; its value reaches `output_ids` one step later. Of one that is embedded the token
+    dispatched; its value reaches `output_ids` one step later. Of one that wants no token the one
     after the prompt is counted too, which ends it, and dropped.
     """
 
@@ -81,6 +84,7 @@ class Sequence:
     cache_salt: bytes = b""
     constraint: Constraint | None = None
     pooled: Pooled | None = None  # its embedding; None: tokens are wanted
+    scoring: Scoring | None = None  # of its prompt
     n_cached: int = 0
     row: int = -1  # line of the host tables; -1: waiting
     block_ids: list[int] = field(default_factory=list)
@@ -102,6 +106,10 @@ class Sequence:
     @property
     def n_prompt(self) -> int:
         return len(self.prompt_ids)
+
+    @property
+    def wants_no_token(self) -> bool:
+        return self.pooled is not None or self.params.max_tokens == 0
 
     @property
     def is_finished(self) -> bool:
@@ -126,16 +134,10 @@ class Plan(NamedTuple):
     bypassed: list[Sequence]  # waiting ones that one behind them was admitted before
 
 
-class TokenLogprobs(NamedTuple):
-    """Natural-log probabilities at one position, of the raw logits in float32."""
-
-    logprob: float  # of the sampled token
-    top: list[tuple[int, float]]  # the most likely (token id, logprob), best first
-
-
 class Output(NamedTuple):
     """One event of one sample: a token, the end, or both. Exactly one event carries a
-    finish_reason. An embedding comes with its end.
+    finish_reason. An embedding comes with its end; a prompt's scores, from `scored_from` on, come
+    with the first event of the first sample.
     """
 
     request_id: int
@@ -148,6 +150,7 @@ class Output(NamedTuple):
     n_reused: int = 0  # prompt tokens that came from the prefix cache
     start_time: float = 0.0  # time.monotonic() of its first step
     embedding: np.ndarray | None = None  # f32[D], of any length but finite
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 # Upper bounds on the tokens of a step, by which Stats counts steps.

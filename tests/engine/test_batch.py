@@ -16,6 +16,7 @@ from fastgen_jax.engine.batch import (
     unpack,
 )
 from fastgen_jax.engine.pooling import Pooled
+from fastgen_jax.engine.scoring import Scoring
 from fastgen_jax.engine.types import Chunk
 from fastgen_jax.sampling_params import POOLINGS, SamplingParams
 from tests.engine.sequences import make_sequence
@@ -57,6 +58,8 @@ def plans(draw):
         s = enter(tables, n_tokens, n_cached, n_output=n_output, params=params, seed=n_tokens)
         pooling = draw(st.sampled_from([None, *POOLINGS]))
         s.pooled = Pooled(pooling) if pooling else None
+        n_top, first = draw(st.integers(-1, 3)), draw(st.integers(1, s.n_prompt))
+        s.scoring = Scoring(first, s.n_prompt, n_top) if n_top >= 0 else None
         chunks.append(extend(tables, s, draw(st.integers(1, n_tokens - n_cached)), blocks))
     return tables, sorted(chunks, key=lambda chunk: chunk.n_new > 1)
 
@@ -65,7 +68,7 @@ def plain_pack(chunks, tables):
     """The parts of a batch, token by token."""
     part = {name: np.zeros(shape, np.int32) for name, shape in SHAPE.fields.items()}
     part["token_rows"][:] = part["sample_rows"][:] = tables.n_rows
-    t = m = 0
+    t = m = n_scored = n_tops = 0
     for i, (s, n_new, _) in enumerate(chunks):
         known = [*s.prompt_ids, *s.output_ids]
         for position in range(s.n_cached, s.n_cached + n_new):
@@ -74,6 +77,10 @@ def plain_pack(chunks, tables):
             part["token_rows"][t] = s.row
             block = s.block_ids[position // BLOCK_SIZE]
             part["slots"][t] = block * BLOCK_SIZE + position % BLOCK_SIZE
+            if s.scoring is not None and s.scoring.next <= position + 1 < s.n_prompt:
+                part["scored_tokens"][n_scored] = t
+                part["scored_ids"][n_scored] = known[position + 1]
+                n_scored, n_tops = n_scored + 1, max(n_tops, s.scoring.n_top)
             t += 1
         part["block_tables"][i, : len(s.block_ids)] = s.block_ids
         part["seq_lens"][i] = s.n_cached + n_new
@@ -85,7 +92,8 @@ def plain_pack(chunks, tables):
             part["sample_rows"][m] = s.row
             part["sample_params"][m] = tables.params[s.row]
             m += 1
-    part["counts"][:] = len(chunks), sum(c.n_new == 1 for c in chunks), m
+    n_single = sum(chunk.n_new == 1 for chunk in chunks)
+    part["counts"][:] = len(chunks), n_single, m, n_scored, n_tops
     return part
 
 
@@ -99,6 +107,7 @@ def test_pack_equals_a_plain_loop(plan):
     for name in SHAPE.fields:
         n = m if name == "sample_params" else None
         np.testing.assert_array_equal(part[name][:n], expected[name][:n], err_msg=name)
+    assert sum(len(positions) for _, positions in batch.scored) == expected["counts"][3]
     assert batch.sampled == [s for s, n_new, _ in chunks if s.n_cached + n_new == s.n_tokens]
 
 
