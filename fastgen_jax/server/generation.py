@@ -7,7 +7,7 @@ length that the engine admitted.
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -29,6 +29,7 @@ class Voice(NamedTuple):
         tells_text: not so where a grammar forces calls: text is then a call that was cut.
         is_silent: no token is told: the engine's one is dropped, for none was asked for. What is
             kept is an embedding.
+        tells_prompt: the logprobs of the prompt's tokens come before those of the sample's.
     """
 
     make_reader: Callable[[], Reader] | None = None
@@ -36,10 +37,13 @@ class Voice(NamedTuple):
     max_calls: int | None = None
     tells_text: bool = True
     is_silent: bool = False
+    tells_prompt: bool = False
 
 
 PLAIN = Voice()
 SILENT = Voice(is_silent=True)
+
+Scored = tuple[int, TokenLogprobs | None]  # a token's id; nothing precedes a prompt's first one
 
 
 class Taken(NamedTuple):
@@ -47,7 +51,7 @@ class Taken(NamedTuple):
 
     events: list[Event]
     ids: list[int]
-    logprobs: list[TokenLogprobs]
+    logprobs: list[Scored]
 
     @property
     def text(self) -> str:
@@ -60,8 +64,11 @@ class Choice:
     __slots__ = (
         "_is_silent",
         "_max_calls",
+        "_n_prompt_left",
         "_n_unassigned",
+        "_prompt_left",
         "_reader",
+        "_tells_prompt",
         "_tells_text",
         "embedding",
         "finish_reason",
@@ -94,12 +101,14 @@ class Choice:
         self.first_time = self.last_time = 0.0
         self.pending_events: list[Event] = []
         self.pending_ids: list[int] = []
-        self.pending_logprobs: list[TokenLogprobs] = []
+        self.pending_logprobs: list[Scored] = []
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self._reader = voice.make_reader() if voice.make_reader else None
         self._max_calls, self._tells_text = voice.max_calls, voice.tells_text
-        self._is_silent = voice.is_silent
+        self._is_silent, self._tells_prompt = voice.is_silent, voice.tells_prompt
+        self._prompt_left: Iterator[Scored] = iter(())
+        self._n_prompt_left = 0
         self._n_unassigned = 0  # newest tokens that may yet turn out to be of a thought
 
     def push(self, output: Output):
@@ -110,12 +119,13 @@ class Choice:
             self.finish_reason = output.finish_reason and reason
             return
         delta = self.stream.push(output)
+        if output.start_time:
+            self.n_reused, self.start_time = output.n_reused, output.start_time
         if output.token_id is not None:
             self.n_tokens += 1
-            self.n_reused, self.start_time = output.n_reused, output.start_time
             self.pending_ids.append(output.token_id)
             if self.wants_logprobs and output.logprobs is not None:
-                self.pending_logprobs.append(output.logprobs)
+                self.pending_logprobs.append((output.token_id, output.logprobs))
         events = self._read(delta)
         self._count_thoughts(events, n_new=output.token_id is not None)
         self.pending_events += filter(self._is_told, events)
@@ -142,16 +152,30 @@ class Choice:
         if events:
             self._n_unassigned = 0
 
+    def follow(self, prompt: list[int], logprobs: list[TokenLogprobs]):
+        """Takes in the scores of the prompt that it goes on from, of all tokens but the first."""
+        if self._tells_prompt:
+            self._prompt_left = zip(prompt, itertools.chain([None], logprobs), strict=True)
+            self._n_prompt_left = len(prompt)
+
     @property
     def has_pending(self) -> bool:
-        return bool(self.pending_ids or self.pending_events)
+        return bool(self._n_prompt_left or self.pending_ids or self.pending_events)
+
+    @property
+    def n_pending_logprobs(self) -> int:
+        return self._n_prompt_left + len(self.pending_logprobs)
 
     def take(self, limit: int | None = None) -> Taken:
         """The events since the last call, neighbours joined, and token ids and logprobs, `limit` at
         most of each.
         """
-        events, ids = joined(self.pending_events), self.pending_ids[:limit]
-        taken = Taken(events, ids, self.pending_logprobs[:limit])
+        logprobs = list(itertools.islice(self._prompt_left, limit))
+        self._n_prompt_left -= len(logprobs)
+        if limit is not None:  # an id and its logprobs come together
+            limit -= len(logprobs)
+        logprobs += self.pending_logprobs[:limit]
+        taken = Taken(joined(self.pending_events), self.pending_ids[:limit], logprobs)
         self.pending_events = []
         del self.pending_ids[:limit], self.pending_logprobs[:limit]
         return taken
@@ -192,6 +216,7 @@ class Generation:
         self.timers: list[asyncio.TimerHandle] = []
         self.first_token_timer: asyncio.TimerHandle | None = None
         self.account: Account | None = None  # whom its tokens are charged to
+        self.prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in prompts]  # but the first's
         self._changed = asyncio.Event()
 
     @property
@@ -217,8 +242,23 @@ class Generation:
         return sum(choice.n_tokens for choice in self.choices)
 
     @property
+    def n_pending_logprobs(self) -> int:
+        return sum(choice.n_pending_logprobs for choice in self.choices)
+
+    @property
     def n_thought_tokens(self) -> int:
         return sum(choice.n_thought_tokens for choice in self.choices)
+
+    def prompt_of(self, choice: Choice) -> int:
+        """The number of the prompt that it goes on from."""
+        return choice.index // self.n_samples
+
+    def score(self, choice: Choice, logprobs: list[TokenLogprobs]):
+        """Takes in the scores of a prompt, which the engine tells with its first sample."""
+        i = self.prompt_of(choice)
+        self.prompt_logprobs[i] = logprobs
+        for sample in self.choices[i * self.n_samples : (i + 1) * self.n_samples]:
+            sample.follow(self.prompts[i], logprobs)
 
     def notify(self):
         """Wakes the reader: at each change if it streams, else at the end."""

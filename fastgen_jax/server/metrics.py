@@ -141,7 +141,7 @@ class Metrics:
 
     def observe_sample(self, generation: Generation, choice: Choice, now: float):
         """What one sample took, which has ended."""
-        n_prompt = len(generation.prompts[choice.index // generation.n_samples])
+        n_prompt = len(generation.prompts[generation.prompt_of(choice)])
         self.observe("request_prompt_tokens", n_prompt)
         self.observe("request_prefill_kv_computed_tokens", n_prompt - choice.n_reused)
         self.observe("request_generation_tokens", choice.n_tokens)

@@ -24,7 +24,7 @@ from fastgen_jax.sampling_params import (
     SamplingParams,
 )
 from fastgen_jax.server import json_body, structure
-from fastgen_jax.server.errors import ApiError, from_engine, invalid, unsupported
+from fastgen_jax.server.errors import from_engine, invalid, unsupported
 from fastgen_jax.server.structure import Structure
 from fastgen_jax.server.tools import Tools, read_tools
 
@@ -56,7 +56,6 @@ IGNORED = {
 # Refused unless they hold the value that asks for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""),
-    "prompt_logprobs": (None,),
     "use_beam_search": (None, False),
     "length_penalty": (None, 1, 1.0),
     "functions": (None, []),
@@ -137,6 +136,7 @@ class GenerationRequest(BaseModel):
     logit_bias: dict[str, float] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: Integer | None = None
     truncate_prompt_tokens: Integer | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -170,6 +170,8 @@ class GenerationRequest(BaseModel):
             raise invalid("stream_options needs stream=true", "stream_options")
         if self.best_of not in (None, self.n or 1):
             raise unsupported("best_of", "leave it out or set it equal to n")
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("prompt_logprobs is not for streams; leave one out", "prompt_logprobs")
         if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens < 1:
             raise invalid("truncate_prompt_tokens must be at least 1", "truncate_prompt_tokens")
         check_salt(self.cache_salt)
@@ -180,7 +182,12 @@ class GenerationRequest(BaseModel):
         return Structure({name: getattr(self, name) for name in structure.FIELDS})
 
     def sampling_params(
-        self, defaults: dict[str, Any], *, max_tokens: int | None, logprobs: int | None
+        self,
+        defaults: dict[str, Any],
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
     ) -> SamplingParams:
         """The request's parameters over the model's `defaults`.
 
@@ -194,6 +201,7 @@ class GenerationRequest(BaseModel):
                 **values,
                 max_tokens=max_tokens,
                 logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
                 stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
                 stop_token_ids=tuple(self.stop_token_ids or ()),
                 allowed_token_ids=None
@@ -214,12 +222,6 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = None
     logprobs: Integer | None = None
 
-    def check_supported(self):
-        super().check_supported()
-        if self.echo and self.logprobs is not None:
-            message = "echo with logprobs is not supported: this server scores no prompt tokens"
-            raise ApiError(400, message, param="echo", code="unsupported_parameter")
-
     def prompts(self, max_prompts: int) -> list[str | list[int]]:
         """The body's prompts, each a text or a list of token ids.
 
@@ -230,16 +232,26 @@ class CompletionRequest(GenerationRequest):
         return entries_of(self.prompt, "prompt", kinds, max_prompts)
 
     @property
+    def scores_echo(self) -> bool:
+        """Whether the prompt's tokens come with their logprobs, as the sample's do."""
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
     def is_echo_alone(self) -> bool:
-        """Whether the prompt is all that is asked for. The engine then makes one token for nobody,
-        so that the prompt is checked, and cached for those to come.
+        """Whether the prompt, unscored, is all that is asked for. The engine then makes one token
+        for nobody, so that the prompt is checked, and cached for those to come.
         """
-        return bool(self.echo) and self.output_limit == 0 and not self.min_tokens
+        is_all = bool(self.echo) and self.output_limit == 0 and not self.min_tokens
+        return is_all and self.logprobs is None and self.prompt_logprobs is None
 
     def to_params(self, defaults: dict[str, Any]) -> SamplingParams:
         limit = 16 if self.output_limit is None else self.output_limit
         limit = 1 if self.is_echo_alone else limit
-        return self.sampling_params(defaults, max_tokens=limit, logprobs=self.logprobs)
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        n_rivals = max((n for n in asked if n is not None), default=None)
+        return self.sampling_params(
+            defaults, max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=n_rivals
+        )
 
 
 class ChatRequest(GenerationRequest):
@@ -304,7 +316,12 @@ class ChatRequest(GenerationRequest):
 
     def to_params(self, defaults: dict[str, Any]) -> SamplingParams:
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling_params(defaults, max_tokens=self.output_limit, logprobs=logprobs)
+        return self.sampling_params(
+            defaults,
+            max_tokens=self.output_limit,
+            logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
 
 class TokenizeRequest(BaseModel):

@@ -76,9 +76,9 @@ class Reader:
         if spec.truncate_prompt_tokens is None:
             self._check_texts(texts, "prompt")
         prompts = [self._prompt(entry, spec) for entry in entries]
-        echo = self._echo(entries, params.n) if spec.echo else None
+        echo = self._echo(entries, prompts, spec, params.n) if spec.echo else None
         format = make_format(echo=echo, **self._shared(spec, params, prompts))
-        voice = SILENT if spec.is_echo_alone else PLAIN
+        voice = SILENT if spec.is_echo_alone else Voice(tells_prompt=spec.scores_echo)
         asker, stream = spec.structure().field, bool(spec.stream)
         salt, priority = spec.cache_salt, spec.priority or 0
         return Ask(prompts, params, format, stream, "prompt", salt, priority, voice, asker)
@@ -239,24 +239,35 @@ class Reader:
         protocol.check_token_ids(ids, vocab_size, param)
 
     def _check_logprobs(self, prompts: list[list[int]], params: SamplingParams):
-        if params.logprobs is None:
-            return
-        n_samples, n_each = len(prompts) * params.n, params.logprobs + 1
+        """Counts those of prompts too, which every sample of them may tell."""
+        n_each = 0 if params.logprobs is None else params.logprobs + 1
+        n_of_prompts = 0 if params.prompt_logprobs is None else params.prompt_logprobs + 1
+        n_samples, n_prompt = len(prompts) * params.n, sum(map(len, prompts))
         longest = self.service.require_backend().engine.max_total_tokens
         n_tokens = longest if params.max_tokens is None else params.max_tokens
-        if n_samples * min(n_tokens, longest) * n_each > MAX_LOGPROB_ENTRIES:
+        n_entries = n_samples * min(n_tokens, longest) * n_each
+        if n_entries + params.n * n_prompt * n_of_prompts > MAX_LOGPROB_ENTRIES:
+            told = f" after prompts of {n_prompt} tokens in all with {n_of_prompts}"
             raise invalid(
-                f"{n_samples} samples of up to {n_tokens} tokens with {n_each} logprobs each are "
-                f"asked for, at most {MAX_LOGPROB_ENTRIES} logprobs in all; lower max_tokens, n or "
-                "the number of logprobs",
+                f"{n_samples} samples of up to {n_tokens} tokens with {n_each} logprobs each"
+                f"{told if n_of_prompts else ''} are asked for, at most {MAX_LOGPROB_ENTRIES} "
+                "logprobs in all; shorten the prompts, lower max_tokens, n or the number of "
                 "logprobs",
+                "logprobs" if n_each else "prompt_logprobs",
             )
 
-    def _echo(self, entries: Sequence[str | list[int]], n: int) -> list[str]:
+    def _echo(
+        self,
+        entries: Sequence[str | list[int]],
+        prompts: list[list[int]],
+        spec: CompletionRequest,
+        n: int,
+    ) -> list[str]:
         """The prompts as text, which every sample's answer begins with."""
         decode, echo, size = self.service.require_backend().tokenizer.decode, [], 0
-        for entry in entries:
-            echo.append(entry if isinstance(entry, str) else decode(entry))
+        is_whole = spec.truncate_prompt_tokens is None
+        for entry, prompt in zip(entries, prompts, strict=True):
+            echo.append(entry if isinstance(entry, str) and is_whole else decode(prompt))
             size += n * len(echo[-1])
             _check_repeated(size, "echo")
         return echo
@@ -277,6 +288,8 @@ class Reader:
             "include_usage": spec.include_usage,
             "continuous_usage": spec.continuous_usage,
             "logprobs": params.logprobs,
+            "prompt_logprobs": spec.prompt_logprobs,
+            "skip_special_tokens": params.skip_special_tokens,
             "tokens_as_ids": bool(spec.return_tokens_as_token_ids),
             "return_token_ids": bool(spec.return_token_ids),
         }

@@ -500,6 +500,8 @@ class Service:
             failed = internal if output.finish_reason == "error" else _stopped
             return self.fail(generation, failed(message))
         try:
+            if output.prompt_logprobs is not None:
+                generation.score(choice, output.prompt_logprobs)
             choice.push(output)
         except Exception as error:  # a fault in one request's text must not reach the others
             fields = {"request_id": generation.request_id}

@@ -2,7 +2,7 @@
 
 A step yields one token per live sample: the prompt's ids after the first, from the start again once
 they are over, or those of `says`. An id of EOS ends the sample ("stop"), max_tokens too ("length").
-A prompt's embedding is drawn from its ids.
+A prompt's embedding is drawn from its ids, its token i has the logprob -i / 8.
 """
 
 import itertools
@@ -17,7 +17,12 @@ import numpy as np
 from fastgen_jax.engine.blocks import BlockMap
 from fastgen_jax.engine.history import History
 from fastgen_jax.engine.types import STEP_SIZES, Output, Plan, Request, Stats, TokenLogprobs
-from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
+from fastgen_jax.errors import (
+    ContextLengthExceeded,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+)
 
 MAX_TOKENS = 4096
 VOCAB_SIZE = 335
@@ -26,6 +31,17 @@ HIDDEN_SIZE = 8
 
 def embedding_of(prompt: list[int]) -> np.ndarray:
     return np.random.default_rng(prompt).normal(size=HIDDEN_SIZE).astype(np.float32)
+
+
+def token_logprobs(token: int, logprob: float, n_top: int) -> TokenLogprobs:
+    return TokenLogprobs(logprob, [((token + i) % VOCAB_SIZE, logprob - i) for i in range(n_top)])
+
+
+def prompt_logprobs(request: Request) -> list[TokenLogprobs] | None:
+    n_top = request.params.prompt_logprobs
+    if n_top is None:
+        return None
+    return [token_logprobs(id, -i / 8, n_top) for i, id in enumerate(request.prompt_token_ids) if i]
 
 
 @dataclass(eq=False)
@@ -99,7 +115,8 @@ class FakeEngine:
         return ids
 
     def _check(self, request: Request):
-        n_prompt, n_output = len(request.prompt_token_ids), request.params.max_tokens or 1
+        n_prompt, n_output = len(request.prompt_token_ids), request.params.max_tokens
+        n_output = 1 if n_output is None else n_output
         n_output = 0 if request.pooling else n_output
         if n_prompt + n_output > MAX_TOKENS:
             raise ContextLengthExceeded(
@@ -180,6 +197,11 @@ class FakeEngine:
         prompt = sample.request.prompt_token_ids
         if sample.request.pooling is not None:
             return Output(id, index, None, finish_reason="stop", embedding=embedding_of(prompt))
+        if params.max_tokens == 0:
+            scores, now = prompt_logprobs(sample.request), time.monotonic()
+            return Output(
+                id, index, None, finish_reason="length", start_time=now, prompt_logprobs=scores
+            )
         echoed = self.says[index % len(self.says)] if self.says else prompt[1:] or prompt
         token = echoed[sample.n_tokens % len(echoed)]
         if sample.n_tokens == len(echoed) and not params.ignore_eos:
@@ -187,13 +209,16 @@ class FakeEngine:
         sample.n_tokens += 1
         sample.start_time = sample.start_time or time.monotonic()
         self.n_generated += 1
-        logprobs = None
+        logprobs, scores = None, None
         if params.logprobs is not None:
-            others = [((token + i) % VOCAB_SIZE, -0.5 - i) for i in range(params.logprobs)]
-            logprobs = TokenLogprobs(-0.5, others)
+            logprobs = token_logprobs(token, -0.5, params.logprobs)
+        if index == 0 and sample.n_tokens == 1:
+            scores = prompt_logprobs(sample.request)
         reason = None
         if token in self.eos_token_ids and not params.ignore_eos:
             reason = "stop"
         elif sample.n_tokens == params.max_tokens:
             reason = "length"
-        return Output(id, index, token, logprobs, reason, start_time=sample.start_time)
+        return Output(
+            id, index, token, logprobs, reason, start_time=sample.start_time, prompt_logprobs=scores
+        )

@@ -92,7 +92,8 @@ class TestAnswers:
         assert [len(entry.top) for entry in choice.logprobs] == [2, 2, 2]
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 3)
 
-    @pytest.mark.parametrize("fields", [{}, {"logprobs": 1, "n": 2}, {"echo": True}])
+    @pytest.mark.parametrize("fields", [{}, {"logprobs": 1, "n": 2}, {"echo": True},
+                                        {"echo": True, "logprobs": 2}])  # fmt: skip
     def test_a_stream_says_in_pieces_what_an_answer_says(self, stub, fields):
         asked = request(max_tokens=20, stop=["red"], **fields)
         whole, streamed = stub.Generate(asked), list(stub.GenerateStream(asked))
@@ -110,6 +111,14 @@ class TestAnswers:
         assert joined[0].stop_text == "red"
         assert streamed[-1].usage == whole.usage
         assert len({piece.id for piece in streamed}) == 1
+
+    def test_an_echo_tells_how_likely_the_prompt_was(self, stub, tokenizer):
+        (choice,) = stub.Generate(request(max_tokens=1, logprobs=1, echo=True)).choices
+        first, *others, last = choice.logprobs
+        assert [entry.token_id for entry in (first, *others)] == tokenizer.encode(TEXT)
+        assert not first.HasField("logprob")
+        assert [entry.logprob for entry in others] == [-i / 8 for i in range(1, len(others) + 1)]
+        assert [last.token_id] == list(choice.token_ids)
 
     def test_prompts_are_texts_or_token_ids(self, stub, tokenizer):
         ids = messages.TokenIds(ids=tokenizer.encode(TEXT))

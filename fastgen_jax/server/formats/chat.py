@@ -6,9 +6,8 @@ from typing import Any
 import orjson
 
 from fastgen_jax.dialects import CallPart, CallStart, Event, Text, Thought
-from fastgen_jax.engine.types import TokenLogprobs
 from fastgen_jax.server.formats.choices import LOGPROB_FLOOR, ChoicesFormat
-from fastgen_jax.server.generation import Choice, Generation, Taken
+from fastgen_jax.server.generation import Choice, Generation, Scored, Taken
 
 
 class ChatFormat(ChoicesFormat):
@@ -19,7 +18,7 @@ class ChatFormat(ChoicesFormat):
     def __init__(self, *, is_named: bool = False, **shared: Any):
         super().__init__(
             id_prefix="chatcmpl-", object="chat.completion", chunk_object="chat.completion.chunk",
-            no_delta=b'"delta":{}', **shared,
+            no_delta=b'"delta":{}', logprobs_end=b',"refusal":null}', **shared,
         )  # fmt: skip
         self.is_named = is_named
 
@@ -50,15 +49,21 @@ class ChatFormat(ChoicesFormat):
         is_call = choice.n_calls and choice.finish_reason == "stop" and not self.is_named
         return "tool_calls" if is_call else choice.finish_reason
 
-    def _logprob_entries(
-        self, choice: Choice, pairs: list[tuple[int, TokenLogprobs]]
-    ) -> dict[str, Any]:
+    def _logprob_columns(
+        self, choice: Choice, generation: Generation, logprobs: list[Scored]
+    ) -> dict[str, list]:
         content = [
             self._token(id, entry.logprob)
             | {"top_logprobs": [self._token(*pair) for pair in entry.top[: self.logprobs]]}
-            for id, entry in pairs
+            for id, entry in logprobs
+            if entry is not None
         ]
-        return {"content": content, "refusal": None}
+        return {"content": content}
+
+    def _of_prompts(self, generation: Generation) -> bytes:
+        if self.prompt_logprobs is None:
+            return b""
+        return b',"prompt_logprobs":' + self._scores_of(generation, 0)
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {

@@ -1,12 +1,13 @@
 """Answers that are lists of choices: what completions and chat completions share.
 
-Streamed chunks are joined from encoded pieces.
+Chunks and answers are joined from encoded pieces, none of which takes long to build.
 """
 
+import itertools
 import time
 import uuid
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -14,8 +15,8 @@ import orjson
 from fastgen_jax.engine.types import TokenLogprobs
 from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.formats import format
-from fastgen_jax.server.formats.format import DONE, Format, event, prompt_of
-from fastgen_jax.server.generation import Choice, Generation, Taken
+from fastgen_jax.server.formats.format import DONE, Format, event
+from fastgen_jax.server.generation import Choice, Generation, Scored, Taken
 from fastgen_jax.tokenizer import Tokenizer
 
 LOGPROB_FLOOR = -9999.0  # JSON has no infinity
@@ -30,7 +31,9 @@ class ChoicesFormat(Format):
     Args:
         object, chunk_object: what the answer, and each chunk of its stream, say that they are.
         no_delta: the delta of a chunk that has nothing to say.
+        logprobs_end: what closes the object that holds logprobs.
         n_echoed: characters of the prompts with which a sample of each begins.
+        prompt_logprobs: rivals told of each token of the prompts; None: they are not told of.
     """
 
     def __init__(
@@ -40,21 +43,27 @@ class ChoicesFormat(Format):
         object: str,
         chunk_object: str,
         no_delta: bytes,
+        logprobs_end: bytes = b"}",
         n_echoed: int = 0,
         model: str,
         tokenizer: Tokenizer,
         include_usage: bool = False,
         continuous_usage: bool = False,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool = True,
         tokens_as_ids: bool = False,
         return_token_ids: bool = False,
     ):
         self._no_delta = no_delta
+        self._logprobs_end = logprobs_end
         self._n_echoed = n_echoed
         self.tokenizer = tokenizer
         self.include_usage = include_usage
         self.continuous_usage = continuous_usage
         self.logprobs = logprobs
+        self.prompt_logprobs = prompt_logprobs
+        self.skip_special_tokens = skip_special_tokens
         self.tokens_as_ids = tokens_as_ids
         self.return_token_ids = return_token_ids
         self._started: set[int] = set()  # choices whose first chunk is out
@@ -78,7 +87,8 @@ class ChoicesFormat(Format):
         n_left = PIECE_ENTRIES
         for choice in generation.choices:
             while choice.has_pending or self._owes_end(choice):
-                n_left -= len(choice.pending_logprobs[:PIECE_TOKENS]) * (1 + (self.logprobs or 0))
+                n_logprobs = min(choice.n_pending_logprobs, PIECE_TOKENS)
+                n_left -= n_logprobs * (1 + (self.logprobs or 0))
                 events.append(self._chunk(choice, generation, usage))
                 if n_left <= 0:
                     yield b"".join(events)
@@ -99,12 +109,18 @@ class ChoicesFormat(Format):
         """Built choice by choice, so that other threads run in between."""
         choices = [orjson.dumps(self._final(c, generation)) for c in generation.choices]
         head, usage = orjson.dumps(self._fields)[:-1], orjson.dumps(format.usage_of(generation))
-        return b"".join((head, b',"choices":[', b",".join(choices), b'],"usage":', usage, b"}"))
+        more = self._of_prompts(generation)
+        return b"".join(
+            (head, b',"choices":[', b",".join(choices), b'],"usage":', usage, more, b"}")
+        )
 
     def n_entries(self, generation: Generation) -> int:
-        n_tokens = generation.n_tokens * ((self.logprobs or 0) + 1)
+        n_entries = generation.n_tokens
+        n_entries += generation.n_pending_logprobs * ((self.logprobs or 0) + 1)
         n_repeated = self._n_echoed + self.return_token_ids * generation.n_prompt_tokens
-        return n_tokens + n_repeated * (len(generation.choices) // len(generation.prompts))
+        if self.prompt_logprobs is not None:
+            n_repeated += generation.n_prompt_tokens * (self.prompt_logprobs + 1)
+        return n_entries + n_repeated * generation.n_samples
 
     @abstractmethod
     def _deltas(
@@ -121,10 +137,14 @@ class ChoicesFormat(Format):
         """Why the choice ended, as this API says it."""
 
     @abstractmethod
-    def _logprob_entries(
-        self, choice: Choice, pairs: list[tuple[int, TokenLogprobs]]
-    ) -> dict[str, Any]:
-        """Token ids and their logprobs, as this API shows them."""
+    def _logprob_columns(
+        self, choice: Choice, generation: Generation, logprobs: list[Scored]
+    ) -> dict[str, list]:
+        """The next tokens and their logprobs, in lists as this API shows them."""
+
+    def _of_prompts(self, generation: Generation) -> bytes:
+        """Further members of an answer, which tell of the prompts."""
+        return b""
 
     def _owes_end(self, choice: Choice) -> bool:
         return choice.finish_reason is not None and choice.index not in self._ended
@@ -145,6 +165,7 @@ class ChoicesFormat(Format):
         return b"".join(
             self._event(
                 choice,
+                generation,
                 delta,
                 usage,
                 taken if i == 0 else NOTHING,
@@ -154,36 +175,76 @@ class ChoicesFormat(Format):
         )
 
     def _event(
-        self, choice: Choice, delta: bytes, usage: bytes, taken: Taken, *, is_last: bool
+        self,
+        choice: Choice,
+        generation: Generation,
+        delta: bytes,
+        usage: bytes,
+        taken: Taken,
+        *,
+        is_last: bool,
     ) -> bytes:
-        logprobs = self._logprobs(choice, taken)
         extra = b""
         if self.return_token_ids:
             extra = b',"token_ids":' + orjson.dumps(taken.ids)
         return b"".join((
             self._head, b'{"index":%d,' % choice.index, delta,
-            b',"logprobs":', b"null" if logprobs is None else orjson.dumps(logprobs),
+            b',"logprobs":', self._logprobs(choice, generation, [taken.logprobs]),
             b',"finish_reason":', orjson.dumps(self._finish_reason(choice) if is_last else None),
             b',"stop_reason":', orjson.dumps(choice.stop_reason if is_last else None),
             extra, b"}]", usage, b"}\n\n",
         ))  # fmt: skip
 
     def _final(self, choice: Choice, generation: Generation) -> dict[str, Any]:
-        taken = choice.take()
-        fields = {"index": choice.index} | self._content(choice, generation, taken)
-        fields["logprobs"] = self._logprobs(choice, taken)
+        pieces = [choice.take(PIECE_ENTRIES)]
+        while choice.has_pending:
+            pieces.append(choice.take(PIECE_ENTRIES))
+        fields = {"index": choice.index} | self._content(choice, generation, pieces[0])
+        logprobs = self._logprobs(choice, generation, [taken.logprobs for taken in pieces])
+        fields["logprobs"] = orjson.Fragment(logprobs)
         fields["finish_reason"] = self._finish_reason(choice)
         fields["stop_reason"] = choice.stop_reason
         if self.return_token_ids:
-            fields["token_ids"] = taken.ids
-            fields["prompt_token_ids"] = generation.prompts[prompt_of(choice, generation)]
+            fields["token_ids"] = [id for taken in pieces for id in taken.ids]
+            fields["prompt_token_ids"] = generation.prompts[generation.prompt_of(choice)]
         return fields
 
-    def _logprobs(self, choice: Choice, taken: Taken) -> dict[str, Any] | None:
+    def _logprobs(
+        self, choice: Choice, generation: Generation, pieces: Iterable[list[Scored]]
+    ) -> bytes:
+        """JSON of the logprobs, spelled piece by piece."""
         if self.logprobs is None:
-            return None
-        pairs = list(zip(taken.ids, taken.logprobs, strict=False))
-        return self._logprob_entries(choice, pairs)
+            return b"null"
+        columns: dict[str, list[bytes]] = {}
+        for piece in pieces:
+            for name, values in self._logprob_columns(choice, generation, piece).items():
+                columns.setdefault(name, []).append(orjson.dumps(values)[1:-1])
+        members = [
+            b'"%b":[%b]' % (name.encode(), b",".join(filter(None, parts)))
+            for name, parts in columns.items()
+        ]
+        return b"{" + b",".join(members) + self._logprobs_end
+
+    def _scores_of(self, generation: Generation, i: int) -> bytes:
+        """JSON of the logprobs of a prompt, as vLLM tells them: by id, null for the first token."""
+        scored = zip(generation.prompts[i][1:], generation.prompt_logprobs[i], strict=True)
+        pieces = [b"null"]
+        while piece := list(itertools.islice(scored, PIECE_ENTRIES)):
+            pieces.append(orjson.dumps([self._by_id(*entry) for entry in piece])[1:-1])
+        return b"[" + b",".join(pieces) + b"]"
+
+    def _by_id(self, token_id: int, entry: TokenLogprobs) -> dict[str, dict[str, Any]]:
+        """A token and its rivals; its rank is known if it is one of them."""
+        ranks = {id: rank for rank, (id, _) in enumerate(entry.top, 1)}
+        told = {token_id: entry.logprob} | dict(entry.top[: self.prompt_logprobs])
+        return {
+            str(id): {
+                "logprob": max(logprob, LOGPROB_FLOOR),
+                "rank": ranks.get(id),
+                "decoded_token": self._token_text(id),
+            }
+            for id, logprob in told.items()
+        }
 
     def _token_text(self, token_id: int) -> str:
         return f"token_id:{token_id}" if self.tokens_as_ids else self.tokenizer.token_text(token_id)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastgen_jax.server.errors import ApiError
-from fastgen_jax.server.generation import Choice, Generation
+from fastgen_jax.server.generation import Generation
 
 DONE = b"data: [DONE]\n\n"
 
@@ -52,7 +52,3 @@ def usage_of(generation: Generation) -> dict[str, Any]:
     if n_thought := generation.n_thought_tokens:
         usage["completion_tokens_details"] = {"reasoning_tokens": n_thought}
     return usage
-
-
-def prompt_of(choice: Choice, generation: Generation) -> int:
-    return choice.index // (len(generation.choices) // len(generation.prompts))

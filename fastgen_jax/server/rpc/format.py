@@ -8,7 +8,7 @@ from typing import Any
 from fastgen_jax.dialects import Thought
 from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.formats.choices import PIECE_ENTRIES, PIECE_TOKENS
-from fastgen_jax.server.formats.format import Format, prompt_of
+from fastgen_jax.server.formats.format import Format
 from fastgen_jax.server.generation import Choice, Generation, Taken
 from fastgen_jax.server.rpc import fastgen_pb2 as messages
 from fastgen_jax.tokenizer import Tokenizer
@@ -65,8 +65,10 @@ class GenerateFormat(Format):
         return response.SerializeToString()
 
     def n_entries(self, generation: Generation) -> int:
-        n_tokens = generation.n_tokens * ((self.logprobs or 0) + 1)
-        return n_tokens + sum(map(len, self.echo or ())) * generation.n_samples
+        n_logprobs = generation.n_pending_logprobs * ((self.logprobs or 0) + 1)
+        return (
+            generation.n_tokens + n_logprobs + sum(map(len, self.echo or ())) * generation.n_samples
+        )
 
     def _response(self, usage: messages.Usage | None = None) -> messages.GenerateResponse:
         return messages.GenerateResponse(**self._head, usage=usage)
@@ -84,7 +86,7 @@ class GenerateFormat(Format):
         """What is new in one choice."""
         echoed = ""
         if self.echo and choice.index not in self._started:
-            echoed = self.echo[prompt_of(choice, generation)]
+            echoed = self.echo[generation.prompt_of(choice)]
         self._started.add(choice.index)
         thoughts = (event.text for event in taken.events if isinstance(event, Thought))
         added = response.choices.add(
@@ -94,15 +96,16 @@ class GenerateFormat(Format):
             token_ids=taken.ids,
         )
         if self.logprobs is not None:
-            for id, entry in zip(taken.ids, taken.logprobs, strict=False):
-                rivals = [self._logprob(*rival) for rival in entry.top[: self.logprobs]]
-                added.logprobs.append(self._logprob(id, entry.logprob, rivals))
+            for id, entry in taken.logprobs:
+                rivals = entry.top[: self.logprobs] if entry else []
+                top = [self._logprob(*rival) for rival in rivals]
+                added.logprobs.append(self._logprob(id, entry and entry.logprob, top))
         if choice.finish_reason is not None and not choice.has_pending:
             self._ended.add(choice.index)
             _add_end(added, choice)
 
     def _logprob(
-        self, id: int, logprob: float, top: list[messages.TokenLogprob] | None = None
+        self, id: int, logprob: float | None, top: list[messages.TokenLogprob] | None = None
     ) -> messages.TokenLogprob:
         token = self.tokenizer.token_text(id)
         return messages.TokenLogprob(token_id=id, token=token, logprob=logprob, top=top)
