@@ -135,7 +135,8 @@ class Naive:
 
         def hidden(leaves, token_ids):
             positions = jnp.arange(length, dtype=jnp.int32)
-            return make_model(leaves)(token_ids, positions, (None,) * n_layers, dense_attend)[0]
+            model, caches = make_model(leaves), (None,) * n_layers
+            return model.hidden_states(token_ids, positions, caches, dense_attend)[0]
 
         def logits(leaves, token_ids):
             return make_model(leaves).unembed(hidden(leaves, token_ids))

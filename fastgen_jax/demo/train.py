@@ -23,7 +23,6 @@ from tokenizers import Tokenizer
 
 from fastgen_jax.demo import corpus, export, vocabulary
 from fastgen_jax.demo.batches import Batch, Stage, sample_batch
-from fastgen_jax.demo.dense import causal_attention
 from fastgen_jax.models.decoder import Model
 from fastgen_jax.models.families import llama
 from fastgen_jax.models.layers import Policy
@@ -164,10 +163,7 @@ def optimizer() -> optax.GradientTransformation:
 
 
 def logits_of(model: Model, batch: Batch) -> Float[Array, "B L V"]:
-    attend = causal_attention(jnp.asarray(batch.segments))
-    tokens, positions = (jnp.asarray(x).reshape(-1) for x in (batch.tokens, batch.positions))
-    hidden, _ = model(tokens, positions, (None,) * model.config.n_layers, attend)
-    return model.unembed(hidden).reshape(*batch.tokens.shape, -1)
+    return model(*map(jnp.asarray, (batch.tokens, batch.segments, batch.positions)))
 
 
 def loss_of(params: nnx.State, graph: nnx.GraphDef, batch: Batch, weights: tuple[float, ...]):

@@ -133,7 +133,7 @@ def step(
             return attention(q, k, v, cache, meta, **options)
 
     model = program.model(leaves)
-    hidden, caches = model(token_ids, positions, state.caches, attend)
+    hidden, caches = model.hidden_states(token_ids, positions, state.caches, attend)
     pooled = pool(hidden, part["cu_q_lens"], part["pooled_from"])
     pooled = lax.with_sharding_constraint(pooled, replicated(program.mesh))
     questions = Questions(part["scored_tokens"], part["scored_ids"], n_scored, n_tops)

@@ -1,12 +1,17 @@
 """The decoder that all families share: what differs between them is in ModelConfig."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fastgen_jax.models.config import ModelConfig, QueryScale
+from fastgen_jax.models.dense import Implementation, dense_attend
 from fastgen_jax.models.layers import (
     MLP,
     Attend,
@@ -72,6 +77,16 @@ def _apply(norm, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     return x if norm is None else norm(x)
 
 
+def _run_layer(layer: Layer, x, cache, *, rotation, attend):
+    return layer(x, rotation, cache, attend)
+
+
+def _rematerialised(function, remat: bool | Callable[..., bool]):
+    if remat is False:
+        return function
+    return jax.checkpoint(function, policy=None if remat is True else remat)
+
+
 def scale_queries(attend: Attend, positions: Int[Array, "T"], scale: QueryScale) -> Attend:
     """The same attention of queries that grow with their position."""
     places = positions.astype(jnp.float32) + scale.first
@@ -90,8 +105,17 @@ def row_lengths(weight: Float[Array, "V D"]) -> Float[Array, "V"]:
     return jnp.maximum(jnp.sqrt(jnp.sum(w32 * w32, axis=1)), 1e-12)
 
 
+def places_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many tokens of its segment are before each token; a segment's tokens are neighbours."""
+    place = lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
+    is_first = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    return place - lax.cummax(jnp.where(is_first, place, 0), axis=1)
+
+
 class Model(nnx.Module):
-    """Token ids to final hidden states; `unembed` turns the rows that are sampled into logits."""
+    """Token ids to logits, for training. The engine, which attends to a KV cache and needs logits
+    of few tokens, calls the halves: `hidden_states`, then `unembed` of the rows that it samples.
+    """
 
     def __init__(self, config: ModelConfig, *, policy: Policy, rngs: nnx.Rngs):
         self.config = config
@@ -115,11 +139,52 @@ class Model(nnx.Module):
 
     def __call__(
         self,
+        tokens: Int[Array, "*B T"],
+        segment_ids: Int[Array, "*B T"] | None = None,
+        positions: Int[Array, "*B T"] | None = None,
+        *,
+        remat: bool | Callable[..., bool] = False,
+        attention: Implementation = "chunked",
+    ) -> Float[Array, "*B T V"]:
+        """Logits of the token after each, in float32: the dense forward, differentiable.
+
+        All rows go through the layers as one: a product has as many rows as there are tokens, and
+        rows that are split over devices stay so.
+
+        Args:
+            tokens: ids; "T" or "B T".
+            segment_ids: of rows that pack several texts, which are neighbours. A token sees the
+                tokens before it that have its id. 0 pads by custom: what padding sees is padding,
+                and its logits mean nothing. None: a row is one text.
+            positions: of each token in its text; None: its place in the segment. They reach the
+                embeddings of positions only: order, windows and ALiBi go by the place in the row.
+            remat: keeps of each layer its input only, and computes the rest again for gradients;
+                or a policy of jax.checkpoint_policies that says what else is kept.
+            attention: see dense.dense_attend.
+        """
+        shape = tokens.shape
+        tokens = tokens.reshape(-1, shape[-1])
+        if segment_ids is not None:
+            segment_ids = segment_ids.reshape(tokens.shape)
+        if positions is None:
+            one_text = jnp.zeros_like(tokens)
+            positions = places_in_segments(one_text if segment_ids is None else segment_ids)
+        attend = dense_attend(len(tokens), segment_ids, attention)
+        nothing = (None,) * self.config.n_layers
+        hidden, _ = self.hidden_states(
+            tokens.reshape(-1), positions.reshape(-1), nothing, attend, remat
+        )
+        return self.unembed(hidden).reshape(*shape, -1)
+
+    def hidden_states(
+        self,
         token_ids: Int[Array, "T"],
         positions: Int[Array, "T"],
         caches: tuple[Cache, ...],
         attend: Attend,
+        remat: bool | Callable[..., bool] = False,
     ) -> tuple[Float[Array, "T D"], tuple[Cache, ...]]:
+        """The last ones, of tokens that `attend` puts into sequences; and each layer's cache."""
         config = self.config
         x = self.embed(token_ids) * config.embedding_scale
         if self.project_in is not None:
@@ -134,9 +199,9 @@ class Model(nnx.Module):
         updated = []
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             is_scaled = scale is not None and i in scale.layers
-            x, cache = layer(
-                x, rotations[config.rope_of(i)], cache, scaled if is_scaled else attend
-            )
+            rotation, chosen = rotations[config.rope_of(i)], scaled if is_scaled else attend
+            run = partial(_run_layer, rotation=rotation, attend=chosen)
+            x, cache = _rematerialised(run, remat)(layer, x, cache)
             updated.append(cache)
         return _apply(self.norm, x), tuple(updated)
 
