@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 
 from fastgen_jax.errors import ConfigError
 
+LIBRARY = "library"  # group of the options that are no flags
 Idle = tuple[Any, ...] | type | UnionType  # values that change nothing here, or the type of all
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastgen_jax.engine.pooling import normalized
 from fastgen_jax.engine.types import FinishReason, Output, Request, TokenLogprobs
-from fastgen_jax.errors import QueueFull
+from fastgen_jax.errors import FastGenError, InvalidRequest, QueueFull
 from fastgen_jax.results import (
     CompletionOutput,
     EmbeddingOutput,
@@ -27,6 +27,7 @@ from fastgen_jax.results import (
     Logprob,
     RequestOutput,
 )
+from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.tokenizer import TextStream, Tokenizer
 
 if TYPE_CHECKING:
@@ -46,23 +47,24 @@ class Sample:
         self._stream = stream
         self._token_ids: list[int] = []
         self._embedding: np.ndarray | None = None
+        self.hidden_states: np.ndarray | None = None
         self._logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] | None = None
         self._wants_logprobs = request.params.logprobs is not None
         self._stop_reason: int | str | None = None
-        self._error: str | None = None
+        self.error: str | None = None
 
     def push(self, output: Output) -> None:
         """Takes the next output; a stop string may end the sample before the engine does."""
         if output.token_id is not None:
             self._token_ids.append(output.token_id)
         self.n_reused = output.n_reused or self.n_reused
-        self._embedding = output.embedding
+        self._embedding, self.hidden_states = output.embedding, output.hidden_states
         if output.logprobs is not None:
             self._logprobs.append(output.logprobs)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
-        self._error = output.error
+        self.error = output.error
         end = self._stream.push(output) if self._stream else output
         self.finish_reason, self._stop_reason = end.finish_reason, end.stop_reason
 
@@ -79,7 +81,7 @@ class Sample:
             logprobs=logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
-            error=self._error,
+            error=self.error,
         )
 
     def prompt_positions(self, request: Request) -> list[dict[int, Logprob] | None] | None:
@@ -93,7 +95,7 @@ class Sample:
     def embedding(self, *, is_normalized: bool) -> EmbeddingOutput:
         vector = self._embedding
         if vector is None:
-            return EmbeddingOutput([], self._error)
+            return EmbeddingOutput([], self.error)
         return EmbeddingOutput((normalized(vector) if is_normalized else vector).tolist())
 
     def _positions(
@@ -109,6 +111,22 @@ class Sample:
             id: Logprob(value, ranks.get(id), self._tokenizer and self._tokenizer.token_text(id))
             for id, value in pairs.items()
         }
+
+
+def to_score(prompt: list[int], completion: list[int]) -> Request:
+    """What is asked to learn how likely a completion is.
+
+    Raises:
+        InvalidRequest: nothing comes before it.
+    """
+    if not prompt:
+        raise InvalidRequest(
+            "a prompt needs at least one token, such as the tokenizer's for the beginning of a "
+            "text: nothing else says how likely the first token of a completion is",
+            param="prompt",
+        )
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0, temperature=0.0, detokenize=False)
+    return Request([*prompt, *completion], params, scored_from=len(prompt))
 
 
 def _samples(request: Request, tokenizer: Tokenizer | None) -> list[Sample]:
@@ -152,6 +170,21 @@ class Job:
             self.request.prompt_token_ids,
             sample.n_reused,
         )
+
+    def scores(self) -> np.ndarray:
+        """f32 of each scored token. Raises FastGenError if there are none."""
+        found = self._read(self.samples[0].prompt_logprobs)
+        return np.array([position.logprob for position in found], np.float32)
+
+    def hidden_states(self) -> np.ndarray:
+        """f32[L, P, D]. Raises FastGenError if there are none."""
+        return self._read(self.samples[0].hidden_states)
+
+    def _read(self, found: Any) -> Any:
+        if found is None:
+            why = self.samples[0].error or self.samples[0].finish_reason
+            raise FastGenError(f"request {self.request_id} left nothing of its prompt: {why}")
+        return found
 
 
 class Generation:

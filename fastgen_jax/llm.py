@@ -14,13 +14,15 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastgen_jax.beam_search import BeamSearchOutput, search
 from fastgen_jax.config import show
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import ConfigError, EngineStopped, InvalidRequest
-from fastgen_jax.generation import Generation, Job, run
-from fastgen_jax.prompts import Prompt, at_prompt, prompt_list, text_and_ids
+from fastgen_jax.generation import Generation, Job, run, to_score
+from fastgen_jax.prompts import Prompt, at_prompt, positions_of, prompt_list, text_and_ids
 from fastgen_jax.results import EmbeddingRequestOutput, Logprob, RequestOutput
 from fastgen_jax.sampling_params import BeamSearchParams, Pooling, SamplingParams
 from fastgen_jax.tokenizer import Constrainer, Constraints, Tokenizer, has_tokenizer, needs_words
@@ -284,6 +286,77 @@ class LLM:
             at_prompt(i, self.engine.check, request)
         jobs = self._finish(requests, None, use_tqdm)
         return [job.embedding(is_normalized=normalize) for job in jobs]
+
+    def score(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        completions: Prompt | Iterable[Prompt],
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[np.ndarray]:
+        """How likely each completion's tokens are after its prompt: f32[its tokens], natural
+        logarithms of probabilities, of the raw logits.
+
+        The ids of prompt and completion are joined, as a trainer joins them. A text becomes ids by
+        itself, a completion without what the tokenizer puts around texts: so its tokens do not
+        depend on the prompt, though those of the joined text might differ where the two meet.
+
+        Args:
+            prompts: as `generate` takes them; of at least one token each.
+            completions: texts or token ids, one for each prompt.
+
+        Raises:
+            InvalidRequest: a prompt or completion cannot be scored; none was.
+            FastGenError: one was not scored after all; the message says why.
+        """
+        encoded = [ids for _, ids in self.encode_prompts(prompts)]
+        tails = [at_prompt(i, self._completion, c) for i, c in enumerate(prompt_list(completions))]
+        if len(tails) != len(encoded):
+            raise InvalidRequest(f"{len(tails)} completions for {len(encoded)} prompts")
+        requests = [
+            at_prompt(i, self._checked, at_prompt(i, to_score, *pair))
+            for i, pair in enumerate(zip(encoded, tails, strict=True))
+        ]
+        return [job.scores() for job in self._finish(requests, None, use_tqdm)]
+
+    def hidden_states(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        positions: Iterable[int] | Iterable[Iterable[int]] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+    ) -> list[np.ndarray]:
+        """What the layers of `return_hidden_states` say at positions of prompts, f32[layers,
+        positions, D]: of Hugging Face's output_hidden_states the same ones.
+
+        Args:
+            prompts: as `generate` takes them.
+            positions: for all prompts, or a list for each; -1 is the last token's. Default: all.
+
+        Raises:
+            InvalidRequest: a prompt or its positions cannot be served; none was run. Or the LLM was
+                made without return_hidden_states.
+            FastGenError: one was not read after all; the message says why.
+        """
+        encoded = [ids for _, ids in self.encode_prompts(prompts)]
+        requests = [
+            at_prompt(i, self._checked, Request.to_read(ids, own))
+            for i, (ids, own) in enumerate(
+                zip(encoded, positions_of(positions, encoded), strict=True)
+            )
+        ]
+        return [job.hidden_states() for job in self._finish(requests, None, use_tqdm)]
+
+    def _completion(self, completion: Any) -> list[int]:
+        text, ids = text_and_ids(completion)
+        if ids is not None:
+            return ids
+        assert text is not None
+        return self._text_tokenizer("a text completion").encode(text, add_special_tokens=False)
+
+    def _checked(self, request: Request) -> Request:
+        self.engine.check(request)
+        return request
 
     def _text_tokenizer(self, purpose: str) -> Tokenizer:
         if self.tokenizer is None:

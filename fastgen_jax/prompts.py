@@ -48,6 +48,36 @@ def text_and_ids(prompt: Any) -> tuple[str | None, list[int] | None]:
     )
 
 
+def positions_of(given: Any, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """Of each prompt the positions that are meant, counted from its start.
+
+    Raises:
+        InvalidRequest: they are no lists of integers, or not as many as there are prompts.
+    """
+    if given is None:
+        return [tuple(range(len(ids))) for ids in prompts]
+    listed = _as_list(given)
+    if not isinstance(listed, list):
+        raise InvalidRequest(f"positions are lists of integers, not {given!r:.80}")
+    is_for_all = all(isinstance(item, int | np.integer) for item in listed)
+    each = [listed] * len(prompts) if is_for_all else [_as_list(item) for item in listed]
+    if len(each) != len(prompts):
+        raise InvalidRequest(f"{len(each)} lists of positions for {len(prompts)} prompts")
+    return [
+        at_prompt(i, _positions, *pair) for i, pair in enumerate(zip(each, prompts, strict=True))
+    ]
+
+
+def _positions(given: Any, prompt: list[int]) -> tuple[int, ...]:
+    n = len(prompt)
+    if not isinstance(given, list) or not all(isinstance(p, int | np.integer) for p in given):
+        raise InvalidRequest(f"positions are lists of integers, not {given!r:.80}")
+    for position in given:
+        if not -n <= position < n:
+            raise InvalidRequest(f"there is no position {position} in a prompt of {n} tokens")
+    return tuple(int(position) % n for position in given)
+
+
 def _as_list(value: Any) -> Any:
     """Arrays, of numpy or jax, as lists of plain ints; other iterables of items as lists."""
     if hasattr(value, "tolist"):

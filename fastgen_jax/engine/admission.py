@@ -22,6 +22,7 @@ class Admission:
     Args:
         max_requests: samples open at once, running or waiting: a request counts as its n.
         max_model_len, n_blocks, block_size: what bounds a sequence; see `servable_tokens`.
+        has_layers: hidden states of some can be asked for.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class Admission:
         n_blocks: int,
         block_size: int,
         vocab_size: int,
+        has_layers: bool = False,
     ):
         self.max_total_tokens = servable_tokens(max_model_len, n_blocks, block_size)
         self._max_model_len = max_model_len
         self._n_blocks = n_blocks
         self._vocab_size = vocab_size
+        self._has_layers = has_layers
         self._max_requests = max_requests
         self._max_queued_tokens = max(
             QUEUED_POOLS * n_blocks * block_size, QUEUED_CONTEXTS * self.max_total_tokens
@@ -63,9 +66,11 @@ class Admission:
             raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
         if request.pooling is not None:
             check_embedding(request)
+        if request.states_at is not None:
+            check_states(request, has_layers=self._has_layers)
         check_scoring(request)
         wanted = 1 if p.max_tokens is None else p.max_tokens
-        wanted = wanted if request.pooling is None else 0
+        wanted = 0 if request.is_silent else wanted
         if len(prompt) + wanted > self.max_total_tokens:
             raise ContextLengthExceeded(self._too_long(len(prompt), wanted), param="prompt")
         self._check_samples(p.n)
@@ -158,6 +163,29 @@ def check_embedding(request: Request) -> None:
             "an embedding samples nothing, so that its request takes no params, grammar or "
             "bad_words; make it with Request.to_embed",
             param="pooling",
+        )
+
+
+def check_states(request: Request, *, has_layers: bool) -> None:
+    """Raises InvalidRequest unless a request for states is one that Request.to_read makes."""
+    positions, n_prompt = request.states_at, len(request.prompt_token_ids)
+    if not has_layers:
+        raise InvalidRequest(
+            "hidden states are of layers that the engine was told of when it was made; give it "
+            "return_hidden_states, such as (-1,)",
+            param="return_hidden_states",
+        )
+    if not positions or not all(is_integer(p) and 0 <= p < n_prompt for p in positions):
+        raise InvalidRequest(
+            f"positions of hidden states must be at least one, each from 0 to {n_prompt - 1}, got "
+            f"{positions!r:.80}",
+            param="positions",
+        )
+    if request != Request.to_read(request.prompt_token_ids, positions):
+        raise InvalidRequest(
+            "who asks for hidden states gets no samples, so that the request takes nothing else; "
+            "make it with Request.to_read",
+            param="positions",
         )
 
 

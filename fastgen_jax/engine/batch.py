@@ -6,6 +6,7 @@ sides: `pack` writes through it on the host, `unpack` reads through it on the de
 scratch, so zero padding is valid.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -107,22 +108,24 @@ class Batch(NamedTuple):
     sequences: list[Sequence]  # one per chunk
     sampled: list[Sequence]  # in the order of the result's rows
     scored: list[tuple[Sequence, range]]  # whose positions are, in the order of the scores
+    is_pooled: bool  # sums of hidden states are to be read
+    has_states: bool  # hidden states of chosen layers are
 
     @property
     def is_constrained(self) -> bool:
         """Whether masks must be made before its tokens can be drawn."""
         return any(sequence.constraint is not None for sequence in self.sampled)
 
-    @property
-    def is_pooled(self) -> bool:
-        """Whether sums of hidden states are to be read."""
-        return any(sequence.pooled is not None for sequence in self.sequences)
-
     def starts(self) -> list[int]:
         """The position of each sequence's first token in the step."""
         part = unpack(self.packed, self.shape)
         firsts = part["cu_q_lens"][: len(self.sequences)]
         return part["positions"][firsts].tolist()
+
+    def tokens(self) -> list[slice]:
+        """Where in the step each sequence's tokens are."""
+        ends = unpack(self.packed, self.shape)["cu_q_lens"][: len(self.sequences) + 1].tolist()
+        return list(itertools.starmap(slice, itertools.pairwise(ends)))
 
     def reached(self) -> list[tuple[Sequence, int]]:
         """Each sequence, with the tokens that it has in the cache after the step."""
@@ -261,8 +264,11 @@ def pack(chunks: list[Chunk], tables: HostTables, shape: Shape, block_size: int)
     part["pooled_from"][:] = part["cu_q_lens"][1:]
     scored: list[tuple[Sequence, range]] = []
     n_scored = n_tops = 0
+    is_pooled = has_states = False
     for i, (sequence, n_new, _) in enumerate(chunks):
+        has_states |= sequence.states is not None
         if sequence.pooled is not None:
+            is_pooled = True
             part["pooled_from"][i] += sequence.pooled.n_left_out(n_new) - n_new
         if sequence.scoring is not None and (due := sequence.scoring.due(int(starts[i]), n_new)):
             scored.append((sequence, due))
@@ -285,7 +291,9 @@ def pack(chunks: list[Chunk], tables: HostTables, shape: Shape, block_size: int)
     part["sample_params"][:m] = tables.params[rows[sampled]]
     part["sample_params"][m:] = NO_PARAMS
     sequences = [chunk.sequence for chunk in chunks]
-    batch = Batch(shape, packed, sequences, [sequences[i] for i in sampled], scored)
+    batch = Batch(
+        shape, packed, sequences, [sequences[i] for i in sampled], scored, is_pooled, has_states
+    )
     n_samples = 0 if batch.is_constrained else m
     part["counts"][:] = n, int((lengths == 1).sum()), n_samples, n_scored, n_tops
     return batch

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastgen_jax.config import is_integer, is_json_object, is_real, option, show
+from fastgen_jax.config import LIBRARY, is_integer, is_json_object, is_real, option, show
 from fastgen_jax.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -86,7 +86,20 @@ class EngineConfig:
         "parallelism",
     )
 
+    return_hidden_states: tuple[int, ...] = option(
+        (),
+        "layers whose hidden states `LLM.hidden_states` returns: 0 the embeddings, i what layer i "
+        "leaves, -1 the last, after the final norm",
+        LIBRARY,
+    )
+
     def __post_init__(self):
+        layers = self.return_hidden_states
+        if not isinstance(layers, list | tuple) or not all(is_integer(i) for i in layers):
+            raise ConfigError(
+                f"return_hidden_states must be a tuple of layers' numbers, got {show(layers)}"
+            )
+        object.__setattr__(self, "return_hidden_states", tuple(layers))
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.load_format not in LOAD_FORMATS:

@@ -27,8 +27,9 @@ from fastgen_jax.engine.faults import Faults, Trials
 from fastgen_jax.engine.history import History
 from fastgen_jax.engine.masks import MaskMaker
 from fastgen_jax.engine.placement import Placement
+from fastgen_jax.engine.readings import has_finite_readings, read, readings
 from fastgen_jax.engine.requests import default_params, eos_token_ids, known_eos, make_sequences
-from fastgen_jax.engine.scoring import Scores, take_scores, token_logprobs
+from fastgen_jax.engine.scoring import Scores, token_logprobs
 from fastgen_jax.engine.step import StepResult
 from fastgen_jax.engine.types import (
     STEP_SIZES,
@@ -105,6 +106,7 @@ class Engine:
             n_blocks=self._placement.n_usable_blocks,
             block_size=c.block_size,
             vocab_size=self.model_config.vocab_size,
+            has_layers=bool(c.return_hidden_states),
         )
         self._live: dict[int, Sequence] = {}  # by id, in their turn once they are planned
         self._has_newcomers = False  # among them, who have no place yet
@@ -399,24 +401,21 @@ class Engine:
         """Reads a step's tokens; extends the sequences that live, ends those that are done."""
         started = time.perf_counter()
         result = self._runner.fetch(step.launched)
-        if step.batch.is_pooled:
-            self._pool(step)
-        if step.batch.scored:
-            take_scores(step.batch.scored, self._runner.fetch_scores(step.launched))
+        read(self._runner, step.batch, step.launched)
         fetched = time.perf_counter()
         tokens, is_finite = result.token_ids.tolist(), result.is_finite.tolist()
         is_possible = result.is_possible.tolist()
         n_rows = n_bad = 0
+        asks_nothing = not (step.batch.scored or step.batch.is_pooled or step.batch.has_states)
         for i, sequence in enumerate(step.batch.sampled):
             if sequence.finish_reason is not None:
                 continue  # it ended while this step ran
             n_rows += 1
-            parts = [part for part in (sequence.pooled, sequence.scoring) if part is not None]
-            if not is_finite[i] or not all(part.is_finite for part in parts):
+            if not is_finite[i] or not (asks_nothing or has_finite_readings(sequence)):
                 n_bad += 1
                 self._end_with(sequence, "error", NOT_FINITE, outputs)
                 continue
-            if sequence.wants_no_token:
+            if sequence.is_silent:
                 self._end_prompt(sequence, outputs)
                 continue
             if not is_possible[i]:
@@ -427,13 +426,6 @@ class Engine:
         self._faults.step_succeeded(n_rows, n_bad)
         self.timings["wait"] += fetched - started
         self.timings["commit"] += time.perf_counter() - fetched
-
-    def _pool(self, step: InFlight) -> None:
-        """Adds a step's hidden states to the embeddings in the making."""
-        sums, starts = self._runner.fetch_pooled(step.launched), step.batch.starts()
-        for sequence, chunk_sum, start in zip(step.batch.sequences, sums, starts, strict=False):
-            if sequence.pooled is not None:
-                sequence.pooled.add(chunk_sum, start)
 
     def _recover(self, failed: Failed, outputs: list[Output]) -> None:
         """After a failed step: everybody recomputes, those who were in it first and alone; who was
@@ -532,11 +524,10 @@ class Engine:
             is_over = True
         elif sequence.n_prompt + n_output == sequence.max_tokens:
             reason = "length"
-        scoring = sequence.scoring if n_output == 1 else None
         output = Output(
             sequence.request_id, sequence.index, token, logprobs, reason, stop_reason,
             n_reused=sequence.n_reused, start_time=sequence.start_time,
-            prompt_logprobs=None if scoring is None else scoring.logprobs(),
+            **(readings(sequence) if n_output == 1 else {}),
         )  # fmt: skip
         outputs.append(output)
         self._placement.blocks.publish(sequence)
@@ -549,18 +540,12 @@ class Engine:
             self._end_grammar(sequence, outputs)
 
     def _end_prompt(self, sequence: Sequence, outputs: list[Output]) -> None:
-        """Ends one of which nothing is wanted but what its prompt left: an embedding, or scores."""
-        reason: FinishReason = "length"
-        embedding = prompt_logprobs = None
-        if sequence.pooled is not None:
-            reason, embedding = "stop", sequence.pooled.vector(sequence.n_prompt)
-        if sequence.scoring is not None:
-            prompt_logprobs = sequence.scoring.logprobs()
+        """Ends one of which nothing is wanted but what its prompt left."""
+        reason: FinishReason = "length" if sequence.params.max_tokens == 0 else "stop"
         outputs.append(
             Output(
                 sequence.request_id, sequence.index, None, finish_reason=reason,
-                n_reused=sequence.n_reused, start_time=sequence.start_time, embedding=embedding,
-                prompt_logprobs=prompt_logprobs,
+                n_reused=sequence.n_reused, start_time=sequence.start_time, **readings(sequence),
             )
         )  # fmt: skip
         self._placement.blocks.publish(sequence)

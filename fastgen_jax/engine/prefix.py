@@ -43,6 +43,8 @@ class SequenceBlocks:
         n_cacheable = _n_known(sequence) - 1
         if sequence.scoring is not None:
             n_cacheable = min(n_cacheable, sequence.scoring.n_cacheable)
+        if sequence.states is not None:
+            n_cacheable = min(n_cacheable, sequence.states.first)
         n_full = int(n_cacheable) // self.block_size
         sequence.block_ids, sequence.prefix = self.pool.match(self._split(sequence, 0, n_full))
         sequence.n_published = len(sequence.block_ids)

@@ -9,6 +9,7 @@ from fastgen_jax.engine.batch import MAX_EOS
 from fastgen_jax.engine.constraint import Constraint
 from fastgen_jax.engine.pooling import Pooled
 from fastgen_jax.engine.scoring import Scoring
+from fastgen_jax.engine.states import States
 from fastgen_jax.engine.types import Request, Sequence
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
@@ -47,6 +48,8 @@ def make_sequences(
             constraint=constraint(request, ending, eos_token_ids, vocab_size),
             pooled=Pooled(request.pooling) if request.pooling else None,
             scoring=scoring(request) if index == 0 else None,
+            states=States(request.states_at) if request.states_at else None,
+            is_silent=request.is_silent,
             n_tokens=len(prompt),
         )
         for index, seed in enumerate(sample_seeds(engine_seed, request_id, params))

@@ -83,6 +83,7 @@ class Runner:
         n_blocks, block_size, cache_dtype: size of the KV cache.
         hidden_dtype: of the model's final hidden states.
         shapes: what to compile; every batch must have one of them.
+        layers: whose hidden states every step leaves, to be fetched where they are wanted.
     """
 
     def __init__(
@@ -100,10 +101,11 @@ class Runner:
         hidden_dtype: str,
         shapes: list[Shape],
         sample_tile: int,
+        layers: tuple[int, ...] = (),
     ):
         leaves, treedef = jax.tree.flatten(model)
         self.leaves = tuple(leaves)
-        self.program = Program(treedef, attention_backend, mesh, sample_tile)
+        self.program = Program(treedef, attention_backend, mesh, sample_tile, layers)
         self.mesh = mesh
         self.shapes = shapes
         self._steps: dict[Shape | MaskedShape, Callable] = {}
@@ -197,6 +199,9 @@ class Runner:
             launched.pooled.copy_to_host_async()
         if batch.scored:
             launched.scores.copy_to_host_async()
+        if batch.has_states:
+            assert launched.states is not None
+            launched.states.copy_to_host_async()
         return launched
 
     def draw(self, batch: Batch, launched: Launched, masks: np.ndarray) -> Launched:
@@ -222,6 +227,10 @@ class Runner:
     def fetch_scores(self, launched: Launched) -> Scores:
         """Of a dispatched step: a line for each scored position, and more."""
         return Scores.unpack(np.asarray(launched.scores))
+
+    def fetch_states(self, launched: Launched) -> np.ndarray:
+        """[T, L, D] of a dispatched step."""
+        return np.asarray(launched.states)
 
     def _upload_tables(self, tables: HostTables) -> None:
         # Copies: on CPU device_put may alias host memory, and the host goes on writing there.

@@ -1,7 +1,6 @@
 """Scoring: the log probabilities of a prompt's tokens, made from what each step leaves of them."""
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,14 +70,6 @@ class Scoring:
         """Of all positions, once all are scored."""
         assert self.next == self._n_prompt, (self.next, self._n_prompt)
         return [line for scores in self._scores for line in token_logprobs(scores, self.n_top)]
-
-
-def take_scores(scored: Iterable[tuple[Any, range]], scores: Scores) -> None:
-    """Hands out a step's scores: sequences, and the positions of theirs, in the lines' order."""
-    start = 0
-    for sequence, positions in scored:
-        sequence.scoring.add(scores.cut(start, start + len(positions)), positions)
-        start += len(positions)
 
 
 def token_logprobs(scores: Scores, n_top: int) -> list[TokenLogprobs]:

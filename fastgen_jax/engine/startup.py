@@ -8,7 +8,7 @@ the config is None.
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -147,9 +147,25 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Resol
         "max_num_batched_tokens": batched,
         "max_num_seqs": max_seqs,
         "memory_fraction": config.memory_fraction or backend.memory_fraction,
+        "return_hidden_states": layer_numbers(config.return_hidden_states, model.n_layers),
         "num_kv_blocks": config.num_kv_blocks or max_seqs * math.ceil(length / block_size) + 1,
     }
     return ResolvedConfig(**{f.name: getattr(config, f.name) for f in fields(config)} | chosen)
+
+
+def layer_numbers(given: Iterable[int], n_layers: int) -> tuple[int, ...]:
+    """Layers counted from the embeddings, 0; negative ones from the final hidden states, n_layers.
+
+    Raises:
+        ConfigError: the model has no such layer.
+    """
+    for layer in given:
+        if not -n_layers - 1 <= layer <= n_layers:
+            raise ConfigError(
+                f"return_hidden_states names layer {layer}; the model has 0 (the embeddings) to "
+                f"{n_layers} (after the final norm), or -1 to {-n_layers - 1} from the end"
+            )
+    return tuple(layer % (n_layers + 1) for layer in given)
 
 
 def longest_context(model: ModelConfig) -> int:
@@ -264,6 +280,7 @@ def make_runner(
         hidden_dtype=Policy.here(config.dtype, mesh).activations,
         shapes=shapes,
         sample_tile=BACKENDS[jax.default_backend()].sample_tile,
+        layers=config.return_hidden_states,
     )
 
 

@@ -26,6 +26,7 @@ from pallas_kernels import RaggedMeta, select
 
 RESULT_SIZE = 3 + 2 * MAX_LOGPROBS
 IS_FINITE, IS_POSSIBLE = 1, 2  # flags of a result
+SCORE_TILE = 256  # most rows of logits at once: no more than a step draws from
 
 
 class DeviceState(NamedTuple):
@@ -43,6 +44,7 @@ class Launched(NamedTuple):
     hidden: Float[Array, "n_hidden D"]
     pooled: Float[Array, "S D"]  # float32 sums; zeros where nothing is pooled
     scores: Int[Array, "T {SCORE_SIZE}"]
+    states: Float[Array, "T L D"] | None  # of Program.layers
     result: Int[Array, "S {RESULT_SIZE}"]
 
 
@@ -93,6 +95,7 @@ class Program:
     attention_backend: str
     mesh: Mesh
     sample_tile: int  # rows of logits made at once
+    layers: tuple[int, ...] = ()  # whose hidden states every step leaves
 
     def model(self, leaves: tuple[Array, ...]) -> Any:
         return jax.tree.unflatten(self.treedef, leaves)
@@ -133,7 +136,11 @@ def step(
             return attention(q, k, v, cache, meta, **options)
 
     model = program.model(leaves)
-    hidden, caches = model.hidden_states(token_ids, positions, state.caches, attend)
+    hidden, caches = model.hidden_states(token_ids, positions, state.caches, attend, program.layers)
+    states = None
+    if program.layers:
+        states, hidden = hidden[:, :-1], hidden[:, -1]
+        states = lax.with_sharding_constraint(states, replicated(program.mesh))
     pooled = pool(hidden, part["cu_q_lens"], part["pooled_from"])
     pooled = lax.with_sharding_constraint(pooled, replicated(program.mesh))
     questions = Questions(part["scored_tokens"], part["scored_ids"], n_scored, n_tops)
@@ -150,7 +157,7 @@ def step(
     known, result = draw_rows(
         model.unembed, hidden[: shape.n_seqs], drawn, tables, n_samples, program.sample_tile
     )
-    return DeviceState(caches, known), Launched(hidden, pooled, scores, result)
+    return DeviceState(caches, known), Launched(hidden, pooled, scores, states, result)
 
 
 def masked_step(
@@ -205,7 +212,7 @@ def score_rows(
     program: Program,
 ) -> Int[Array, "T {SCORE_SIZE}"]:
     """Answers the first questions, a tile of logits at a time: none, where nobody asks."""
-    tile = min(program.sample_tile, len(hidden))
+    tile = min(program.sample_tile, SCORE_TILE, len(hidden))
 
     def score_tile(i, result):
         start = i * tile

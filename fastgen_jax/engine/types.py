@@ -17,11 +17,17 @@ import numpy as np
 from fastgen_jax.engine.constraint import Constraint
 from fastgen_jax.engine.pooling import Pooled
 from fastgen_jax.engine.scoring import Scoring, TokenLogprobs
+from fastgen_jax.engine.states import States
 from fastgen_jax.grammar import Grammar
 from fastgen_jax.sampling_params import Pooling, SamplingParams
 
 PRIORITIES = range(-(2**63), 2**63)
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+def one_token() -> SamplingParams:
+    """Params of those who want none."""
+    return SamplingParams(max_tokens=1, temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Request:
         pooling: of which hidden states the embedding is made; None: samples are wanted.
         priority: the lower, the earlier its turn; equals take turns as they came.
         scored_from: first position whose token `params.prompt_logprobs` scores; None: 1.
+        states_at: positions whose hidden states are wanted, of the layers that the engine's config
+            names; None: samples are wanted.
     """
 
     prompt_token_ids: list[int]
@@ -47,6 +55,7 @@ class Request:
     pooling: Pooling | None = None
     priority: int = 0
     scored_from: int | None = None
+    states_at: tuple[int, ...] | None = None
 
     @classmethod
     def to_embed(
@@ -57,8 +66,18 @@ class Request:
         priority: int = 0,
     ) -> Request:
         """What a caller asks who wants a prompt's embedding."""
-        params = SamplingParams(max_tokens=1, temperature=0.0)
-        return cls(prompt_token_ids, params, cache_salt, pooling=pooling, priority=priority)
+        return cls(prompt_token_ids, one_token(), cache_salt, pooling=pooling, priority=priority)
+
+    @classmethod
+    def to_read(cls, prompt_token_ids: list[int], positions: tuple[int, ...]) -> Request:
+        """What a caller asks who wants hidden states."""
+        return cls(prompt_token_ids, one_token(), states_at=positions)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing is wanted but what the prompt leaves."""
+        wants_vectors = self.pooling is not None or self.states_at is not None
+        return wants_vectors or self.params.max_tokens == 0
 
 
 @dataclass(eq=False, slots=True)
@@ -85,6 +104,8 @@ class Sequence:
     constraint: Constraint | None = None
     pooled: Pooled | None = None  # its embedding; None: tokens are wanted
     scoring: Scoring | None = None  # of its prompt
+    states: States | None = None  # those wanted; None: tokens are
+    is_silent: bool = False  # it ends with its prompt: no token of its own is wanted
     n_cached: int = 0
     row: int = -1  # line of the host tables; -1: waiting
     block_ids: list[int] = field(default_factory=list)
@@ -106,10 +127,6 @@ class Sequence:
     @property
     def n_prompt(self) -> int:
         return len(self.prompt_ids)
-
-    @property
-    def wants_no_token(self) -> bool:
-        return self.pooled is not None or self.params.max_tokens == 0
 
     @property
     def is_finished(self) -> bool:
@@ -151,6 +168,7 @@ class Output(NamedTuple):
     start_time: float = 0.0  # time.monotonic() of its first step
     embedding: np.ndarray | None = None  # f32[D], of any length but finite
     prompt_logprobs: list[TokenLogprobs] | None = None
+    hidden_states: np.ndarray | None = None  # f32[L, P, D], finite
 
 
 # Upper bounds on the tokens of a step, by which Stats counts steps.

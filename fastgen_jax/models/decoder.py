@@ -172,7 +172,7 @@ class Model(nnx.Module):
         attend = dense_attend(len(tokens), segment_ids, attention)
         nothing = (None,) * self.config.n_layers
         hidden, _ = self.hidden_states(
-            tokens.reshape(-1), positions.reshape(-1), nothing, attend, remat
+            tokens.reshape(-1), positions.reshape(-1), nothing, attend, remat=remat
         )
         return self.unembed(hidden).reshape(*shape, -1)
 
@@ -182,9 +182,14 @@ class Model(nnx.Module):
         positions: Int[Array, "T"],
         caches: tuple[Cache, ...],
         attend: Attend,
+        layers: tuple[int, ...] = (),
         remat: bool | Callable[..., bool] = False,
-    ) -> tuple[Float[Array, "T D"], tuple[Cache, ...]]:
-        """The last ones, of tokens that `attend` puts into sequences; and each layer's cache."""
+    ) -> tuple[Float[Array, "T *L D"], tuple[Cache, ...]]:
+        """Final hidden states, of tokens that `attend` puts into sequences, and each layer's cache.
+
+        If layers are named, their states come first ("T L+1 D"): 0 what the first layer takes, i
+        what the i-th leaves, n_layers the final ones.
+        """
         config = self.config
         x = self.embed(token_ids) * config.embedding_scale
         if self.project_in is not None:
@@ -196,14 +201,17 @@ class Model(nnx.Module):
         rotations = {rope: rope and Rotation(positions, config.head_dim, rope) for rope in ropes}
         scale = config.query_scale
         scaled = attend if scale is None else scale_queries(attend, positions, scale)
-        updated = []
+        updated, seen = [], [x]
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             is_scaled = scale is not None and i in scale.layers
             rotation, chosen = rotations[config.rope_of(i)], scaled if is_scaled else attend
             run = partial(_run_layer, rotation=rotation, attend=chosen)
             x, cache = _rematerialised(run, remat)(layer, x, cache)
             updated.append(cache)
-        return _apply(self.norm, x), tuple(updated)
+            seen.append(x)
+        seen[-1] = x = _apply(self.norm, x)
+        hidden = jnp.stack([*(seen[i] for i in layers), x], axis=1) if layers else x
+        return hidden, tuple(updated)
 
     def unembed(self, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
         """Logits in float32."""

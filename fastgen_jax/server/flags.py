@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from fastgen_jax.config import json_object
+from fastgen_jax.config import LIBRARY, json_object
 from fastgen_jax.errors import ConfigError
 
 Field = dataclasses.Field
@@ -130,6 +130,7 @@ def _fields(config_classes: Sequence[type]) -> list[tuple[Field, Any]]:
         (field, typing.get_type_hints(config_class)[field.name])
         for config_class in config_classes
         for field in dataclasses.fields(config_class)
+        if field.metadata.get("group") != LIBRARY
     ]
 
 
