@@ -36,6 +36,7 @@ __all__ = [
 BACKENDS = {  # name -> module
     "reference": "reference",
     "xla": "xla",
+    "invariant": "invariant",
     "pallas_tpu": "tpu.attention",
     "pallas_gpu": "gpu.attention",
     "jax_triton": "triton.attention",

@@ -80,6 +80,17 @@ def ragged_paged_attention(
     tiles: Tiles = TILES,
 ) -> tuple[Array, ...]:
     """See contract.RaggedPagedAttention."""
+    batch, cache = prepare(
+        q, k, v, kv_cache, meta, spec, alibi_slopes, sinks, kv_scales, tiles=tiles
+    )
+    out = _chunks(batch, _singles(batch)).astype(q.dtype)
+    return out.reshape(q.shape), *cache
+
+
+def prepare(
+    q, k, v, kv_cache, meta: RaggedMeta, spec, alibi_slopes, sinks, kv_scales, *, tiles: Tiles
+) -> tuple["RaggedBatch", tuple[Array, ...]]:
+    """The arguments of a call with the cache and its scales written, and these."""
     check_arguments(q, k, v, kv_cache, meta, kv_scales)
     n_tokens, _, head_size = q.shape
     n_kv_heads = k.shape[1]
@@ -101,9 +112,7 @@ def ragged_paged_attention(
         sinks=sinks,
         tiles=tiles,
     )
-    out = _chunks(batch, _singles(batch)).astype(q.dtype)
-    out = out.reshape(q.shape)
-    return (out, kv_cache) if kv_scales is None else (out, kv_cache, kv_scales)
+    return batch, (kv_cache,) if kv_scales is None else (kv_cache, kv_scales)
 
 
 def write(
@@ -211,6 +220,24 @@ def _attend(
     `distance` is key position - query position. A query that sees no key of its tile comes out with
     top = LOWEST and must be given weight 0 by whoever merges it.
     """
+    scores, _ = masked_scores(batch, q, keys, scales, distance, is_cached)
+    top = scores.max(-1)
+    weights = jnp.exp(scores - top[..., None])
+    factors = weights
+    if scales is not None:
+        factors = weights * jnp.where(is_cached[:, None], scales.values, 0.0)[:, :, None, None]
+    return Softmax(_weighted_sum(factors, values, is_cached), top, weights.sum(-1))
+
+
+def masked_scores(
+    batch: RaggedBatch,
+    q: Float[Array, "W K G Q H"],
+    keys: Float[Array, "W K M H"],
+    scales: Scales | None,
+    distance: Int[Array, "W Q M"],
+    is_cached: Bool[Array, "W M"],
+) -> tuple[Float[Array, "W K G Q M"], Bool[Array, "W Q M"]]:
+    """LOWEST where a query does not see a key, and which it sees."""
     spec = batch.spec
     visible = is_cached[:, None] & (distance <= 0)
     if spec.window is not None:
@@ -223,13 +250,7 @@ def _attend(
     if batch.slopes is not None:
         bias = distance.astype(jnp.float32)[:, None, None]
         scores = scores + batch.slopes[None, :, :, None, None] * bias
-    scores = jnp.where(visible[:, None, None], scores, LOWEST)
-    top = scores.max(-1)
-    weights = jnp.exp(scores - top[..., None])
-    factors = weights
-    if scales is not None:
-        factors = weights * jnp.where(is_cached[:, None], scales.values, 0.0)[:, :, None, None]
-    return Softmax(_weighted_sum(factors, values, is_cached), top, weights.sum(-1))
+    return jnp.where(visible[:, None, None], scores, LOWEST), visible
 
 
 def _dot(
@@ -269,7 +290,7 @@ def _weighted_sum(
     return out.reshape(*weights.shape[:4], -1)
 
 
-def _start(batch: RaggedBatch, shape: tuple[int, ...]) -> Softmax:
+def start_of(batch: RaggedBatch, shape: tuple[int, ...]) -> Softmax:
     """A softmax over the sinks alone. `shape` is "... K G Q H"."""
     acc = jnp.zeros(shape, jnp.float32)
     if batch.sinks is None:
@@ -278,7 +299,7 @@ def _start(batch: RaggedBatch, shape: tuple[int, ...]) -> Softmax:
     return Softmax(acc, top, jnp.ones(shape[:-1]))
 
 
-def _finish(state: Softmax) -> Float[Array, "*rows H"]:
+def finish(state: Softmax) -> Float[Array, "*rows H"]:
     return state.acc / jnp.where(state.total == 0, 1.0, state.total)[..., None]
 
 
@@ -295,11 +316,11 @@ def _singles(batch: RaggedBatch) -> Float[Array, "T K G H"]:
     n_blocks = -(-batch.tiles.single_keys // batch.n_cells)
     n_keys = n_blocks * batch.n_cells
     q = batch.q[:n_rows]
-    table, table_width = _flat_tables(meta.block_tables, n_blocks)
+    table, table_width = flat_tables(meta.block_tables, n_blocks)
 
     is_single = jnp.arange(n_rows) < jnp.minimum(meta.n_single, meta.n_seqs)
     seq_lens = jnp.where(is_single, meta.seq_lens[:n_rows], 0)
-    first_tile = _first_tile(seq_lens - 1, window, n_keys)
+    first_tile = first_tile_of(seq_lens - 1, window, n_keys)
     end = jnp.cumsum(-(-seq_lens // n_keys) - first_tile)  # of each sequence's items
     n_total = end[-1]
 
@@ -326,11 +347,11 @@ def _singles(batch: RaggedBatch) -> Float[Array, "T K G H"]:
         part = Softmax(*(x[:, :, :, 0] for x in part))
         return _merge_rows(state, part, jnp.where(n_cached > 0, row, n_rows)), plan(i + 1)
 
-    state = _start(batch, (n_rows, n_kv_heads, group_size, 1, head_size))
+    state = start_of(batch, (n_rows, n_kv_heads, group_size, 1, head_size))
     state = Softmax(*(x[:, :, :, 0] for x in state))
     state, _ = lax.fori_loop(0, -(-n_total // n_items), body, (state, plan(0)))
     out = jnp.zeros(batch.q.shape, jnp.float32)
-    return lax.dynamic_update_slice_in_dim(out, _finish(state), 0, axis=0)
+    return lax.dynamic_update_slice_in_dim(out, finish(state), 0, axis=0)
 
 
 def _merge_rows(state: Softmax, part: Softmax, row: Int[Array, "W"]) -> Softmax:
@@ -349,7 +370,7 @@ def _chunks(batch: RaggedBatch, out: Float[Array, "T K G H"]) -> Float[Array, "T
     n_queries = min(batch.tiles.chunk_queries, n_tokens)
     n_blocks = -(-batch.tiles.chunk_keys // batch.n_cells)
     n_keys = n_blocks * batch.n_cells
-    table, table_width = _flat_tables(meta.block_tables, n_blocks)
+    table, table_width = flat_tables(meta.block_tables, n_blocks)
 
     n_new = jnp.diff(meta.cu_q_lens)
     row = jnp.arange(len(n_new))
@@ -377,34 +398,36 @@ def _chunks(batch: RaggedBatch, out: Float[Array, "T K G H"]) -> Float[Array, "T
             distance = key_position - position[:, None]
             scales = batch.load_scales(key_rows, 1)
             part = _attend(batch, q, keys, values, scales, distance[None], key_position < seq_len)
-            return _merge(state, Softmax(*(x[0] for x in part))), plan(j + 1)
+            return merge(state, Softmax(*(x[0] for x in part))), plan(j + 1)
 
-        first = _first_tile(start - stop + seq_len, window, n_keys)
+        first = first_tile_of(start - stop + seq_len, window, n_keys)
         last = -(-jnp.minimum(start + n_queries - stop + seq_len, seq_len) // n_keys)
-        state = _start(batch, (n_kv_heads, group_size, n_queries, head_size))
+        state = start_of(batch, (n_kv_heads, group_size, n_queries, head_size))
         state, _ = lax.fori_loop(first, last, body, (state, plan(first)))
         is_own = (start <= token) & (token < stop)
         before = lax.dynamic_slice_in_dim(out, first_token, n_queries)
-        rows = jnp.where(is_own[:, None, None, None], _finish(state).transpose(2, 0, 1, 3), before)
+        rows = jnp.where(is_own[:, None, None, None], finish(state).transpose(2, 0, 1, 3), before)
         return lax.dynamic_update_slice_in_dim(out, rows, first_token, axis=0)
 
     return lax.fori_loop(0, end[-1], query_tile, out)
 
 
-def _merge(a: Softmax, b: Softmax) -> Softmax:
+def merge(a: Softmax, b: Softmax) -> Softmax:
     top = jnp.maximum(a.top, b.top)
     shrink, grow = jnp.exp(a.top - top), jnp.exp(b.top - top)
     acc = a.acc * shrink[..., None] + b.acc * grow[..., None]
     return Softmax(acc, top, a.total * shrink + b.total * grow)
 
 
-def _flat_tables(tables: Int[Array, "S P"], multiple: int) -> tuple[Int[Array, "S*P"], int]:
+def flat_tables(tables: Int[Array, "S P"], multiple: int) -> tuple[Int[Array, "S*P"], int]:
     """All block tables in one line, each padded with the scratch block to whole tiles."""
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % multiple)))
     return tables.reshape(-1), tables.shape[1]
 
 
-def _first_tile(position: Int[Array, "..."], window: int | None, n_keys: int) -> Int[Array, "..."]:
+def first_tile_of(
+    position: Int[Array, "..."], window: int | None, n_keys: int
+) -> Int[Array, "..."]:
     """The first tile of keys that a query at `position` may see."""
     if window is None:
         return jnp.zeros_like(position)

@@ -62,7 +62,9 @@ WINGS = {
     "tpu": Wing("TPU kernels", ("pallas_kernels/tpu",)),
     "contract": Wing(
         "what all kernels agree on; oracle, CPU",
-        tuple(f"pallas_kernels/{name}.py" for name in ("contract", "reference", "xla")),
+        tuple(
+            f"pallas_kernels/{name}.py" for name in ("contract", "reference", "xla", "invariant")
+        ),
     ),
 }
 # What the others reach through the front door alone, pallas_kernels/__init__.py.

@@ -456,7 +456,7 @@ def implementation(
             if is_cut_small:
                 function = functools.partial(function, tiles=small_tpu_tiles(**tiles))
             return Implementation(name, _jit(function) if is_joined else function, is_for_tpu=True)
-        case "xla":
+        case "xla" | "invariant":
             return Implementation(name, _jit(function), is_bfloat16_in_bits=True)
     return Implementation(name, _jit(function))
 
@@ -491,6 +491,7 @@ def gpu_plan(meta: Any, case: Case):
 MODULES = {
     "reference": "pallas_kernels.reference",
     "xla": "pallas_kernels.xla",
+    "invariant": "pallas_kernels.invariant",
     "pallas_gpu": "pallas_kernels.gpu.attention",
     "pallas_tpu": "pallas_kernels.tpu.attention",
 }

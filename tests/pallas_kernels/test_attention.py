@@ -28,7 +28,11 @@ from tests.pallas_kernels.attention_cases import (
     run,
 )
 
-COMPILED = "reference", "xla"  # for this machine; the others are interpreted, which is slow
+COMPILED = (
+    "reference",
+    "xla",
+    "invariant",
+)  # for this machine; the others are interpreted, which is slow
 INTERPRETED = tuple(name for name in MODULES if name not in COMPILED)
 PLAIN = Case(n_tokens=80)
 
