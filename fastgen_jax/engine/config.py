@@ -47,6 +47,12 @@ class EngineConfig:
     seed: int = option(
         0, "seed of sampling for requests that bring none, and of dummy weights", "model"
     )
+    deterministic: bool = option(
+        False,
+        "tokens and logprobs that are the same bits whatever else is in the batch, and however "
+        "prompts are cut, cached or preempted; slower",
+        "model",
+    )
     compilation_cache: str | None = option(
         "~/.cache/fastgen_jax/xla",
         "directory that keeps compiled programs between runs; empty for none",
@@ -82,7 +88,8 @@ class EngineConfig:
     tensor_parallel_size: int = option(1, "devices over which the model is sharded", "parallelism")
     attention_backend: str = option(
         "auto",
-        "attention implementation: auto, pallas_tpu, pallas_gpu, jax_triton, xla, reference",
+        "attention implementation: auto, pallas_tpu, pallas_gpu, jax_triton, xla, invariant, "
+        "reference",
         "parallelism",
     )
 

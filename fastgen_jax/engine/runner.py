@@ -84,6 +84,7 @@ class Runner:
         hidden_dtype: of the model's final hidden states.
         shapes: what to compile; every batch must have one of them.
         layers: whose hidden states every step leaves, to be fetched where they are wanted.
+        sample_tile, row_tile: see Program.
     """
 
     def __init__(
@@ -101,11 +102,12 @@ class Runner:
         hidden_dtype: str,
         shapes: list[Shape],
         sample_tile: int,
+        row_tile: int | None = None,
         layers: tuple[int, ...] = (),
     ):
         leaves, treedef = jax.tree.flatten(model)
         self.leaves = tuple(leaves)
-        self.program = Program(treedef, attention_backend, mesh, sample_tile, layers)
+        self.program = Program(treedef, attention_backend, mesh, sample_tile, row_tile, layers)
         self.mesh = mesh
         self.shapes = shapes
         self._steps: dict[Shape | MaskedShape, Callable] = {}

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from fastgen_jax.engine.batch import UNKNOWN, MaskedShape, Shape, unpack, work_plan
 from fastgen_jax.engine.sampling import RowParams, RowTables, Sampled, Scored, sample, score
 from fastgen_jax.engine.scoring import SCORE_SIZE
+from fastgen_jax.models.row_tiles import by_tiles
 from fastgen_jax.models.sharding import replicated, shard_attention
 from fastgen_jax.sampling_params import MAX_LOGPROBS
 from pallas_kernels import RaggedMeta, select
@@ -95,6 +96,7 @@ class Program:
     attention_backend: str
     mesh: Mesh
     sample_tile: int  # rows of logits made at once
+    row_tile: int | None = None  # tokens that the model sees at once; None: all of a step
     layers: tuple[int, ...] = ()  # whose hidden states every step leaves
 
     def model(self, leaves: tuple[Array, ...]) -> Any:
@@ -136,7 +138,13 @@ def step(
             return attention(q, k, v, cache, meta, **options)
 
     model = program.model(leaves)
-    hidden, caches = model.hidden_states(token_ids, positions, state.caches, attend, program.layers)
+    if program.row_tile is None:
+        hidden, caches = model.hidden_states(
+            token_ids, positions, state.caches, attend, program.layers
+        )
+    else:
+        tiled = partial(by_tiles, n_rows=program.row_tile, layers=program.layers)
+        hidden, caches = tiled(model, attention, token_ids, state.caches, meta)
     states = None
     if program.layers:
         states, hidden = hidden[:, :-1], hidden[:, -1]
