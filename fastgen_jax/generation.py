@@ -1,25 +1,21 @@
-"""Requests of one call of LLM.generate or LLM.embed on their way through the engine.
+"""Requests of one call of LLM.generate, LLM.stream or LLM.embed on their way through the engine.
 
-A Generation submits them as the engine has room and sorts its outputs into samples; `run` steps it
-in the caller's thread, and an interrupt between steps cancels what runs.
+A Generation submits them and sorts their outputs into samples; a Driver (driver.py) says when.
 """
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fastgen_jax.engine.pooling import normalized
 from fastgen_jax.engine.types import FinishReason, Output, Request, TokenLogprobs
-from fastgen_jax.errors import FastGenError, InvalidRequest, QueueFull
+from fastgen_jax.errors import FastGenError, InvalidRequest
 from fastgen_jax.results import (
     CompletionOutput,
     EmbeddingOutput,
@@ -28,7 +24,7 @@ from fastgen_jax.results import (
     RequestOutput,
 )
 from fastgen_jax.sampling_params import SamplingParams
-from fastgen_jax.tokenizer import TextStream, Tokenizer
+from fastgen_jax.tokenizer import TextDelta, TextStream, Tokenizer
 
 if TYPE_CHECKING:
     from fastgen_jax.engine.engine import Engine
@@ -50,34 +46,48 @@ class Sample:
         self.hidden_states: np.ndarray | None = None
         self._logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] | None = None
-        self._wants_logprobs = request.params.logprobs is not None
+        self._cumulative = 0.0 if request.params.logprobs is not None else None
+        self._new_text, self._n_old = "", 0  # of the last output; tokens before it
         self._stop_reason: int | str | None = None
         self.error: str | None = None
 
     def push(self, output: Output) -> None:
         """Takes the next output; a stop string may end the sample before the engine does."""
+        self._n_old = len(self._token_ids)
         if output.token_id is not None:
             self._token_ids.append(output.token_id)
         self.n_reused = output.n_reused or self.n_reused
         self._embedding, self.hidden_states = output.embedding, output.hidden_states
         if output.logprobs is not None:
             self._logprobs.append(output.logprobs)
+            assert self._cumulative is not None, "logprobs that nobody asked for"
+            self._cumulative += output.logprobs.logprob
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         self.error = output.error
         end = self._stream.push(output) if self._stream else output
         self.finish_reason, self._stop_reason = end.finish_reason, end.stop_reason
+        self._new_text = end.text if isinstance(end, TextDelta) else ""
 
     def result(self) -> CompletionOutput:
-        logprobs = cumulative = None
-        if self._wants_logprobs:
-            logprobs = self._positions(self._token_ids, self._logprobs)
-            cumulative = sum(position.logprob for position in self._logprobs)
+        """All of it so far."""
+        return self._output(self._stream.text if self._stream else "", 0)
+
+    def news(self) -> CompletionOutput:
+        """What the last output has added to it."""
+        return self._output(self._new_text, self._n_old)
+
+    def _output(self, text: str, start: int) -> CompletionOutput:
+        """What there is from a token on."""
+        token_ids = self._token_ids[start:]
+        logprobs = None
+        if self._cumulative is not None:
+            logprobs = self._positions(token_ids, self._logprobs[start:])
         return CompletionOutput(
             index=self.index,
-            text=self._stream.text if self._stream else "",
-            token_ids=self._token_ids,
-            cumulative_logprob=cumulative,
+            text=text,
+            token_ids=token_ids,
+            cumulative_logprob=self._cumulative,
             logprobs=logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
@@ -142,6 +152,7 @@ def _samples(request: Request, tokenizer: Tokenizer | None) -> list[Sample]:
 class Job:
     """A prompt on its way through the engine; request_id is None until it is submitted."""
 
+    place: int  # among the call's prompts
     request: Request
     samples: list[Sample]
     request_id: int | None = None
@@ -150,13 +161,15 @@ class Job:
     def is_finished(self) -> bool:
         return all(sample.finish_reason for sample in self.samples)
 
-    def result(self, prompt: str | None) -> RequestOutput:
-        """prompt: its text, if it came as one."""
+    def result(
+        self, prompt: str | None, samples: list[CompletionOutput] | None = None
+    ) -> RequestOutput:
+        """prompt: its text, if it came as one. samples: what is told of them, if not all."""
         return RequestOutput(
             str(self.request_id),
             prompt,
             self.request.prompt_token_ids,
-            [sample.result() for sample in self.samples],
+            [sample.result() for sample in self.samples] if samples is None else samples,
             num_cached_tokens=self.samples[0].n_reused,  # the others share what the first one made
             prompt_logprobs=self.samples[0].prompt_positions(self.request),
         )
@@ -187,101 +200,90 @@ class Job:
         return found
 
 
-class Generation:
-    """One call of generate or embed: submits requests as the engine has room, collects outputs."""
+class Ended(NamedTuple):
+    """A generation's last event. error: what its caller is told instead of results.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, requests: list[Request]):
-        self.jobs = [Job(request, _samples(request, tokenizer)) for request in requests]
+    thread: which has ended with it, for it was the last one.
+    """
+
+    error: BaseException | None
+    thread: threading.Thread | None
+
+
+Token = tuple[int, CompletionOutput]  # the prompt's place among the call's, and what is new of it
+Event = list[Token] | Ended
+
+
+class Generation:
+    """One call of generate, embed or stream. What waits for it is told by events.
+
+    INVARIANT: once it is with a Driver, the Driver's thread alone changes it; others read.
+
+    Args:
+        tell: takes events, in that thread. Those of one step come as one.
+        tells_tokens: whether there are any before the last.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        requests: list[Request],
+        tell: Callable[[Event], None],
+        *,
+        tells_tokens: bool = False,
+    ):
+        self.jobs = [
+            Job(i, request, _samples(request, tokenizer)) for i, request in enumerate(requests)
+        ]
+        self.waiting = deque(sorted(self.jobs, key=lambda job: job.request.priority))
+        self.live: dict[int, Job] = {}
         self.n_tokens = 0
-        self._engine = engine
-        self._waiting = deque(sorted(self.jobs, key=lambda job: job.request.priority))
-        self._live: dict[int, Job] = {}
+        self.error: BaseException | None = None
+        self.tell = tell
+        self._tells_tokens = tells_tokens
+        self._news: list[Token] = []
 
     @property
-    def is_finished(self) -> bool:
-        return not self._waiting and not self._live
+    def n_finished(self) -> int:
+        return len(self.jobs) - len(self.waiting) - len(self.live)
 
-    def step(self) -> int:
-        """Runs one step of the engine; returns how many prompts it finished."""
-        self._submit_waiting()
-        assert self._engine.has_work, f"the engine lost requests {list(self._live)}"
-        return self._collect()
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it waits or runs."""
+        return not self.waiting and not self.live
 
-    def cancel(self) -> None:
-        """Ends everything and lets the engine release it."""
-        self._waiting.clear()
-        for request_id in self._live:
-            self._engine.cancel(request_id)
-        while self._live and self._engine.has_work:
-            self._collect()
+    def submit_next(self, engine: Engine) -> int:
+        """The id of its next request. Raises QueueFull, EngineStopped."""
+        job = self.waiting[0]
+        job.request_id = engine.submit(job.request)
+        self.live[job.request_id] = job
+        self.waiting.popleft()
+        return job.request_id
 
-    def _submit_waiting(self) -> None:
-        while self._waiting:
-            job = self._waiting[0]
-            try:
-                job.request_id = self._engine.submit(job.request)
-            except QueueFull:
-                if not self._engine.has_work:
-                    raise
-                return
-            self._live[job.request_id] = self._waiting.popleft()
+    def push(self, output: Output, engine: Engine) -> None:
+        """Takes an output of one of its live requests."""
+        job = self.live[output.request_id]
+        sample = job.samples[output.index]
+        if sample.finish_reason:
+            return
+        sample.push(output)
+        self.n_tokens += output.token_id is not None
+        if self._tells_tokens:
+            self._news.append((job.place, sample.news()))
+        if sample.finish_reason and not output.finish_reason:
+            engine.finish(output.request_id, output.index)
+        if sample.finish_reason and job.is_finished:
+            del self.live[output.request_id]
 
-    def _collect(self) -> int:
-        n_live = len(self._live)
-        for output in self._engine.step():
-            job = self._live.get(output.request_id)
-            if job is None or job.samples[output.index].finish_reason:
-                continue
-            sample = job.samples[output.index]
-            sample.push(output)
-            self.n_tokens += output.token_id is not None
-            if sample.finish_reason and not output.finish_reason:
-                self._engine.finish(output.request_id, output.index)
-            if sample.finish_reason and job.is_finished:
-                del self._live[output.request_id]
-        return n_live - len(self._live)
+    def tell_news(self) -> None:
+        """Tells what came since it did so last."""
+        if self._news:
+            self.tell(self._news)
+            self._news = []
 
-
-def run(generation: Generation, use_tqdm: bool | Callable[..., Any]) -> None:
-    """Steps until all is done. Ctrl-C takes effect between steps, once everything is cancelled.
-
-    use_tqdm: whether to show a bar, or what makes it.
-    """
-    from tqdm import tqdm
-
-    start = time.monotonic()
-    make_bar = use_tqdm if callable(use_tqdm) else tqdm
-    bar = make_bar(total=len(generation.jobs), unit="prompt", miniters=0, disable=not use_tqdm)
-    with bar, _deferred_interrupt() as interrupted:
-        try:
-            while not generation.is_finished:
-                n_finished = generation.step()
-                speed = generation.n_tokens / (time.monotonic() - start)
-                if speed:
-                    bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
-                bar.update(n_finished)
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
-        except BaseException:
-            generation.cancel()
-            raise
-
-
-@contextlib.contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets instead of interrupting a step halfway; a second one interrupts."""
-    asked = threading.Event()
-
-    def ask(signum: int, frame: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not is_default or threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def end(self, engine: Engine, error: BaseException | None) -> None:
+        """Has the engine end what runs, soon; nothing more is submitted. The first error stays."""
+        self.error = self.error or error
+        self.waiting.clear()
+        for request_id in self.live:
+            engine.cancel(request_id)

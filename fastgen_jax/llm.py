@@ -1,27 +1,29 @@
 """The offline API, with vLLM's names: a list of prompts in, a list of finished texts out.
 
-Steps the engine in the caller's thread. All prompts are checked before the first one runs; results
-come in the order of the prompts; an interrupt cancels what runs and leaves the LLM usable.
+All prompts are checked before the first one runs; results come in the order of the prompts; an
+interrupt cancels what its caller asked for and leaves the LLM usable. Callers in several threads
+and event loops share the engine's steps: see driver.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
 import os
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastgen_jax.beam_search import BeamSearchOutput, search
 from fastgen_jax.config import show
+from fastgen_jax.driver import Driver
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.types import Request
 from fastgen_jax.errors import ConfigError, EngineStopped, InvalidRequest
-from fastgen_jax.generation import Generation, Job, run, to_score
+from fastgen_jax.generation import to_score
 from fastgen_jax.prompts import Prompt, at_prompt, positions_of, prompt_list, text_and_ids
 from fastgen_jax.results import EmbeddingRequestOutput, Logprob, RequestOutput
 from fastgen_jax.sampling_params import BeamSearchParams, Pooling, SamplingParams
@@ -34,6 +36,7 @@ from fastgen_jax.vllm_options import (
     LOADING,
     acting,
 )
+from fastgen_jax.waiting import OnToken, finish, stream
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -46,7 +49,7 @@ EncodedPrompt = tuple[str | None, list[int]]  # its text, if it came as one, and
 
 
 class LLM:
-    """A model, for generation in the caller's thread. `close` it, or use it in a `with` statement.
+    """A model, for generation; thread-safe. `close` it, or use it in a `with` statement.
 
         llm = LLM("path-or-hub-id", max_model_len=2048)
         outs = llm.generate(["Once upon a time"], SamplingParams(max_tokens=64))
@@ -119,7 +122,7 @@ class LLM:
         self.tokenizer = tokenizer
         self._open_engine: Engine | None = engine
         self._constrainer: Constrainer | None = None
-        self._lock = threading.Lock()  # one generate at a time: it steps the engine
+        self._driver = Driver(engine)
         if tokenizer is not None:
             engine.end_at(tokenizer.eos_token_ids)
 
@@ -130,7 +133,9 @@ class LLM:
         return self._open_engine
 
     def close(self) -> None:
-        """Closes the engine, which frees its memory; further calls raise EngineStopped."""
+        """Closes the engine, which frees its memory; further calls raise EngineStopped, and so do
+        those that wait in other threads and tasks.
+        """
         if self._open_engine is not None:
             self._open_engine.close()
             self._open_engine = None
@@ -166,6 +171,7 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         priority: Iterable[int] | None = None,
+        on_token: OnToken | None = None,
         **options: Any,
     ) -> list[RequestOutput]:
         """Completes prompts; the outputs are in their order.
@@ -176,16 +182,52 @@ class LLM:
             sampling_params: for all prompts, or one for each; default: get_default_sampling_params.
             use_tqdm: whether to show a progress bar, or what makes it, as tqdm would.
             priority: one number for each prompt; lower ones run first.
+            on_token: called in this thread as `on_token(i, new)` with each token of prompt i: what
+                it adds to its sample, in the form of a CompletionOutput. The engine does not wait
+                for it. What it raises cancels the call, and is raised here.
             options: vLLM's GENERATING of vllm_options.py, which change nothing.
 
         Raises:
             InvalidRequest: a prompt or its params cannot be served; none of the prompts was run.
             ConfigError: an unknown option.
+            EngineStopped: the LLM is closed, perhaps meanwhile.
         """
         acting(options, GENERATING)
         encoded = self.encode_prompts(prompts)
         params = self._params_list(sampling_params, len(encoded))
-        return self.run(encoded, params, use_tqdm, priority)
+        return self.run(encoded, params, use_tqdm, priority, on_token)
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Completes one prompt on the event loop that runs, as vLLM's AsyncLLM.generate does.
+
+            async for output in llm.stream("Once upon a time", SamplingParams(max_tokens=64)):
+                print(output.outputs[0].text)
+
+        Yields whenever there is more: all that there is, or with output_kind DELTA what is new;
+        FINAL_ONLY yields once. A loop that is left early and a task that is cancelled cancel the
+        request; what runs elsewhere goes on.
+
+        Raises:
+            InvalidRequest, EngineStopped: as `generate`.
+        """
+
+        def read() -> tuple[str | None, Request]:
+            [(text, ids)] = self.encode_prompts([prompt])
+            [params] = self._params_list(sampling_params, 1)
+            return text, self._request(ids, params, {}, priority)
+
+        text, request = await asyncio.to_thread(read)  # long texts and grammars take their time
+        async with contextlib.aclosing(
+            stream(self._driver, self.tokenizer, request, text)
+        ) as outputs:
+            async for output in outputs:
+                yield output
 
     def chat(
         self,
@@ -194,6 +236,7 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         priority: Iterable[int] | None = None,
+        on_token: OnToken | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         **options: Any,
@@ -202,7 +245,7 @@ class LLM:
 
         Args:
             messages: dicts with role and content, or a list of such lists.
-            priority: as `generate` takes it.
+            priority, on_token: as `generate` takes them.
             chat_template: Jinja source, instead of the model's.
             chat_template_kwargs: variables that the template reads, such as enable_thinking.
             options: tools, add_generation_prompt and continue_final_message, which are those of
@@ -224,7 +267,7 @@ class LLM:
             ids = at_prompt(i, tokenizer.apply_chat_template, conversation, **template)
             encoded.append((tokenizer.decode(ids, skip_special_tokens=False), ids))
         params = self._params_list(sampling_params, len(encoded))
-        return self.run(encoded, params, use_tqdm, priority)
+        return self.run(encoded, params, use_tqdm, priority, on_token)
 
     def beam_search(
         self, prompts: Prompt | Iterable[Prompt], params: BeamSearchParams, **options: Any
@@ -284,7 +327,7 @@ class LLM:
         requests = [Request.to_embed(ids, pooling) for ids in encoded]
         for i, request in enumerate(requests):
             at_prompt(i, self.engine.check, request)
-        jobs = self._finish(requests, None, use_tqdm)
+        jobs = finish(self._driver, None, requests, use_tqdm=use_tqdm)
         return [job.embedding(is_normalized=normalize) for job in jobs]
 
     def score(
@@ -317,7 +360,7 @@ class LLM:
             at_prompt(i, self._checked, at_prompt(i, to_score, *pair))
             for i, pair in enumerate(zip(encoded, tails, strict=True))
         ]
-        return [job.scores() for job in self._finish(requests, None, use_tqdm)]
+        return [job.scores() for job in finish(self._driver, None, requests, use_tqdm=use_tqdm)]
 
     def hidden_states(
         self,
@@ -345,7 +388,9 @@ class LLM:
                 zip(encoded, positions_of(positions, encoded), strict=True)
             )
         ]
-        return [job.hidden_states() for job in self._finish(requests, None, use_tqdm)]
+        return [
+            job.hidden_states() for job in finish(self._driver, None, requests, use_tqdm=use_tqdm)
+        ]
 
     def _completion(self, completion: Any) -> list[int]:
         text, ids = text_and_ids(completion)
@@ -402,6 +447,7 @@ class LLM:
         params: list[SamplingParams],
         use_tqdm: bool | Callable[..., Any],
         priority: Iterable[int] | None = None,
+        on_token: OnToken | None = None,
     ) -> list[RequestOutput]:
         """`generate` of encoded prompts, each with its params."""
         turns = _priorities(priority, len(prompts))
@@ -410,21 +456,9 @@ class LLM:
             at_prompt(i, self._request, ids, p, known, turn)
             for i, ((_, ids), p, turn) in enumerate(zip(prompts, params, turns, strict=True))
         ]
-        jobs = self._finish(requests, self.tokenizer, use_tqdm)
+        jobs = finish(self._driver, self.tokenizer, requests, use_tqdm=use_tqdm, on_token=on_token)
         texts = [text for text, _ in prompts]
         return [job.result(text) for job, text in zip(jobs, texts, strict=True)]
-
-    def _finish(
-        self,
-        requests: list[Request],
-        tokenizer: Tokenizer | None,
-        use_tqdm: bool | Callable[..., Any],
-    ) -> list[Job]:
-        """Runs requests to their ends."""
-        with self._lock:
-            generation = Generation(self.engine, tokenizer, requests)
-            run(generation, use_tqdm)
-        return generation.jobs
 
     def _request(
         self,

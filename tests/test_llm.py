@@ -4,9 +4,13 @@ import dataclasses
 import inspect
 import io
 import math
+import os
 import signal
 import subprocess
 import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +34,7 @@ from fastgen_jax.sampling_params import SamplingParams
 from fastgen_jax.tokenizer import Tokenizer
 from fastgen_jax.vllm_options import CHATTING, EMBEDDING, INSTEAD, LOADING
 from tests import tiny, tiny_tokenizers
+from tests.server.running import wait_until
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
@@ -39,14 +44,14 @@ class Script:
     """A request that the fake engine plays: its samples' remaining tokens, by index."""
 
     request: object
-    left: dict[int, list[int]]
+    left: dict[int, deque[int]]
 
 
 @dataclass
 class FakeEngine:
     """Plays `answer` to every prompt, a token per sample and step; commands wait for a step."""
 
-    answer: list[int] = field(default_factory=lambda: list(range(20, 60)))
+    answer: Sequence[int] = field(default_factory=lambda: list(range(20, 60)))
     eos: int | None = None
     max_total_tokens: int = 100
     max_queued_requests: int = 4
@@ -76,7 +81,7 @@ class FakeEngine:
             raise QueueFull("full")
         id, self.n_submitted = self.n_submitted, self.n_submitted + 1
         self.priorities.append(request.priority)
-        self.live[id] = Script(request, {i: list(self.answer) for i in range(request.params.n)})
+        self.live[id] = Script(request, {i: deque(self.answer) for i in range(request.params.n)})
         return id
 
     def cancel(self, id):
@@ -111,7 +116,7 @@ class FakeEngine:
 
     def _play(self, id, script, index):
         params, left = script.request.params, script.left[index]
-        token, n_tokens = left.pop(0), len(self.answer) - len(left)
+        token, n_tokens = left.popleft(), len(self.answer) - len(left)
         reason = (
             "stop" if token == self.eos else "length" if n_tokens == params.max_tokens else None
         )
@@ -597,14 +602,21 @@ def test_interrupt_cancels_everything_and_the_llm_stays_usable():
 
 @pytest.mark.usefixtures("sigint")
 def test_second_interrupt_acts_at_once():
-    def press_twice(engine):
-        engine.on_step = None
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("not interrupted")
+    llm, has_raised = make_llm(), threading.Event()
 
+    def press_again_once_all_is_cancelled(engine):
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(lambda: llm._driver._cancelled)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert has_raised.wait(60), "not interrupted"
+
+    llm.engine.on_step = press_again_once_all_is_cancelled
     with pytest.raises(KeyboardInterrupt):
-        make_llm(on_step=press_twice).generate([1], GREEDY, use_tqdm=False)
+        llm.generate([1], GREEDY, use_tqdm=False)
+    llm.engine.on_step = None
+    has_raised.set()
+    wait_until(lambda: not llm.engine.has_work)
+    assert ("cancel", 0) in llm.engine.calls
 
 
 def test_handler_of_the_user_is_left_alone():
@@ -612,10 +624,11 @@ def test_handler_of_the_user_is_left_alone():
     previous = signal.signal(signal.SIGINT, lambda *_: seen.append(1))
     try:
         press = lambda engine: signal.raise_signal(signal.SIGINT)  # noqa: E731
-        make_llm(on_step=press).generate([1], SamplingParams(max_tokens=2), use_tqdm=False)
+        [out] = make_llm(on_step=press).generate([1], GREEDY, use_tqdm=False)
     finally:
         signal.signal(signal.SIGINT, previous)
-    assert seen == [1, 1]
+    assert seen
+    assert out.finish_reason == "length"
 
 
 def test_closed_llm_refuses_work():

@@ -37,7 +37,15 @@ WINGS = {
         "offline generation",
         tuple(
             f"fastgen_jax/{name}.py"
-            for name in ("llm", "generation", "beam_search", "results", "vllm_options")
+            for name in (
+                "llm",
+                "waiting",
+                "driver",
+                "generation",
+                "beam_search",
+                "results",
+                "vllm_options",
+            )
         ),
     ),
     "cluster": Wing("replicas and machines", ("fastgen_jax/cluster",)),

@@ -211,8 +211,8 @@ class Engine:
         programs; later steps raise EngineStopped. Idempotent.
         """
         self.stop(CLOSED)
+        self._is_closed = True  # whoever steps one step after another stops, and we get the lock
         with self._stepping:
-            self._is_closed = True
             self._in_flight = None
             self._runner.close()
 
@@ -273,7 +273,7 @@ class Engine:
                     self._last_step_time = time.monotonic()
                     self._wake.wait()
                     continue
-                outputs = self.step()
+                outputs = self._step()
                 if outputs:
                     deliver(outputs)
             deliver(self._end_all("abort", None))
