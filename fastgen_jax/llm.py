@@ -132,6 +132,23 @@ class LLM:
             raise EngineStopped("this LLM is closed; make a new one")
         return self._open_engine
 
+    def update_weights(self, source: Any, *, in_flight: str = "recompute") -> None:
+        """Replaces weights while it runs, from any thread; Engine.update_weights says with what."""
+        self.engine.update_weights(source, in_flight=in_flight)
+
+    def sleep(self, level: int = 1) -> None:
+        """Frees the device until `wake_up`, from any thread: of the KV cache and of the weights,
+        which level 1 keeps on the host and level 2 drops. Prompts that come meanwhile wait: in one
+        thread wake it up first. See Engine.sleep and Engine.wake_up.
+        """
+        self.engine.sleep(level)
+
+    def wake_up(self) -> None:
+        """Ends a sleep; after level 2 with the weights of its path, unless update_weights has
+        brought others.
+        """
+        self.engine.wake_up()
+
     def close(self) -> None:
         """Closes the engine, which frees its memory; further calls raise EngineStopped, and so do
         those that wait in other threads and tasks.

@@ -82,6 +82,18 @@ def misfits(stored: dict[str, Any], params: dict[str, Any]) -> Iterator[str]:
             yield f"shape: {path} is {have}, the config wants {want}"
 
 
+def check(directory: Path, params: dict[str, Any]) -> None:
+    """Raises CheckpointError, which lists all that is damaged or does not fit the model."""
+    manifest = read_manifest(directory)
+    problems = [*damages(directory, manifest["files"], checksums=False)]
+    problems += misfits(manifest["params"], params)
+    if problems:
+        raise CheckpointError(
+            f"the converted checkpoint is damaged or does not fit its config.json "
+            f"({len(problems)} problems); convert the model again:\n  " + "\n  ".join(problems)
+        )
+
+
 def restore(
     directory: Path,
     params: dict[str, Any],
@@ -97,14 +109,7 @@ def restore(
     Raises:
         CheckpointError: lists all that is damaged or does not fit the model.
     """
-    manifest = read_manifest(directory)
-    problems = [*damages(directory, manifest["files"], checksums=False)]
-    problems += misfits(manifest["params"], params)
-    if problems:
-        raise CheckpointError(
-            f"the converted checkpoint is damaged or does not fit its config.json "
-            f"({len(problems)} problems); convert the model again:\n  " + "\n  ".join(problems)
-        )
+    check(directory, params)
     found = {path: _parts(path, param, config, mesh) for path, param in params.items()}
     parts = {} if transform else {path: part for path, part in found.items() if part is not None}
     arrays = _read(directory / WEIGHTS, parts) if parts else {}
@@ -113,7 +118,7 @@ def restore(
 
     def leaf(path: str) -> jax.Array:
         if path not in parts:
-            array = _read_whole(directory, path, params[path])
+            array = read_whole(directory, path, params[path])
             return place(path, transform(path, array) if transform else array, config, mesh)
         return _joined(arrays.pop(path), join) if path.endswith(PAIRS) else arrays.pop(path)
 
@@ -133,7 +138,7 @@ def _parts(
     return want if lines_of(path, param.shape, config, mesh.size) is None else None
 
 
-def _read_whole(directory: Path, path: str, param: jax.ShapeDtypeStruct) -> np.ndarray:
+def read_whole(directory: Path, path: str, param: jax.ShapeDtypeStruct) -> np.ndarray:
     """A parameter as one device has it, on the host."""
     wanted = {path: np.empty(stored_shape(path, param.shape), param.dtype)}
     return _read(directory / WEIGHTS, wanted)[path].reshape(param.shape)

@@ -30,8 +30,13 @@ class Held(NamedTuple):
 
 
 def of_module(module: Model) -> Held:
-    """The parameters of a module, wherever they are."""
-    arrays = {path: variable.get_raw_value() for path, variable in flat_params(module).items()}
+    """The parameters of a module, wherever they are.
+
+    Not by nnx.state: it leaves cycles that hold the arrays until Python looks for cycles.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(module)
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    arrays = {p.removesuffix(".value"): leaf for p, (_, leaf) in zip(paths, leaves, strict=True)}
     return Held(arrays, module.embed.policy.n_shards)
 
 
@@ -95,23 +100,24 @@ def moved(path: str, held: Held, param: Any, config: ModelConfig, mesh: Mesh) ->
     """
     array, want = held.arrays[path], placed(path, param, config, mesh)
     if lies_alike(path, param.shape, config, held.n_shards, mesh.size):
-        # A numpy array is the caller's, who may go on writing there.
-        is_own = isinstance(array, jax.Array) or array.dtype != want.dtype
-        array = jax.device_put(_cast(array, want.dtype), want.sharding, may_alias=is_own)
+        array = jax.device_put(_cast(array, want.dtype), want.sharding)
         return array.block_until_ready()
-    one = gathered(path, _on_host(array), param.shape, config, held.n_shards)
+    one = gathered(path, on_host(array), param.shape, config, held.n_shards)
     return place(path, one.astype(want.dtype), config, mesh)
 
 
 def _cast(array: jax.Array | np.ndarray, dtype: Any) -> jax.Array | np.ndarray:
-    """Where it lies; on CPU numpy does it, which compiles nothing."""
+    """Where it lies; on CPU numpy does it, which compiles nothing. A copy of a numpy array, in any
+    case: it is the caller's, who may go on writing there.
+    """
+    if isinstance(array, np.ndarray):
+        return array.astype(dtype)
     if array.dtype == dtype:
         return array
-    is_near = isinstance(array, np.ndarray) or jax.default_backend() == "cpu"
-    return (_on_host(array) if is_near else array).astype(dtype)
+    return (on_host(array) if jax.default_backend() == "cpu" else array).astype(dtype)
 
 
-def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """Of a jax array through another one on the same buffers, for jax keeps what it has copied to
     the host as long as the array lives.
     """

@@ -125,6 +125,16 @@ class BlockPool:
             self._evictable.pop(block, None)
         return blocks, prefix
 
+    def flush(self) -> int:
+        """Forgets all that has been published. Returns the number of a prefix that nothing leads
+        to: what is published behind it is never found.
+        """
+        while self._evictable:
+            self._evict()
+        self._index.clear()
+        self._published.clear()
+        return next(self._prefixes)
+
     def map(self) -> BlockMap:
         """For people to look at."""
         started = time.perf_counter()

@@ -8,11 +8,13 @@ in flight lands before the next owner's first.
 """
 
 import itertools
+import logging
 import threading
 import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import wait
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,7 +24,9 @@ from fastgen_jax.engine import startup
 from fastgen_jax.engine.admission import Admission
 from fastgen_jax.engine.batch import Batch
 from fastgen_jax.engine.blocks import BlockMap
+from fastgen_jax.engine.changes import Change
 from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.exchange import GIVEN_AWAY, Exchange, check_level
 from fastgen_jax.engine.faults import Faults, Trials
 from fastgen_jax.engine.history import History
 from fastgen_jax.engine.masks import MaskMaker
@@ -44,7 +48,10 @@ from fastgen_jax.engine.types import (
 from fastgen_jax.errors import EngineStopped
 from fastgen_jax.sampling_params import SamplingParams
 
+log = logging.getLogger("fastgen_jax.engine")
+
 CLOSED = "the engine is closed; make a new one"
+PATIENCE = 0.05  # seconds between looks at who steps, and that a step of a sleeping engine takes
 NOT_FINITE = "the model produced non-finite logits"
 NOTHING_ALLOWED = "no token is allowed by all of what constrains the output"
 
@@ -99,6 +106,9 @@ class Engine:
         self.timings = dict.fromkeys(phases, 0.0)  # seconds
         self.history = History()
         self._runner = started.runner
+        self._exchange = Exchange(
+            started.runner, started.config, started.model_config, started.reload
+        )
         self._placement = Placement(c, self.model_config.longest_window)
         self._admission = Admission(
             max_requests=c.max_queued_requests,
@@ -121,6 +131,8 @@ class Engine:
         self._steps_by_size = [0] * (len(STEP_SIZES) + 1)
         self._last_step_time = time.monotonic()
         self._inbox: deque[Command] = deque()
+        self._changes: deque[Change] = deque()
+        self._undelivered: list[Output] = []  # of what a change did outside of `step`
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._is_stopping = self._is_closed = False
@@ -148,7 +160,13 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inbox or self._requests or self._in_flight)
+        is_asked = self._inbox or self._changes
+        return bool(is_asked or self._requests or self._in_flight or self._undelivered)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether requests wait until `wake_up`."""
+        return self._exchange.level > 0
 
     def end_at(self, token_ids: Iterable[int]) -> None:
         """Counts these as end-of-sequence too, in requests that are submitted from now on; not
@@ -199,6 +217,71 @@ class Engine:
                     self._end(sequence, "stop")
 
         self._command(apply)
+
+    def update_weights(self, source: Any, *, in_flight: str = "recompute") -> None:
+        """Replaces weights between two steps, and forgets cached prefixes; returns when both are
+        done. Nothing is compiled. Arrays that are on the engine's devices in its dtype and layout
+        are shared, others are moved one by one.
+
+        Args:
+            source: a module of fastgen_jax.models or a checkpoint's directory, which have all
+                weights; a state of such a module, or any tree of arrays by its paths; or a dict of
+                arrays by Hugging Face's names. Of the last three some will do. A tree has its
+                arrays as one device would (see models.layout), wherever they are.
+            in_flight: what becomes of requests that have begun; see changes.IN_FLIGHT.
+
+        Raises:
+            WeightsError, CheckpointError, ConfigError: lists everything that does not fit; nothing
+                was changed. Only if a weight that does fit cannot be read or moved the engine has
+                none afterwards, says so, and sleeps.
+            EngineStopped: the engine is closed.
+        """
+        change = Change(lambda: self._exchange.put(found), in_flight)
+        found = self._exchange.read(source)
+        self._change(change)
+
+    def sleep(self, level: int = 1) -> None:
+        """Frees the KV cache, and the device of the weights: level 1 keeps them on the host, level
+        2 nowhere. Requests wait until `wake_up`; those that run then compute again what they had
+        cached. Where a program shares its arrays with the engine, they stay as long as it holds
+        them.
+
+        Raises:
+            ConfigError: there is no such level.
+            EngineStopped: the engine is closed.
+        """
+        level = check_level(level)
+        self._change(Change(lambda: self._exchange.sleep(level)))
+
+    def wake_up(self) -> None:
+        """Ends a sleep. Weights of level 2 are those that update_weights has brought meanwhile, or
+        else read from the model's directory again, whatever update_weights had made of them.
+
+        Raises:
+            WeightsError: there are no weights, and no directory; it sleeps on.
+            EngineStopped: the engine is closed.
+        """
+        self._change(Change(self._exchange.wake_up))
+
+    def _change(self, change: Change) -> None:
+        """Has a change made between two steps, in this thread if no other one steps."""
+        self._changes.append(change)
+        self._wake.set()
+        try:
+            while not change.done.done():
+                if not self._stepping.acquire(blocking=False):
+                    wait([change.done], PATIENCE)
+                    continue
+                try:
+                    self._check_open()
+                    self._obey(self._undelivered)
+                    if not change.done.done():
+                        self._advance(self._undelivered)
+                finally:
+                    self._stepping.release()
+        finally:
+            change.done.cancel()  # unless it is done
+        change.done.result()
 
     def stop(self, reason: str = "the engine has stopped") -> None:
         """Accepts no more requests and makes `run` return, ending live requests with "abort"."""
@@ -290,15 +373,63 @@ class Engine:
             Exception: what made the last of too many steps fail; see `faults`.
         """
         with self._stepping:
-            if self._is_closed:
-                raise EngineStopped(CLOSED)
+            self._check_open()
             return self._step()
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineStopped(CLOSED)
+
     def _step(self) -> list[Output]:
-        started = time.monotonic()
-        outputs: list[Output] = []
+        outputs, self._undelivered = self._undelivered, []
+        self._obey(outputs)
+        if self.is_sleeping:
+            self._rest()
+        else:
+            self._advance(outputs)
+        return outputs
+
+    def _rest(self) -> None:
+        """What a step is while the engine sleeps: it waits for a while, or until it is asked."""
+        self._wake.clear()
+        if not (self._inbox or self._changes or self._is_stopping):
+            self._wake.wait(PATIENCE)
+        self._last_step_time = time.monotonic()
+
+    def _obey(self, outputs: list[Output]) -> None:
+        """Does what other threads have asked for."""
         while self._inbox:
             self._inbox.popleft()(outputs)
+        while self._changes and self._is_due(self._changes[0]):
+            self._settle(self._changes[0].in_flight, outputs)
+            self._changes.popleft().run()
+
+    def _is_due(self, change: Change) -> bool:
+        """Whether all have ended that end before it."""
+        if change.in_flight != "drain" or self.is_sleeping:
+            return True
+        if change.last is None:
+            begun = (
+                i for i, samples in self._requests.items() if any(s.is_dequeued for s in samples)
+            )
+            change.last = frozenset(begun)
+        return change.last.isdisjoint(self._requests)
+
+    def _settle(self, in_flight: str, outputs: list[Output]) -> None:
+        """Before a change: nothing is on its way, and nobody shares what was cached before it."""
+        previous, self._in_flight = self._in_flight, None
+        if previous:
+            try:
+                self._commit(previous, outputs)
+            except Exception as error:
+                self._recover(Failed(error, previous.batch), outputs)
+        running = [sequence for sequence in self._live.values() if sequence.row >= 0]
+        if in_flight != "keep":
+            self._placement.preempt(running)
+        self._placement.blocks.flush(running)
+
+    def _advance(self, outputs: list[Output]) -> None:
+        started = time.monotonic()
         previous, self._in_flight = self._in_flight, None
         failed: Failed | None = None
         batch = None
@@ -324,14 +455,16 @@ class Engine:
             self.history.end(
                 self._last_step_time - started, n_padded=batch.shape.n_tokens, **self._n_open()
             )
-        return outputs
 
     def _plan(self) -> Plan:
         started = time.perf_counter()
         self._line_up()
-        sequences = self._trials.defendants(self._live)
-        if len(sequences) < len(self._live):  # on trial, alone
-            others = (s for s in self._live.values() if s is not sequences[0])
+        live = self._live
+        if self._changes and (last := self._changes[0].last) is not None:  # the others wait for it
+            live = {id: s for id, s in live.items() if s.request_id in last}
+        sequences = self._trials.defendants(live)
+        if len(sequences) < len(live):  # on trial, alone
+            others = (s for s in live.values() if s is not sequences[0])
             self._placement.preempt(s for s in others if s.row >= 0)
         plan = self._placement.plan(sequences)
         self.timings["plan"] += time.perf_counter() - started
@@ -434,6 +567,11 @@ class Engine:
         Raises the step's error if that was one too many.
         """
         error, batch = failed
+        if self._exchange.is_lost:  # nobody's fault who is here
+            log.error(GIVEN_AWAY)
+            outputs += self._end_all("error", GIVEN_AWAY)
+            self._lose_everything()
+            return
         self._faults.step_failed(error, batch, self.stats())
         planned_for = self._trials.defendants(self._live)
         in_it = batch.reached() if batch else [(s, s.n_tokens) for s in planned_for]

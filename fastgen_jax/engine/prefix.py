@@ -1,5 +1,7 @@
 """KV blocks of sequences: who holds what, and which full blocks later prompts may share."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from fastgen_jax.engine.blocks import EMPTY_PREFIX, BlockPool
@@ -88,6 +90,14 @@ class SequenceBlocks:
         sequence.block_ids = []
         sequence.n_cached = sequence.n_published = sequence.n_dropped = 0
         sequence.prefix = EMPTY_PREFIX
+
+    def flush(self, holders: Iterable[Sequence]) -> None:
+        """Lets no sequence share what has been cached so far: other weights made it. Nor what these
+        ones cache from now on, behind it.
+        """
+        nowhere = self.pool.flush()
+        for sequence in holders:
+            sequence.prefix = nowhere
 
     def n_exclusive(self, sequence: Sequence) -> int:
         """Blocks that become free if this sequence is preempted."""

@@ -132,8 +132,12 @@ class Runner:
 
     def reset(self) -> None:
         """Forgets the cache and all known tokens, as after a step that failed."""
-        del self.state  # there is no room for two
+        self.free()  # there is no room for two
         self.state = self._fresh_state()
+
+    def free(self) -> None:
+        """Without cache and known tokens no step can run until `reset`."""
+        self.state = self.state._replace(caches=())
 
     def _fresh_state(self) -> DeviceState:
         caches = tuple(self._empty_cache() for _ in range(self._n_layers))

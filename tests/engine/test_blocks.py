@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fastgen_jax.engine.blocks import BlockPool
+from fastgen_jax.engine.blocks import EMPTY_PREFIX, BlockPool
 
 
 def publish(pool, blocks, contents):
@@ -187,6 +187,17 @@ class Pools(RuleBasedStateMachine):
     def release(self, data):
         blocks, _ = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         self.pool.release(blocks)
+
+    @rule()
+    def flush(self):
+        """What was written before is found by nobody, nor what is behind the prefix returned."""
+        nowhere = self.pool.flush()
+        assert self.pool.match([b"a"]) == self.pool.match([b"b"]) == ([], EMPTY_PREFIX)
+        if self.pool.n_free:
+            (block,) = self.pool.allocate(1)
+            self.pool.publish(block, nowhere, b"a")
+            self.pool.release([block])
+            assert self.pool.match([b"a"]) == ([], EMPTY_PREFIX)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())

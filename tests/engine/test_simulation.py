@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from fastgen_jax.engine import faults, placement, requests
 from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS, HostTables, unpack
 from fastgen_jax.engine.blocks import BlockPool
+from fastgen_jax.engine.changes import IN_FLIGHT
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.pooling import Pooled
@@ -93,6 +94,10 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(phase=st.sampled_from(["dispatch", "draw", "fetch", "pool"]))
     def fail_next(self, phase):
         self.simulation.fail_next(phase)
+
+    @rule(in_flight=st.sampled_from(list(IN_FLIGHT)))
+    def change(self, in_flight):
+        self.simulation.change(in_flight)
 
     @rule()
     def poison_next(self):
