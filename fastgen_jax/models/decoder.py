@@ -102,7 +102,7 @@ def scale_queries(attend: Attend, positions: Int[Array, "T"], scale: QueryScale)
 def row_lengths(weight: Float[Array, "V D"]) -> Float[Array, "V"]:
     """Euclidean; a row of zeros, which pads, counts as very short."""
     w32 = weight.astype(jnp.float32)
-    return jnp.maximum(jnp.sqrt(jnp.sum(w32 * w32, axis=1)), 1e-12)
+    return jnp.sqrt(jnp.maximum(jnp.sum(w32 * w32, axis=1), 1e-24))
 
 
 def places_in_segments(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

@@ -7,6 +7,7 @@ summed.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +189,7 @@ def _best_groups(scores: Float[Array, "T E"], moe: MoeConfig) -> Float[Array, "T
     return jnp.where(is_best[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
 
 
+@jax.custom_vjp
 def grouped_product(
     x: Float[Array, "M I"], weight: Float[Array, "E O I"], sizes: Int[Array, "E"]
 ) -> Float[Array, "M O"]:
@@ -196,13 +198,39 @@ def grouped_product(
     What rows behind the last expert's become is undefined. Only XLA:TPU has a product for this:
     elsewhere its ragged_dot multiplies every row, masked, by every expert.
     """
-    tiled = functools.partial(_by_tiles, tile=_tile(len(x), len(weight)))
+    return _by_platform(_by_tiles, _ragged_dot, x, weight, sizes)
+
+
+def _product_forward(x, weight, sizes):
+    return grouped_product(x, weight, sizes), (x, weight, sizes)
+
+
+def _product_backward(saved, d_y: Float[Array, "M O"]):
+    x, weight, sizes = saved
+    is_owned = lax.iota(jnp.int32, len(x))[:, None] < jnp.sum(sizes)
+    d_y = jnp.where(is_owned, d_y, 0.0).astype(weight.dtype)
+    d_x, d_weight = _by_platform(_tiles_backward, _ragged_backward, x, weight, sizes, d_y)
+    return jnp.where(is_owned, d_x, 0.0).astype(x.dtype), d_weight.astype(weight.dtype), None
+
+
+grouped_product.defvjp(_product_forward, _product_backward)
+
+
+def _by_platform(by_tiles, ragged, x, weight, sizes, *others):
+    tiled = functools.partial(by_tiles, tile=_tile(len(x), len(weight)))
     static = functools.partial(tiled, is_static=True)
-    return lax.platform_dependent(x, weight, sizes, cpu=tiled, tpu=_ragged_dot, default=static)
+    return lax.platform_dependent(x, weight, sizes, *others, cpu=tiled, tpu=ragged, default=static)
 
 
 def _ragged_dot(x, weight, sizes):
     return lax.ragged_dot(x, weight.swapaxes(1, 2), sizes, preferred_element_type=jnp.float32)
+
+
+def _ragged_backward(x, weight, sizes, d_y):
+    d_x = lax.ragged_dot(d_y, weight, sizes, preferred_element_type=jnp.float32)
+    rows = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    d_weight = lax.ragged_dot_general(d_y, x, sizes, rows, preferred_element_type=jnp.float32)
+    return d_x, d_weight
 
 
 def _tile(n_rows: int, n_experts: int) -> int:
@@ -213,29 +241,68 @@ def _tile(n_rows: int, n_experts: int) -> int:
     return tile
 
 
-def _by_tiles(x, weight, sizes, *, tile: int, is_static: bool = False):
-    """A loop over as many tiles of rows as there are.
-
-    A tile may reach into the next expert's rows: that expert's own tiles, which come later,
-    overwrite them.
-
-    is_static: always as many tiles as there may be. A GPU need not tell the host how many there
-    are; those that are too many go behind all rows.
+class Tiles(NamedTuple):
+    """Tiles of rows, none of which has rows of two experts that count; those that are too many go
+    behind all rows.
     """
-    n_rows, n_experts = len(x), len(weight)
-    x = jnp.pad(x, ((0, tile), (0, 0)))
-    n_tiles = (sizes + tile - 1) // tile
-    last_tile = jnp.cumsum(n_tiles)
-    index = jnp.arange(n_rows // tile + min(n_rows, n_experts), dtype=jnp.int32)
-    expert = jnp.searchsorted(last_tile, index, side="right", method="compare_all")
-    expert = jnp.minimum(expert, n_experts - 1)
-    row = (jnp.cumsum(sizes) - sizes)[expert] + (index - (last_tile - n_tiles)[expert]) * tile
-    row = jnp.where(index < last_tile[-1], row, n_rows)
+
+    n: Int[Array, ""]
+    rows: Int[Array, "n"]  # the first of each
+    experts: Int[Array, "n"]
+    n_rows: Int[Array, "n"]  # that are its expert's; what follows is another's
+
+    @classmethod
+    def of(cls, sizes: Int[Array, "E"], n_rows: int, tile: int) -> "Tiles":
+        n_tiles = (sizes + tile - 1) // tile
+        last_tile = jnp.cumsum(n_tiles)
+        index = jnp.arange(n_rows // tile + min(n_rows, len(sizes)), dtype=jnp.int32)
+        expert = jnp.searchsorted(last_tile, index, side="right", method="compare_all")
+        expert = jnp.minimum(expert, len(sizes) - 1)
+        offset = (index - (last_tile - n_tiles)[expert]) * tile
+        is_needed = index < last_tile[-1]
+        row = jnp.where(is_needed, (jnp.cumsum(sizes) - sizes)[expert] + offset, n_rows)
+        n_own = jnp.where(is_needed, jnp.minimum(sizes[expert] - offset, tile), 0)
+        return cls(last_tile[-1], row, expert, n_own)
+
+    def loop(self, body, start, is_static: bool):
+        """is_static: over as many tiles as there may be. A GPU need not tell the host how many
+        there are.
+        """
+        return lax.fori_loop(0, len(self.rows) if is_static else self.n, body, start)
+
+
+def _by_tiles(x, weight, sizes, *, tile: int, is_static: bool = False):
+    """A tile may reach into the next expert's rows: that expert's own tiles, which come later,
+    overwrite them.
+    """
+    tiles = Tiles.of(sizes, len(x), tile)
+    padded_x = jnp.pad(x, ((0, tile), (0, 0)))
 
     def multiply(i, out):
-        rows = lax.dynamic_slice_in_dim(x, row[i], tile)
-        result = product(rows, lax.dynamic_index_in_dim(weight, expert[i], keepdims=False))
-        return lax.dynamic_update_slice_in_dim(out, result, row[i], 0)
+        rows = lax.dynamic_slice_in_dim(padded_x, tiles.rows[i], tile)
+        own = lax.dynamic_index_in_dim(weight, tiles.experts[i], keepdims=False)
+        return lax.dynamic_update_slice_in_dim(out, product(rows, own), tiles.rows[i], 0)
 
-    out = jnp.zeros((n_rows + tile, weight.shape[1]), jnp.float32)
-    return lax.fori_loop(0, len(index) if is_static else last_tile[-1], multiply, out)[:n_rows]
+    out = jnp.zeros((len(x) + tile, weight.shape[1]), jnp.float32)
+    return tiles.loop(multiply, out, is_static)[: len(x)]
+
+
+def _tiles_backward(x, weight, sizes, d_y, *, tile: int, is_static: bool = False):
+    """Gradients of x and of the weights."""
+    tiles = Tiles.of(sizes, len(x), tile)
+    x, d_y = (jnp.pad(rows, ((0, tile), (0, 0))) for rows in (x, d_y))
+
+    def multiply(i, gradients):
+        d_x, d_weight = gradients
+        expert, is_own = tiles.experts[i], lax.iota(jnp.int32, tile) < tiles.n_rows[i]
+        rows, d_rows = (lax.dynamic_slice_in_dim(a, tiles.rows[i], tile) for a in (x, d_y))
+        d_rows = jnp.where(is_own[:, None], d_rows, 0)
+        own = lax.dynamic_index_in_dim(weight, expert, keepdims=False)
+        made = jnp.einsum("to,oi->ti", d_rows, own, preferred_element_type=jnp.float32)
+        d_x = lax.dynamic_update_slice_in_dim(d_x, made, tiles.rows[i], 0)
+        made = jnp.einsum("to,ti->oi", d_rows, rows, preferred_element_type=jnp.float32)
+        return d_x, d_weight.at[expert].add(made)
+
+    start = jnp.zeros(x.shape, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    d_x, d_weight = tiles.loop(multiply, start, is_static)
+    return d_x[:-tile], d_weight
