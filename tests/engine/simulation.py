@@ -2,15 +2,16 @@
 
 A KV cell holds a hash of the cell before it (read through the block table), its token and its
 position. The next token is a hash of all cells of the sequence and of its line of sampling
-parameters; a hidden state is made of its cell. So a wrong slot, a stale block, a shared block that
-is written, a wrong chunk or the wrong seed change tokens; `oracle` says in a plain loop what they
-must be.
+parameters; a hidden state is made of its cell, a score of it and of the token that follows. So a
+wrong slot, a stale block, a shared block that is written, a wrong chunk or the wrong seed change
+tokens; `oracle` says in a plain loop what they must be.
 """
 
+import dataclasses
 import itertools
 import math
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -23,6 +24,7 @@ from fastgen_jax.engine.constraint import mask_width
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.requests import sample_seeds
 from fastgen_jax.engine.runner import make_shapes
+from fastgen_jax.engine.scoring import Scores
 from fastgen_jax.engine.step import StepResult
 from fastgen_jax.engine.types import Output, Request, Sequence
 from fastgen_jax.errors import QueueFull
@@ -54,6 +56,11 @@ def cell(before: int, token: int, position: int) -> int:
 def hidden_state(cell: int) -> list[int]:
     """Whole numbers, whose sums are exact in float32."""
     return [cell % 1024, cell // 1024 % 1024]
+
+
+def score(cell: int, follower: int) -> float:
+    """How likely a token is after a cell."""
+    return -float(mix(cell, follower) % 4096)
 
 
 class Draw(NamedTuple):
@@ -88,6 +95,8 @@ class Ending(NamedTuple):
     logprobs: list[float]
     reason: str
     embedding: np.ndarray | None = None
+    states: np.ndarray | None = None
+    scores: list[float] | None = None
 
 
 def forbidden(params: SamplingParams, bad_words: BadWords, output: list[int]) -> set[int]:
@@ -130,17 +139,31 @@ def oracle(
             return Ending(tokens[len(prompt) :], logprobs, "length")
 
 
-def embedded(prompt: list[int], seed: int, window: int | None, pooling: Pooling) -> Ending:
-    """As `oracle`, of a prompt that is embedded."""
-    params = Request.to_embed(prompt, pooling).params
+def cells_of(prompt: list[int]) -> list[int]:
+    tokens = enumerate(prompt)
+    return list(itertools.accumulate(tokens, lambda c, t: cell(c, t[1], t[0]), initial=0))[1:]
+
+
+def silent(request: Request, seed: int, window: int | None) -> Ending:
+    """As `oracle`, of one who wants no token."""
+    prompt = request.prompt_token_ids
+    params = request.params.clone(max_tokens=1, allowed_token_ids=None)
     if oracle(prompt, params, seed, len(prompt) + 1, window, ()).reason == "error":
         return Ending([], [], "error")
-    cells = list(
-        itertools.accumulate(enumerate(prompt), lambda c, t: cell(c, t[1], t[0]), initial=0)
-    )
-    hidden = np.array([hidden_state(c) for c in cells[1:]], np.float32)
-    embedding = hidden[-1] if pooling == "last" else hidden.sum(0) / np.float32(len(prompt))
+    hidden = np.array([hidden_state(c) for c in cells_of(prompt)], np.float32)
+    if request.states_at is not None:
+        return Ending([], [], "stop", states=hidden[None, request.states_at])
+    if request.pooling is None:
+        return Ending([], [], "length")
+    is_last = request.pooling == "last"
+    embedding = hidden[-1] if is_last else hidden.sum(0) / np.float32(len(prompt))
     return Ending([], [], "stop", embedding)
+
+
+def scores(request: Request) -> list[float]:
+    """Of the prompt's tokens, from `scored_from` on."""
+    prompt, first = request.prompt_token_ids, request.scored_from or 1
+    return list(map(score, cells_of(prompt)[first - 1 :], prompt[first:]))
 
 
 class Launched(NamedTuple):
@@ -152,10 +175,13 @@ class Launched(NamedTuple):
     masks: np.ndarray | None = None
 
 
+PHASES = ("dispatch", "draw", "fetch", "pool", "score", "states")
+
+
 class FakeRunner:
     """The device of integers. It runs a step when its result is fetched: no earlier, in order.
 
-    `fail_next` ("dispatch", "draw", "fetch" or "pool") makes the next such call raise, once;
+    `fail_next` (one of PHASES) makes the next such call raise, once;
     `failed` is its batch.
     `poison_next` makes one row of the next step that samples non-finite, once, and its newest cell
     too; `poisoned` is its sequence.
@@ -184,7 +210,9 @@ class FakeRunner:
         self.poison_next = False
         self.poisoned: Sequence | None = None
         self.row_tables: tuple[np.ndarray, ...] = ()
-        self.pooled = np.zeros((0, 2), np.float32)  # of the step that was fetched last
+        self.pooled = np.zeros((0, 2), np.float32)  # these are of the step that was fetched last
+        self.states = np.zeros((0, 1, 2), np.float32)
+        self.scores = Scores(*np.zeros((3, 0), np.float32))
         self.reset()
 
     def compile(self, tables, on_done) -> None:
@@ -235,11 +263,22 @@ class FakeRunner:
 
     def fetch_pooled(self, launched: Launched) -> np.ndarray:
         assert launched.batch.is_pooled, "hidden states that nobody wants are fetched"
+        return self._after_its_run("pool", launched, self.pooled)
+
+    def fetch_scores(self, launched: Launched) -> Scores:
+        assert launched.batch.scored, "scores that nobody wants are fetched"
+        return self._after_its_run("score", launched, self.scores)
+
+    def fetch_states(self, launched: Launched) -> np.ndarray:
+        assert launched.batch.has_states, "hidden states that nobody wants are fetched"
+        return self._after_its_run("states", launched, self.states)
+
+    def _after_its_run(self, phase: str, launched: Launched, found: Any) -> Any:
         assert self.log[-1] == ("fetch", launched.number), "it has not run yet"
-        if self._fails("pool", launched.batch):
+        if self._fails(phase, launched.batch):
             self.poisoned = None  # nobody hears of it
             raise RuntimeError("the step failed")
-        return self.pooled
+        return found
 
     def _fails(self, phase: str, batch: Batch) -> bool:
         if self.fail_next != phase:
@@ -254,7 +293,7 @@ class FakeRunner:
     def _check_layout(self, batch: Batch) -> None:
         """What every attention kernel is promised."""
         part = unpack(batch.packed, batch.shape)
-        n_seqs, n_single, n_samples = part["counts"]
+        n_seqs, n_single, n_samples = part["counts"][:3]
         lengths = np.diff(part["cu_q_lens"])[:n_seqs]
         total = part["cu_q_lens"][n_seqs]
         assert 0 < total <= batch.shape.n_tokens, total
@@ -271,6 +310,7 @@ class FakeRunner:
         part = unpack(step.batch.packed, step.batch.shape)
         last: dict[int, list[int]] = {}  # a sequence's last token in the batch -> all its cells
         self.pooled = np.zeros((step.batch.shape.n_seqs, 2), np.float32)
+        self.states = np.zeros((step.batch.shape.n_tokens, 1, 2), np.float32)
         for i in range(part["counts"][0]):
             start, end = part["cu_q_lens"][i : i + 2].tolist()
             p = np.arange(part["seq_lens"][i])
@@ -280,6 +320,7 @@ class FakeRunner:
             assert slots[-len(new) :] == new, "slots and block table differ"
             for t, slot in zip(range(start, end), new, strict=True):
                 self._write(part, t, slot, slots)
+                self.states[t, 0] = hidden_state(self.cells[slot])
             for slot in new[part["pooled_from"][i] - start :]:
                 self.pooled[i] += hidden_state(self.cells[slot])
             if self.poison_next and end - 1 in part["sample_tokens"][: len(step.batch.sampled)]:
@@ -287,6 +328,7 @@ class FakeRunner:
                 self.poison_next, self.poisoned = False, step.batch.sampled[i]
                 self.cells[slots[-1]] = POISON
             last[end - 1] = [self.cells[slot] for slot in slots]
+        self.scores = self._score(part)
         return self._sample(part, last, step)
 
     def _write(self, part, t: int, slot: int, slots: list[int]) -> None:
@@ -297,6 +339,16 @@ class FakeRunner:
             token = int(self.token_ids[row, position])
         self.token_ids[row, position] = token
         self.cells[slot] = cell(self.cells[slots[position - 1]] if position else 0, token, position)
+
+    def _score(self, part) -> Scores:
+        n_scored, n_tops = part["counts"][3:]
+        slots = part["slots"][part["scored_tokens"][:n_scored]].tolist()
+        followers = part["scored_ids"][:n_scored].tolist()
+        own = np.array([score(self.cells[s], f) for s, f in zip(slots, followers, strict=True)])
+        ranks = np.arange(MAX_LOGPROBS)
+        top_ids = np.broadcast_to(ranks, (n_scored, MAX_LOGPROBS))
+        is_made = ranks < n_tops
+        return Scores(own, top_ids, np.where(is_made, own[:, None] - ranks, np.nan))
 
     def _sample(self, part, last: dict[int, list[int]], step: Launched) -> StepResult:
         bias_ids, bias, banned_ids = step.row_tables
@@ -326,7 +378,8 @@ class FakeRunner:
 def fake_engine(*, window: int | None = None, **changes) -> Engine:
     """An Engine on a FakeRunner, small unless told otherwise."""
     sizes = {"max_model_len": 24, "block_size": 2, "num_kv_blocks": 9, "max_num_batched_tokens": 8}
-    sizes |= {"max_num_seqs": 4, "max_queued_requests": 1000} | changes
+    sizes |= {"max_num_seqs": 4, "max_queued_requests": 1000, "return_hidden_states": (1,)}
+    sizes |= changes
     config = startup.ResolvedConfig(
         model="fake", dtype="float32", memory_fraction=0.5, seed=ENGINE_SEED, **sizes
     )
@@ -380,13 +433,18 @@ class Simulation:
         salt: bytes = b"",
         bad_words: BadWords = (),
         priority: int = 0,
+        scored_from: int | None = None,
     ) -> None:
-        self._submit(Request(prompt, params, salt, bad_words=bad_words, priority=priority))
+        request = Request(prompt, params, salt, bad_words=bad_words, priority=priority)
+        self._submit(dataclasses.replace(request, scored_from=scored_from))
 
     def embed(
         self, prompt: list[int], pooling: Pooling, salt: bytes = b"", priority: int = 0
     ) -> None:
         self._submit(Request.to_embed(prompt, pooling, salt, priority))
+
+    def read(self, prompt: list[int], positions: tuple[int, ...]) -> None:
+        self._submit(Request.to_read(prompt, positions))
 
     def _submit(self, request: Request) -> None:
         n_open = self.engine._admission.n_open
@@ -399,10 +457,12 @@ class Simulation:
         bound = self.engine.max_total_tokens
         total = bound if params.max_tokens is None else len(prompt) + params.max_tokens
         for index, seed in enumerate(sample_seeds(ENGINE_SEED, request_id, params)):
-            if request.pooling is None:
-                expected = oracle(prompt, params, seed, total, window, request.bad_words)
+            if request.is_silent:
+                expected = silent(request, seed, window)
             else:
-                expected = embedded(prompt, seed, window, request.pooling)
+                expected = oracle(prompt, params, seed, total, window, request.bad_words)
+            if index == 0 and params.prompt_logprobs is not None:
+                expected = expected._replace(scores=scores(request))
             self.samples[request_id, index] = Sample(expected)
             self.bound += 4 * total + 8
         self.check()
@@ -483,6 +543,7 @@ class Simulation:
         sample = self.samples[output.request_id, output.index]
         expected = sample.expected
         assert sample.end is None, f"event after the end: {output}"
+        self._check_scores(output, sample)
         if output.token_id is not None:
             assert sample.n_tokens < len(expected.tokens), f"too many tokens: {output}"
             assert output.token_id == expected.tokens[sample.n_tokens], (output, sample.n_tokens)
@@ -496,14 +557,26 @@ class Simulation:
         if output.finish_reason in ("stop", "length"):
             assert is_complete, output
             assert output.finish_reason == expected.reason
-            assert (output.token_id is None) == (expected.embedding is not None)
+            assert (output.token_id is None) == (not expected.tokens)
             assert np.array_equal(output.embedding, expected.embedding)
+            assert np.array_equal(output.hidden_states, expected.states)
         elif output.finish_reason == "abort":
             assert sample.is_cancelled, output
         elif output.finish_reason == "error":
             assert output.error, output
             is_its_own = is_complete and expected.reason == "error"
             assert is_its_own or self._is_struck(output), output
+
+    def _check_scores(self, output: Output, sample: Sample) -> None:
+        """They come with the first event, unless the sample fails or is cancelled then."""
+        found, is_first = output.prompt_logprobs, sample.n_tokens == 0
+        if not is_first or output.finish_reason in ("abort", "error"):
+            assert found is None, "scores come late"
+        elif sample.expected.scores is None:
+            assert found is None, "scores that nobody wants"
+        else:
+            assert [position.logprob for position in found] == sample.expected.scores, output
+            assert all(p == each.logprob - i for each in found for i, p in each.top)
 
     def _is_struck(self, output: Output) -> bool:
         """Whether a fault that this simulation caused has hit this sample."""

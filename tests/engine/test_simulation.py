@@ -19,10 +19,12 @@ from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.pooling import Pooled
 from fastgen_jax.engine.prefix import SequenceBlocks
 from fastgen_jax.engine.scheduler import _Draft
+from fastgen_jax.engine.scoring import Scoring
+from fastgen_jax.engine.states import States
 from fastgen_jax.engine.types import STEP_SIZES, Request
 from fastgen_jax.errors import InvalidRequest, QueueFull
 from fastgen_jax.sampling_params import POOLINGS, SamplingParams
-from tests.engine.simulation import SALT, FakeRunner, Simulation, fake_engine
+from tests.engine.simulation import PHASES, SALT, FakeRunner, Simulation, fake_engine
 from tests.tiny import run, tokens
 
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=14)
@@ -30,6 +32,7 @@ PARAMS = st.builds(
     SamplingParams,
     n=st.sampled_from([1, 1, 1, 2, 3]),
     max_tokens=st.integers(1, 10),
+    prompt_logprobs=st.sampled_from([None, None, 0, 3]),
     temperature=st.sampled_from([0.0, 1.0]),
     seed=st.sampled_from([None, 7]),
     ignore_eos=st.booleans(),
@@ -75,6 +78,17 @@ class EngineMachine(RuleBasedStateMachine):
     def embed(self, prompt, pooling, salt, priority):
         self.simulation.embed(prompt, pooling, salt, priority)
 
+    @rule(prompt=PROMPTS, n_top=st.integers(0, 3), data=st.data())
+    def score(self, prompt, n_top, data):
+        params = SamplingParams(max_tokens=0, prompt_logprobs=n_top)
+        first = data.draw(st.sampled_from([None, *range(1, len(prompt) + 1)]))
+        self.simulation.submit(prompt, params, scored_from=first)
+
+    @rule(prompt=PROMPTS, data=st.data())
+    def read(self, prompt, data):
+        positions = st.lists(st.integers(0, len(prompt) - 1), min_size=1, max_size=4)
+        self.simulation.read(prompt, tuple(data.draw(positions)))
+
     @rule(data=st.data())
     def cancel(self, data):
         n_requests = 1 + max((key[0] for key in self.simulation.samples), default=0)
@@ -91,7 +105,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.simulation.step()
 
     @precondition(lambda self: self.simulation.may_fail)
-    @rule(phase=st.sampled_from(["dispatch", "draw", "fetch", "pool"]))
+    @rule(phase=st.sampled_from(PHASES))
     def fail_next(self, phase):
         self.simulation.fail_next(phase)
 
@@ -129,6 +143,7 @@ def random_params(rng: random.Random) -> SamplingParams:
         ignore_eos=rng.random() < 0.3,
         stop_token_ids=rng.choice([(), (1,)]),
         logprobs=rng.choice([None, 0, 3]),
+        prompt_logprobs=rng.choice([None, None, None, 0, 3]),
         repetition_penalty=rng.choice([1.0, 1.0, 1.0, 1.5]),
         logit_bias=rng.choice([None, None, {1: 2.0}, {0: -1.5, 3: 4.0}]),
     )
@@ -144,8 +159,14 @@ def simulate(seed: int, n_acts: int = 150, n_faults: float = 0.02, **sizes) -> S
             prompt = [rng.randint(0, 1) for _ in range(rng.randint(1, 12))]
             salt = rng.choice([b"", b"", SALT])
             priority = rng.choice([0, 0, 0, -1, 3])
-            if rng.random() < 0.3:
+            kind = rng.random()
+            if kind < 0.2:
                 simulation.embed(prompt, rng.choice(POOLINGS), salt, priority)
+            elif kind < 0.4:
+                params = SamplingParams(max_tokens=0, prompt_logprobs=rng.choice([0, 2]))
+                simulation.submit(prompt, params, salt, priority=priority)
+            elif kind < 0.5:
+                simulation.read(prompt, (rng.randrange(len(prompt)), len(prompt) - 1))
             else:
                 simulation.submit(prompt, random_params(rng), salt, priority=priority)
         elif act < 0.4 and simulation.samples:
@@ -154,7 +175,7 @@ def simulate(seed: int, n_acts: int = 150, n_faults: float = 0.02, **sizes) -> S
         else:
             is_trial = bool(simulation.engine._trials._until)
             if rng.random() < (0.2 if is_trial else n_faults):
-                simulation.fail_next(rng.choice(["dispatch", "fetch", "pool"]))
+                simulation.fail_next(rng.choice(["dispatch", "fetch", "pool", "score", "states"]))
             simulation.runner.poison_next |= rng.random() < n_faults
             simulation.step()
     simulation.drain()
@@ -175,6 +196,10 @@ def test_simulation_meets_every_event():
     assert ends == {"stop", "length", "abort", "error", "quiet"}
     embedded = [s for run in runs for s in run.samples.values() if s.expected.embedding is not None]
     assert {s.end for s in embedded} >= {"stop", "abort", "error"}
+    scored = [s for run in runs for s in run.samples.values() if s.expected.scores]
+    assert {s.end for s in scored} >= {"stop", "length", "abort", "error"}
+    read = [s for run in runs for s in run.samples.values() if s.expected.states is not None]
+    assert {s.end for s in read} >= {"stop", "abort"}
 
 
 def start(prompts, *, max_tokens=8, n=1, **sizes) -> Simulation:
@@ -708,6 +733,24 @@ def guilty_are_tried_for_ever(original, trials, sequences):
 @bug(Pooled, "add")
 def recomputed_chunks_count_twice(original, pooled, chunk_sum, start):
     original(pooled, chunk_sum, start or pooled._sum is not None)
+
+
+@bug(Scoring, "due")
+def recomputed_positions_are_scored_again(original, scoring, start, n_new):
+    return range(start + 1, original(scoring, start, n_new).stop)
+
+
+@bug(requests, "scoring")
+def scores_begin_behind_what_was_cached(original, request):
+    scoring = original(request)
+    if scoring is not None:
+        scoring.__class__ = type("Scoring", (Scoring,), {"n_cacheable": np.inf})
+    return scoring
+
+
+@bug(States, "add")
+def states_lie_at_the_places_of_the_chunk(original, states, rows, start):
+    original(states, rows, 0)
 
 
 @bug(SequenceBlocks, "may_share")

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,19 +23,30 @@ def llm(folder):
     return LLM.from_engine(make_engine(folder, one_program, return_hidden_states=LAYERS))
 
 
-def expected(llm, prompt: list[int]) -> np.ndarray:
-    runner = llm.engine._runner
-    model, n_layers = runner.program.model(runner.leaves), llm.engine.model_config.n_layers
-    positions, caches = jnp.arange(len(prompt), dtype=jnp.int32), (None,) * n_layers
-    hidden, _ = model(jnp.array(prompt, jnp.int32), positions, caches, dense_attend, (0, 1, 2))
-    return np.asarray(hidden[:, :-1]).swapaxes(0, 1)
+@pytest.fixture(scope="module")
+def dense(llm):
+    """The same for each token of a prompt, densely, alone: f32[L, T, D]."""
+    runner, n_layers = llm.engine._runner, llm.engine.model_config.n_layers
+    positions, caches = jnp.arange(96, dtype=jnp.int32), (None,) * n_layers
+
+    @jax.jit
+    def hidden(leaves, ids):
+        model = runner.program.model(leaves)
+        return model(ids, positions, caches, dense_attend, (0, 1, 2))[0]
+
+    def states(prompt: list[int]) -> np.ndarray:
+        ids = np.zeros(96, np.int32)
+        ids[: len(prompt)] = prompt
+        return np.asarray(hidden(runner.leaves, ids))[: len(prompt), :-1].swapaxes(0, 1)
+
+    return states
 
 
 def prompts(draw: int, count: int) -> list[list[int]]:
     return [request.prompt_token_ids for request in random_requests(draw, count)]
 
 
-def test_states_are_those_of_the_dense_model_in_the_order_of_the_positions(llm):
+def test_states_are_those_of_the_dense_model_in_the_order_of_the_positions(llm, dense):
     given = prompts(0, 5)
     some = [[-1, 0, len(prompt) // 2, 0] for prompt in given]
     for prompt, all_, chosen, own in zip(
@@ -45,7 +57,7 @@ def test_states_are_those_of_the_dense_model_in_the_order_of_the_positions(llm):
         strict=True,
     ):
         assert all_.shape == (3, len(prompt), 32) and all_.dtype == np.float32
-        np.testing.assert_allclose(all_, expected(llm, prompt), atol=1e-4)
+        np.testing.assert_allclose(all_, dense(prompt), atol=1e-4)
         np.testing.assert_allclose(chosen, all_[:, own], atol=1e-4)
     assert_idle(llm.engine)
 
@@ -59,7 +71,7 @@ def test_the_first_state_is_the_embedding_and_the_last_is_what_is_pooled(llm):
     np.testing.assert_allclose(states[2, 0], pooled.outputs.embedding, atol=1e-4)
 
 
-def test_states_of_prompts_that_gave_way_are_the_same(folder, llm):
+def test_states_of_prompts_that_gave_way_are_the_same(folder, dense):
     small = {"num_kv_blocks": 13, "max_num_batched_tokens": 16}
     engine = make_engine(folder, one_program, **small, return_hidden_states=LAYERS)
     for request in random_requests(3, 4):
@@ -68,7 +80,7 @@ def test_states_of_prompts_that_gave_way_are_the_same(folder, llm):
     found = LLM.from_engine(engine).hidden_states(given, use_tqdm=False)
     assert engine.stats().n_preemptions > 0
     for prompt, states in zip(given, found, strict=True):
-        np.testing.assert_allclose(states, expected(llm, prompt), atol=1e-4)
+        np.testing.assert_allclose(states, dense(prompt), atol=1e-4)
 
 
 def test_cached_prefix_is_used_up_to_the_first_position(llm):
