@@ -33,6 +33,7 @@ WINGS = {
     "serve": Wing("the command line", ("fastgen_jax/serve.py",)),
     "mii": Wing("MII's names", ("fastgen_jax/mii",)),
     "demo": Wing("the built-in model, and what trained it", ("fastgen_jax/demo",)),
+    "rl": Wing("rollouts for trainers", ("fastgen_jax/rl",)),
     "llm": Wing(
         "offline generation",
         tuple(

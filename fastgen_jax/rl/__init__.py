@@ -1,0 +1,1 @@
+"""Rollouts for trainers: `fastgen_jax.rl.tunix` serves Tunix's learners."""
