@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any, Literal, Self, get_args
 
-from fastgen_jax.config import Idle, idle_problem, show
+from fastgen_jax.config import Idle, idle_problem, is_json_object, show
 from fastgen_jax.errors import InvalidRequest
 
 Pooling = Literal["last", "mean"]  # which final hidden states make an embedding
@@ -68,7 +68,7 @@ class StructuredOutputsParams:
 
 
 class RequestOutputKind(Enum):
-    """What vLLM's engine returns meanwhile; LLM, like vLLM's, returns what is finished."""
+    """What a stream yields meanwhile; LLM.generate, like vLLM's, returns what is finished."""
 
     CUMULATIVE = 0
     DELTA = 1
@@ -79,7 +79,6 @@ class RequestOutputKind(Enum):
 IDLE: dict[str, Idle] = {
     "output_kind": RequestOutputKind,
     "spaces_between_special_tokens": bool,  # fast tokenizers put none there
-    "extra_args": (None, {}),
     "skip_clone": bool,  # what cannot change need not be cloned
 }
 
@@ -93,6 +92,9 @@ class SamplingParams:
     and the one that is there; with it max_tokens may be 0, to score and not to generate. Without
     `detokenize` no text is made of them. The noise depends on (seed, position) alone, never on the
     batch; logits differ between batch sizes by rounding.
+
+    `extra_args={name: arguments}` asks for logits processors, the functions that the engine was
+    given as `logits_processors`; logprobs are those of the model's own logits.
 
     Fields may be assigned, as vLLM's users do; `clone` checks what they hold then. An engine keeps
     the params that it gets: LLM gives it clones.
@@ -156,6 +158,7 @@ class SamplingParams:
         _logprobs("logprobs", self.logprobs)
         _logprobs("prompt_logprobs", self.prompt_logprobs)
         self._check_bias()
+        self._check_extra_args()
         if isinstance(self.structured_outputs, dict):
             self.structured_outputs = _structure(self.structured_outputs)
         if self.max_tokens == 0 and (self.n > 1 or self.structured_outputs is not None):
@@ -195,6 +198,15 @@ class SamplingParams:
                 "stop strings are looked for in the text, which detokenize=False leaves out; use "
                 "stop_token_ids",
                 param="stop",
+            )
+
+    def _check_extra_args(self):
+        given = {} if self.extra_args is None else self.extra_args
+        if not is_json_object(given) or not all(is_json_object(v) for v in given.values()):
+            raise InvalidRequest(
+                "extra_args must be a mapping of logits processors to a mapping of their "
+                f"arguments, such as {{'name': {{}}}}, got {show(given)}",
+                param="extra_args",
             )
 
     def _check_bias(self):

@@ -39,7 +39,6 @@ LOADING: dict[str, Idle] = {
     "allowed_local_media_path": ("",),
     "allowed_media_domains": NOTHING,
     "pooler_config": (None,),
-    "logits_processors": NOTHING,
     "speculative_config": (None,),
     # memory
     "gpu_memory_utilization": (0.9,),

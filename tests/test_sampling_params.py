@@ -195,7 +195,6 @@ def test_stop_strings_need_the_text():
     {
         "output_kind": list(RequestOutputKind),
         "spaces_between_special_tokens": [True, False],
-        "extra_args": [None, {}],
         "skip_clone": [True, False],
     }.items(),
 )
@@ -208,7 +207,6 @@ def test_values_of_vllm_that_change_nothing_are_taken(name, values):
     [
         ("output_kind", "delta", "'delta' is not supported; it may be any RequestOutputKind"),
         ("spaces_between_special_tokens", None, "it may be any bool"),
-        ("extra_args", {"x": 1}, "extra_args={'x': 1} is not supported; it may be None or {}"),
         ("skip_clone", "yes", "skip_clone='yes' is not supported; it may be any bool"),
     ],
     ids=label,
@@ -218,3 +216,11 @@ def test_other_values_of_what_changes_nothing_are_refused(name, value, message):
         SamplingParams(**{name: value})
     assert caught.value.param == name
     assert name in IDLE
+
+
+@pytest.mark.parametrize("value", [{"x": 1}, {"x": None}, "x", [], {1: {}}, {"x": {1: 2}}])
+def test_extra_args_are_arguments_by_processor(value):
+    SamplingParams(extra_args={"x": {"y": 1}})
+    message = "extra_args must be a mapping of logits processors to a mapping of their arguments"
+    with pytest.raises(InvalidRequest, match=message):
+        SamplingParams(extra_args=value)

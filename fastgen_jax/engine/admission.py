@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastgen_jax.config import is_integer
+from fastgen_jax.engine.processors import Processor, check_arguments
 from fastgen_jax.engine.scheduler import servable_tokens
 from fastgen_jax.engine.types import PRIORITIES, Request
 from fastgen_jax.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
@@ -34,12 +35,14 @@ class Admission:
         block_size: int,
         vocab_size: int,
         has_layers: bool = False,
+        processors: tuple[Processor, ...] = (),
     ):
         self.max_total_tokens = servable_tokens(max_model_len, n_blocks, block_size)
         self._max_model_len = max_model_len
         self._n_blocks = n_blocks
         self._vocab_size = vocab_size
         self._has_layers = has_layers
+        self._processors = processors
         self._max_requests = max_requests
         self._max_queued_tokens = max(
             QUEUED_POOLS * n_blocks * block_size, QUEUED_CONTEXTS * self.max_total_tokens
@@ -75,6 +78,7 @@ class Admission:
             raise ContextLengthExceeded(self._too_long(len(prompt), wanted), param="prompt")
         self._check_samples(p.n)
         check_priority(request.priority)
+        check_arguments(p, self._processors)
         check_ids("prompt", prompt, self._vocab_size)
         check_ids("stop_token_ids", p.stop_token_ids, self._vocab_size)
         check_ids("logit_bias", p.logit_bias or (), self._vocab_size)

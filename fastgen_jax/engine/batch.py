@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastgen_jax.engine.processors import ArgumentTables, Processor
 from fastgen_jax.engine.types import Chunk, Sequence
 from fastgen_jax.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from pallas_kernels import PlanSizes
@@ -30,7 +31,7 @@ FLOAT_PARAMS = (
     "presence_penalty",
     "frequency_penalty",
 )
-INT_PARAMS = ("top_k", "seed", "n_logprobs", "n_prompt", "min_total", "has_bias")
+INT_PARAMS = ("top_k", "seed", "n_logprobs", "n_prompt", "min_total", "has_bias", "processors")
 N_PARAMS = len(FLOAT_PARAMS) + len(INT_PARAMS)
 # The line of a row that is not there: greedy, nothing filtered, so that it makes no work.
 NO_PARAMS = np.zeros(N_PARAMS, np.int32)
@@ -167,11 +168,17 @@ class HostTables:
     sequence's.
 
     token_ids "R M" holds prompts and recomputed tokens, UNKNOWN where only the device knows the
-    value. `bias_ids`, `bias`, `banned_ids` reach the device only when `is_dirty`: few requests
-    bring any.
+    value. `bias_ids`, `bias`, `banned_ids` and `arguments` reach the device only when `is_dirty`:
+    few requests bring any.
     """
 
-    def __init__(self, n_rows: int, max_tokens: int, n_blocks: int):
+    def __init__(
+        self,
+        n_rows: int,
+        max_tokens: int,
+        n_blocks: int,
+        processors: tuple[Processor, ...] = (),
+    ):
         self.n_rows = n_rows
         self.free_rows = list(range(n_rows - 1, -1, -1))
         self.token_ids = np.full((n_rows, max_tokens), UNKNOWN, np.int32)
@@ -180,6 +187,7 @@ class HostTables:
         self.bias_ids = np.full((n_rows, MAX_LOGIT_BIAS), UNKNOWN, np.int32)
         self.bias = np.zeros((n_rows, MAX_LOGIT_BIAS), np.float32)
         self.banned_ids = np.full((n_rows, MAX_BANNED), UNKNOWN, np.int32)
+        self.arguments = ArgumentTables(processors, n_rows)
         self.is_dirty = True
 
     def enter(self, sequence: Sequence) -> None:
@@ -214,6 +222,7 @@ class HostTables:
         line[: len(FLOAT_PARAMS)] = np.array(
             [getattr(p, name) for name in FLOAT_PARAMS], np.float32
         ).view(np.int32)
+        processors = self.arguments.enter(row, p)
         line[len(FLOAT_PARAMS) :] = (
             max(p.top_k, 0),
             np.uint32(sequence.seed).view(np.int32),
@@ -221,7 +230,9 @@ class HostTables:
             sequence.n_prompt,
             sequence.n_prompt + p.min_tokens,
             bool(p.logit_bias),
+            processors,
         )
+        self.is_dirty |= processors != 0
         if p.logit_bias:
             self.bias_ids[row] = UNKNOWN
             self.bias_ids[row, : len(p.logit_bias)] = list(p.logit_bias)

@@ -1,6 +1,6 @@
 """EngineConfig: what a user may choose of an engine; `startup.resolve` decides the rest."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,13 @@ class EngineConfig:
         "leaves, -1 the last, after the final norm",
         LIBRARY,
     )
+    logits_processors: Mapping[str, Callable[..., Any]] | None = option(
+        None,
+        "functions by name that change logits inside the step, for requests whose extra_args name "
+        "them; see engine/processors.py",
+        LIBRARY,
+        hash=False,
+    )
 
     def __post_init__(self):
         layers = self.return_hidden_states
@@ -107,6 +114,14 @@ class EngineConfig:
                 f"return_hidden_states must be a tuple of layers' numbers, got {show(layers)}"
             )
         object.__setattr__(self, "return_hidden_states", tuple(layers))
+        processors = self.logits_processors
+        if processors is not None and not (
+            isinstance(processors, Mapping)
+            and all(isinstance(k, str) and callable(v) for k, v in processors.items())
+        ):
+            raise ConfigError(
+                f"logits_processors must be a mapping of names to functions, got {show(processors)}"
+            )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.load_format not in LOAD_FORMATS:

@@ -53,6 +53,7 @@ log = logging.getLogger("fastgen_jax.engine")
 CLOSED = "the engine is closed; make a new one"
 PATIENCE = 0.05  # seconds between looks at who steps, and that a step of a sleeping engine takes
 NOT_FINITE = "the model produced non-finite logits"
+NOTHING_LEFT = "logits processors and what else constrains the output left no token, or NaN or inf"
 NOTHING_ALLOWED = "no token is allowed by all of what constrains the output"
 
 
@@ -117,6 +118,7 @@ class Engine:
             block_size=c.block_size,
             vocab_size=self.model_config.vocab_size,
             has_layers=bool(c.return_hidden_states),
+            processors=c.processors,
         )
         self._live: dict[int, Sequence] = {}  # by id, in their turn once they are planned
         self._has_newcomers = False  # among them, who have no place yet
@@ -552,7 +554,8 @@ class Engine:
                 self._end_prompt(sequence, outputs)
                 continue
             if not is_possible[i]:
-                self._end_with(sequence, "error", NOTHING_ALLOWED, outputs)
+                problem = NOTHING_LEFT if sequence.params.extra_args else NOTHING_ALLOWED
+                self._end_with(sequence, "error", problem, outputs)
                 continue
             self._extend(sequence, tokens[i], read_logprobs(result, i, sequence.params), outputs)
         self._trials.acquit(step.batch)

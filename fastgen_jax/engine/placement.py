@@ -36,7 +36,7 @@ class Placement:
     def lose(self, sequences: Iterable[Sequence]) -> None:
         """Starts anew: the device has lost its cache, and with it all that these sequences had."""
         c = self._config
-        self.tables = HostTables(c.max_num_seqs, c.max_model_len, c.table_width)
+        self.tables = HostTables(c.max_num_seqs, c.max_model_len, c.table_width, c.processors)
         self.blocks = SequenceBlocks(
             c.num_kv_blocks, c.block_size, is_sharing=c.enable_prefix_caching, window=self._window
         )

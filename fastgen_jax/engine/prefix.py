@@ -27,11 +27,12 @@ class SequenceBlocks:
         self.window = window
 
     def may_share(self, sequence: Sequence) -> bool:
-        """Penalties need every token of the prompt on the device, and a mean every hidden state:
-        such requests compute it all.
+        """Penalties and logits processors need every token of the prompt on the device, and a mean
+        every hidden state: such requests compute it all.
         """
         p, pooled = sequence.params, sequence.pooled
         has_penalty = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+        has_penalty = has_penalty or p.extra_args
         needs_all = has_penalty or (pooled is not None and pooled.needs_all)
         return self.is_sharing and not needs_all
 

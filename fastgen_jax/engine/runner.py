@@ -33,6 +33,7 @@ from fastgen_jax.engine.batch import (
     packed_size,
 )
 from fastgen_jax.engine.constraint import mask_width
+from fastgen_jax.engine.processors import Processor
 from fastgen_jax.engine.scoring import Scores
 from fastgen_jax.engine.step import (
     DeviceState,
@@ -85,6 +86,7 @@ class Runner:
         shapes: what to compile; every batch must have one of them.
         layers: whose hidden states every step leaves, to be fetched where they are wanted.
         sample_tile, row_tile: see Program.
+        processors: compiled into each of them.
     """
 
     def __init__(
@@ -104,10 +106,13 @@ class Runner:
         sample_tile: int,
         row_tile: int | None = None,
         layers: tuple[int, ...] = (),
+        processors: tuple[Processor, ...] = (),
     ):
         leaves, treedef = jax.tree.flatten(model)
         self.leaves = tuple(leaves)
-        self.program = Program(treedef, attention_backend, mesh, sample_tile, row_tile, layers)
+        self.program = Program(
+            treedef, attention_backend, mesh, sample_tile, row_tile, layers, processors
+        )
         self.mesh = mesh
         self.shapes = shapes
         self._steps: dict[Shape | MaskedShape, Callable] = {}
@@ -128,7 +133,7 @@ class Runner:
         self._empty_cache = zeros(shape, dtype, cache_sharding(mesh))
         self._no_tokens = zeros(self._state_shape, jnp.int32, replicated(mesh))
         self.state = self._fresh_state()
-        self._row_tables: tuple[Array, ...] = ()
+        self._row_tables: tuple[Any, ...] = ()
 
     def reset(self) -> None:
         """Forgets the cache and all known tokens, as after a step that failed."""
@@ -167,7 +172,7 @@ class Runner:
 
     def temporary_bytes(self, shape: Shape) -> int:
         """Device memory that a step of this shape needs beside its arguments and results."""
-        tables = HostTables(self._state_shape[0] - 1, 1, 1)
+        tables = HostTables(self._state_shape[0] - 1, 1, 1, self.program.processors)
         self._upload_tables(tables)
         analysis = self.lower(shape).compile().memory_analysis()
         assert analysis is not None
@@ -240,8 +245,9 @@ class Runner:
 
     def _upload_tables(self, tables: HostTables) -> None:
         # Copies: on CPU device_put may alias host memory, and the host goes on writing there.
-        arrays = (tables.bias_ids.copy(), tables.bias.copy(), tables.banned_ids.copy())
-        self._row_tables = tuple(jax.device_put(a, replicated(self.mesh)) for a in arrays)
+        arrays = (tables.bias_ids, tables.bias, tables.banned_ids, tables.arguments.lines)
+        copies = jax.tree.map(np.copy, arrays)
+        self._row_tables = jax.device_put(copies, replicated(self.mesh))
         tables.is_dirty = False
 
 

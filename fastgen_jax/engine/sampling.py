@@ -1,14 +1,14 @@
 """sample(): logits to tokens, batched, on device, inside the step; every parameter is an array, one
 value per row.
 
-Order: penalties, bias and bans; the mask, if there is one; temperature; top_k; top_p and min_p of
-what top_k left; the draw.
+Order: the caller's processors; penalties, bias and bans; the mask, if there is one; temperature;
+top_k; top_p and min_p of what top_k left; the draw.
 Work that no row asks for is skipped at run time (lax.cond), so mixing parameters costs no
 recompilation. Nothing here sorts the vocabulary: thresholds are found by bisection over the bits of
 float32, which is exact.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS
+from fastgen_jax.engine.processors import Known, Processor, process
 from fastgen_jax.engine.scoring import NO_TOKEN
 from fastgen_jax.sampling_params import MAX_LOGPROBS
 
@@ -39,6 +40,7 @@ class RowParams(NamedTuple):
     n_prompt: Int[Array, "S"]
     min_total: Int[Array, "S"]  # prompt and output length below which nothing may end the sample
     has_bias: Int[Array, "S"]
+    processors: Int[Array, "S"]  # bits of those that it asks for
 
     @classmethod
     def unpack(cls, packed: Int[Array, "S F"]) -> "RowParams":
@@ -50,7 +52,8 @@ class RowParams(NamedTuple):
 
 
 class RowTables(NamedTuple):
-    """What rows have said so far, and their biased and banned token ids (-1: none); indexed by row.
+    """What rows have said so far, their biased and banned token ids (-1: none), and the arguments
+    of their logits processors; indexed by row.
 
     token_ids has one line more than there are rows: scratch, for padding.
     """
@@ -59,6 +62,7 @@ class RowTables(NamedTuple):
     bias_ids: Int[Array, "R A"]
     bias: Float[Array, "R A"]
     banned_ids: Int[Array, "R Z"]
+    arguments: Any = ()  # by processor and name, "R ..." each
 
 
 class Scored(NamedTuple):
@@ -86,6 +90,7 @@ def sample(
     rows: Int[Array, "S"],
     n_tokens: Int[Array, "S"],
     masks: Int[Array, "S W"] | None = None,
+    processors: tuple[Processor, ...] = (),
 ) -> Sampled:
     """Draws the token after the first `n_tokens` of each row, of those that its mask allows.
 
@@ -98,21 +103,37 @@ def sample(
         | (params.has_bias != 0)
         | (n_tokens < params.min_total)
     )
+    processed = logits
+    if processors:
+        known = known_of(params, tables, rows, n_tokens)
+        asked = params.processors
+        processed = process(processors, logits, asked, known, tables.arguments, rows)
     adjusted = lax.cond(
         jnp.any(wants_change),
-        lambda: adjust(logits, params, tables, rows, n_tokens),
-        lambda: logits,
+        lambda: adjust(processed, params, tables, rows, n_tokens),
+        lambda: processed,
     )
     is_possible = jnp.ones(len(logits), bool)
+    if processors:
+        is_possible = jnp.isfinite(jnp.max(adjusted, axis=-1))
     if masks is not None:
         masked = jnp.where(is_allowed(masks, logits.shape[1]), adjusted, -jnp.inf)
         adjusted = lax.optimization_barrier(masked)  # else whatever reads it unpacks the bits again
-        is_possible = jnp.max(adjusted, axis=-1) > -jnp.inf
+        is_possible &= jnp.max(adjusted, axis=-1) > -jnp.inf
     greedy = first_best(adjusted)
     is_random = params.temperature > 0.0
     drawn = lax.cond(jnp.any(is_random), lambda: draw(adjusted, params, n_tokens), lambda: greedy)
     token_ids = jnp.where(is_random, drawn, greedy)
     return Sampled(token_ids, *score(logits, token_ids, params.n_logprobs), is_possible)
+
+
+def known_of(
+    params: RowParams, tables: RowTables, rows: Int[Array, "S"], n_tokens: Int[Array, "S"]
+) -> Known:
+    """What each row's processors may know."""
+    said = tables.token_ids[rows]  # S M
+    is_said = jnp.arange(said.shape[1])[None] < n_tokens[:, None]
+    return Known(jnp.where(is_said, said, -1), params.n_prompt, n_tokens)
 
 
 def score(

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from fastgen_jax.engine.batch import Shape
 from fastgen_jax.engine.compiled import keep_compiled
 from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.processors import Processor, read_processors
 from fastgen_jax.engine.runner import Runner, make_shapes
 from fastgen_jax.engine.source import Load, source_of
 from fastgen_jax.errors import ConfigError
@@ -78,6 +79,7 @@ class ResolvedConfig(EngineConfig):
     max_num_batched_tokens: int = 0
     max_num_seqs: int = 0
     memory_fraction: float = 0.0
+    processors: tuple[Processor, ...] = field(default=(), hash=False, compare=False)
 
     @property
     def table_width(self) -> int:
@@ -155,6 +157,7 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Resol
         "max_num_seqs": max_seqs,
         "memory_fraction": config.memory_fraction or backend.memory_fraction,
         "return_hidden_states": layer_numbers(config.return_hidden_states, model.n_layers),
+        "processors": read_processors(config.logits_processors, model.vocab_size, length),
         "num_kv_blocks": config.num_kv_blocks or max_seqs * math.ceil(length / block_size) + 1,
     }
     return ResolvedConfig(**{f.name: getattr(config, f.name) for f in fields(config)} | chosen)
@@ -302,6 +305,7 @@ def make_runner(
         sample_tile=backend.row_tile if config.deterministic else backend.sample_tile,
         row_tile=backend.row_tile if config.deterministic else None,
         layers=config.return_hidden_states,
+        processors=config.processors,
     )
 
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from fastgen_jax.engine.batch import UNKNOWN, MaskedShape, Shape, unpack, work_plan
+from fastgen_jax.engine.processors import Processor
 from fastgen_jax.engine.sampling import RowParams, RowTables, Sampled, Scored, sample, score
 from fastgen_jax.engine.scoring import SCORE_SIZE
 from fastgen_jax.models.row_tiles import by_tiles
@@ -98,6 +99,7 @@ class Program:
     sample_tile: int  # rows of logits made at once
     row_tile: int | None = None  # tokens that the model sees at once; None: all of a step
     layers: tuple[int, ...] = ()  # whose hidden states every step leaves
+    processors: tuple[Processor, ...] = ()
 
     def model(self, leaves: tuple[Array, ...]) -> Any:
         return jax.tree.unflatten(self.treedef, leaves)
@@ -107,7 +109,7 @@ def step(
     leaves: tuple[Array, ...],
     state: DeviceState,
     packed: Int[Array, "..."],
-    row_tables: tuple[Array, Array, Array],
+    row_tables: tuple[Array, Array, Array, Any],
     *,
     program: Program,
     shape: Shape,
@@ -162,9 +164,8 @@ def step(
         positions[part["sample_tokens"]] + 1,
     )
     tables = RowTables(known, *row_tables)
-    known, result = draw_rows(
-        model.unembed, hidden[: shape.n_seqs], drawn, tables, n_samples, program.sample_tile
-    )
+    hiddens = hidden[: shape.n_seqs]
+    known, result = draw_rows(model.unembed, hiddens, drawn, tables, n_samples, program)
     return DeviceState(caches, known), Launched(hidden, pooled, scores, states, result)
 
 
@@ -173,7 +174,7 @@ def masked_step(
     known: Int[Array, "R+1 M"],
     hidden: Float[Array, "S D"],
     packed: Int[Array, "..."],
-    row_tables: tuple[Array, Array, Array],
+    row_tables: tuple[Array, Array, Array, Any],
     *,
     program: Program,
     shape: MaskedShape,
@@ -183,7 +184,7 @@ def masked_step(
     params = RowParams.unpack(part["params"])
     drawn = Drawn(params, part["rows"], part["n_tokens"], part["masks"])
     tables, unembed = RowTables(known, *row_tables), program.model(leaves).unembed
-    return draw_rows(unembed, hidden, drawn, tables, part["n_samples"][0], program.sample_tile)
+    return draw_rows(unembed, hidden, drawn, tables, part["n_samples"][0], program)
 
 
 def pool(
@@ -251,10 +252,10 @@ def draw_rows(
     drawn: Drawn,
     tables: RowTables,
     n_samples: Int[Array, ""],
-    tile: int,
+    program: Program,
 ) -> tuple[Int[Array, "R+1 M"], Int[Array, "S {RESULT_SIZE}"]]:
     """Samples the first rows, a tile of logits at a time, and notes their tokens as known."""
-    tile = min(tile, len(hidden))
+    tile = min(program.sample_tile, len(hidden))
 
     def draw_tile(i, result):
         start = i * tile
@@ -263,9 +264,8 @@ def draw_rows(
             return lax.dynamic_slice_in_dim(x, start, tile)
 
         rows = jax.tree.map(cut, drawn)
-        sampled = sample(
-            unembed(cut(hidden)), rows.params, tables, rows.rows, rows.n_tokens, rows.masks
-        )
+        places = rows.rows, rows.n_tokens, rows.masks
+        sampled = sample(unembed(cut(hidden)), rows.params, tables, *places, program.processors)
         return lax.dynamic_update_slice_in_dim(result, pack_result(sampled), start, 0)
 
     with jax.named_scope("sample"):

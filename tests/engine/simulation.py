@@ -117,7 +117,7 @@ def oracle(
     """The tokens of one sample, computed alone and without any cache management."""
     line = [int(np.float32(getattr(params, name)).view(np.int32)) for name in FLOAT_PARAMS]
     line += [max(params.top_k, 0), int(np.uint32(seed).view(np.int32)), params.logprobs or 0]
-    line += [len(prompt), len(prompt) + params.min_tokens, bool(params.logit_bias)]
+    line += [len(prompt), len(prompt) + params.min_tokens, bool(params.logit_bias), 0]
     ending = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
     bias = sorted((params.logit_bias or {}).items())
     tokens, cells, logprobs = list(prompt), [], []
