@@ -21,7 +21,7 @@ from fastgen_jax.cluster.config import ClusterConfig, check_shared
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError, FastGenError
 from fastgen_jax.server import logs
-from fastgen_jax.server.config import KEY_VARIABLE, ServerConfig
+from fastgen_jax.server.config import ADMIN_VARIABLE, KEY_VARIABLE, ServerConfig
 from fastgen_jax.server.flags import FlagParser, add_flags, build, markdown
 from fastgen_jax.server.listen import bind, inherited, unix_socket, url_of
 from fastgen_jax.server.loading import check_model, make_service, model_names
@@ -163,6 +163,10 @@ def parse(argv: Sequence[str]) -> tuple[EngineConfig, ServerConfig, ClusterConfi
         namespace.otlp_traces_endpoint = environments_endpoint()
     if key := os.environ.pop(KEY_VARIABLE, None):
         namespace.api_key = [*getattr(namespace, "api_key", ()), key]
+    if key := os.environ.pop(ADMIN_VARIABLE, None):
+        if hasattr(namespace, "admin_key"):
+            raise ConfigError(f"--admin-key and {ADMIN_VARIABLE} are two keys; give one")
+        namespace.admin_key = key
     engine, server, cluster = (build(config, namespace) for config in CONFIGS)
     if cluster.is_asked_for:
         check_shared(server)

@@ -26,7 +26,7 @@ from fastgen_jax.built_in import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import CheckpointError, ConfigError
 from fastgen_jax.server import loading
-from fastgen_jax.server.config import KEY_VARIABLE, ServerConfig
+from fastgen_jax.server.config import ADMIN_VARIABLE, KEY_VARIABLE, ServerConfig
 from fastgen_jax.server.listen import bind, inherited, url_of
 from fastgen_jax.server.report import curl
 from tests import tiny_tokenizers
@@ -138,6 +138,14 @@ class TestFlags:
         monkeypatch.setenv(KEY_VARIABLE, "two words")
         with pytest.raises(ConfigError, match="api_key may hold only visible ASCII"):
             serve.parse([])
+
+    def test_the_admin_key_may_come_from_the_environment_and_is_one(self, monkeypatch):
+        monkeypatch.setenv(ADMIN_VARIABLE, "k")
+        assert serve.parse([])[1].admin_key == "k"
+        assert serve.parse([])[1].admin_key is None
+        monkeypatch.setenv(ADMIN_VARIABLE, "k")
+        with pytest.raises(ConfigError, match="are two keys; give one"):
+            serve.parse(["--admin-key", "other"])
 
     def test_no_arguments_mean_the_demo_on_loopback(self):
         engine, server, _ = serve.parse([])

@@ -96,6 +96,7 @@ BORDER += ("server/tools", "server/structure", "server/speech", "server/protocol
 BORDER += ("server/stream", "server/uploads", "server/connection", "server/config")
 BORDER += ("cluster/arguments", "cluster/config", "cluster/ticket", "cluster/ingress")
 BORDER += ("server/cors", "server/embeddings", "tokenizer/history", "tokenizer/loading")
+BORDER += ("server/admin",)
 BORDER += ("sampling_params", "prompts", "engine/admission", "engine/config", "models/config")
 BORDER += ("mii/options", "mii/deployments", "mii/wire", "mii/remote", "mii/start")
 BORDER += ("models/hf_config", "checkpoints/directory", "checkpoints/tensor_files")

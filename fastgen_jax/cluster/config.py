@@ -6,7 +6,7 @@ from fastgen_jax.config import option
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.server.config import ServerConfig
 
-OF_ONE_SERVER = ("fd", "uds", "tls_cert", "grpc_port")
+OF_ONE_SERVER = ("fd", "uds", "tls_cert", "grpc_port", "admin_key", "weights_root")
 
 
 @dataclass(frozen=True, kw_only=True)

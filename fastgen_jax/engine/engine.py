@@ -79,7 +79,8 @@ class Engine:
     it, use it in a `with` statement, or drop it: each frees the device's memory and the programs.
 
     Thread-safe: check, submit, submit_all, cancel, finish, stop, close, stats, is_full, map_blocks,
-    history. One thread at a time may call step or run.
+    history, update_weights, sleep, wake_up, reset_prefix_cache. One thread at a time may call step
+    or run.
 
     Args:
         config: what to load and its limits; `self.config` is the same with nothing left None.
@@ -264,6 +265,14 @@ class Engine:
             EngineStopped: the engine is closed.
         """
         self._change(Change(self._exchange.wake_up))
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what is cached of prompts; requests that run keep their own, for themselves.
+
+        Raises:
+            EngineStopped: the engine is closed.
+        """
+        self._change(Change(lambda: None, "keep"))
 
     def _change(self, change: Change) -> None:
         """Has a change made between two steps, in this thread if no other one steps."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from fastgen_jax.server import answer, protocol, responses
+from fastgen_jax.server import admin, answer, protocol, responses
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.embeddings import EmbeddingRequest, Embeddings
 from fastgen_jax.server.errors import ApiError, internal
@@ -66,6 +66,11 @@ def create_app(service: Service, config: ServerConfig) -> Gate:
         methods=["GET", "HEAD", "DELETE"],
         include_in_schema=False,  # which would want an operation for each method
     )
+    if config.admin_key is not None:
+        changes = admin.Admin(service, config)
+        for method, paths in (("GET", admin.OF_GET), ("POST", admin.OF_POST)):
+            for path in paths:
+                app.add_api_route(path, getattr(changes, path[1:]), methods=[method])
     if config.web:
         app.add_api_route("/debug/steps", routes.steps, methods=["GET"])
         app.add_api_route(

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastgen_jax.config import option
 from fastgen_jax.dialects import DIALECTS, THINKING
@@ -17,6 +18,7 @@ METRICS_PREFIXES = {"both": ("fastgen", "vllm"), "fastgen": ("fastgen",), "vllm"
 LOG_FORMATS = ("text", "json")
 MAX_LIMIT = 10**12
 KEY_VARIABLE = "FASTGEN_API_KEY"  # of the environment: a key that no list of processes shows
+ADMIN_VARIABLE = "FASTGEN_ADMIN_KEY"  # likewise
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -67,6 +69,16 @@ class ServerConfig:
         "is one more, which no list of processes shows",
         "server",
     )
+    admin_key: str | None = option(
+        None,
+        "key of the routes that change what is served (/update_weights, /sleep, /wake_up, "
+        "/is_sleeping, /reset_prefix_cache), which there are only with it; or FASTGEN_ADMIN_KEY",
+        "server",
+    )
+    weights_root: str | None = option(
+        None, "directory below which /update_weights finds checkpoints (default: it takes none)",
+        "server",
+    )  # fmt: skip
     allowed_host: tuple[str, ...] = option(
         (),
         "further Host header accepted while listening on loopback; may be repeated",
@@ -229,10 +241,18 @@ class ServerConfig:
                 )
         if any(not name or not is_text(name) for name in self.served_model_name):
             raise ConfigError("served_model_name must be text that JSON can hold; choose another")
-        if any(not key for key in self.api_key):
-            raise ConfigError("api_key must not be empty; leave the flag out to need no key")
-        if any(not SENDABLE.fullmatch(key) for key in self.api_key):
-            raise ConfigError(
-                "api_key may hold only visible ASCII characters, since nothing else can be sent in "
-                "a header as it is; choose another key"
-            )
+        if self.admin_key is not None and self.admin_key in self.api_key:
+            raise ConfigError("admin_key is an api_key too; choose one that no client has")
+        if self.weights_root is not None and self.admin_key is None:
+            raise ConfigError("weights_root needs admin_key: who has it may change the weights")
+        if self.weights_root is not None and not Path(self.weights_root).is_dir():
+            raise ConfigError(f"weights_root {self.weights_root!r} is no directory; make it first")
+        admin_keys = () if self.admin_key is None else (self.admin_key,)
+        for name, keys in (("api_key", self.api_key), ("admin_key", admin_keys)):
+            if not all(keys):
+                raise ConfigError(f"{name} must not be empty; leave the flag out to have none")
+            if not all(map(SENDABLE.fullmatch, keys)):
+                raise ConfigError(
+                    f"{name} may hold only visible ASCII characters, since nothing else can be "
+                    "sent in a header as it is; choose another key"
+                )

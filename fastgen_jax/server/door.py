@@ -36,6 +36,7 @@ class Keys:
 
     def __init__(self, config: ServerConfig):
         self._key_digests = [_digest(key) for key in config.api_key]
+        self._admin_digests = [_digest(config.admin_key)] if config.admin_key is not None else []
         self._shares_prefixes = config.share_prefix_cache
 
     def client_of(self, authorization: str) -> Client:
@@ -46,18 +47,12 @@ class Keys:
         """
         if not self._key_digests:
             return ANYBODY
-        scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip() if scheme.lower() == "bearer" else "")
-        matches = [hmac.compare_digest(given, digest) for digest in self._key_digests]
-        if not any(matches):
-            raise ApiError(
-                401,
-                "a valid API key is needed: send 'Authorization: Bearer KEY'",
-                type="authentication_error",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
+        given = _matched(authorization, self._key_digests, "API key")
         return Client(given, b"" if self._shares_prefixes else given)
+
+    def check_admin(self, authorization: str):
+        """Raises ApiError, 401, unless `authorization` holds the admin key."""
+        _matched(authorization, self._admin_digests, "admin key")
 
 
 class Door:
@@ -65,7 +60,8 @@ class Door:
 
     def __init__(self, service: Service, config: ServerConfig):
         self.service = service
-        self.client_of = Keys(config).client_of
+        keys = Keys(config)
+        self.client_of, self.check_admin = keys.client_of, keys.check_admin
 
     def check_work(self, client: Client, *, queues: bool):
         """Asks for new work of a client, which `queues` in the engine or not.
@@ -88,6 +84,22 @@ class Door:
 def request_id_of(given: str) -> str:
     """The client's own id, if it is one that logs and answers can hold; else a new one."""
     return given if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+
+
+def _matched(authorization: str, digests: list[bytes], kind: str) -> bytes:
+    """The digest of the key that `authorization` holds. Raises ApiError if it is none of these."""
+    scheme, _, key = authorization.partition(" ")
+    given = _digest(key.strip() if scheme.lower() == "bearer" else "")
+    matches = [hmac.compare_digest(given, digest) for digest in digests]
+    if not any(matches):
+        raise ApiError(
+            401,
+            f"a valid {kind} is needed: send 'Authorization: Bearer KEY'",
+            type="authentication_error",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+    return given
 
 
 def _digest(key: str) -> bytes:

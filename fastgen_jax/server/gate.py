@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastgen_jax.server import admin
 from fastgen_jax.server.config import ServerConfig
 from fastgen_jax.server.cors import Cors
 from fastgen_jax.server.door import ANYBODY, Door, request_id_of
@@ -41,6 +42,7 @@ class Gate:
         self.app = app
         self.service = service
         self.door = Door(service, config)
+        self.admin_paths = admin.PATHS if config.admin_key is not None else frozenset()
         self.open_paths = OPEN_PATHS | (PAGES.keys() if config.web else frozenset())
         self.checks_host = config.uds is None and is_loopback(config.host)
         self.allowed_hosts = frozenset(host.lower() for host in config.allowed_host)
@@ -86,7 +88,9 @@ class Gate:
             raise _unknown_host(name)
         if scope["state"]["is_preflight"]:
             return
-        if scope["path"] not in self.open_paths:
+        if scope["path"] in self.admin_paths:
+            self.door.check_admin(headers.get("authorization", ""))
+        elif scope["path"] not in self.open_paths:
             scope["state"]["client"] = self.door.client_of(headers.get("authorization", ""))
         if scope["method"] == "POST":  # before the body is read, or its route looked for
             scope["state"]["timeout"] = _timeout(headers.getlist("x-request-timeout"))

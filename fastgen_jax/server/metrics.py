@@ -70,6 +70,7 @@ HISTOGRAMS = (
     ("request_params_max_tokens", "max_tokens of a prompt, where it was given", SIZE_BUCKETS),
     ("request_params_n", "n of a prompt", N_BUCKETS),
 )
+SLEEPS = ("awake", "weights_offloaded", "discard_all")  # by level
 N_NEWEST = {"time_to_first_token_seconds": 200, "inter_token_latency_seconds": 2000}
 
 
@@ -118,6 +119,8 @@ class Metrics:
         }
         self.answers: dict[tuple[str, str], int] = {}  # by path and kind of status
         self.answer_seconds: dict[str, float] = {}  # by path
+        self.sleep_level = 0
+        self.weight_updates = dict.fromkeys(("done", "refused"), 0)
         self.cache = ""  # labels of cache_config_info, once there is an engine
         self._labels = f'engine="0",model_name="{escaped(model_name)}"'
         self.prefixes = prefixes
@@ -186,6 +189,10 @@ class Metrics:
         n_limited = {f',limit="{kind}"': n for kind, n in self.n_limited.items()}
         text = "Requests refused by a limit of their API key"
         yield self._family("counter", "rate_limited_requests_total", text, n_limited)
+        sleeps = {f',sleep_state="{s}"': int(i == self.sleep_level) for i, s in enumerate(SLEEPS)}
+        yield self._family("gauge", "engine_sleep_state", "1 for the state that it is in", sleeps)
+        updates = {f',outcome="{outcome}"': n for outcome, n in self.weight_updates.items()}
+        yield self._family("counter", "weight_updates_total", "Of /update_weights", updates)
         waiting = {',reason="capacity"': value("n_waiting"), ',reason="deferred"': 0}
         yield self._family("gauge", "num_requests_waiting_by_reason", "Why they wait", waiting)
         n_prompt = self.histograms["request_prompt_tokens"].sum

@@ -40,6 +40,7 @@ INLINE_BYTES = 2000  # a body up to this size is read on the event loop: 0.5 ms,
 LOAD_RETRY_AFTER = 5
 ENGINE_EXIT_TIMEOUT = 2.0
 N_COMPILING = 4  # requests whose form is compiled at once; those that are tried take turns
+UPDATING = "updating"  # the engine's weights
 NONFINITE_SHARE = 0.5  # of the rows sampled lately; more of them and the server is not ready
 
 UNCONSTRAINED = Constraints()
@@ -100,6 +101,7 @@ class Service:
         self.phase = Phase("starting")
         self.load_error: BaseException | None = None
         self.failure: str | None = None  # why the engine has given up
+        self.change = ""  # what is being done to the engine, which is well; see admin
         self.limits = Limits(
             config.max_requests_per_key or None,
             config.max_tokens_per_minute or None,
@@ -244,6 +246,8 @@ class Service:
 
     def _health_when_ready(self) -> tuple[bool, dict[str, Any]]:
         stats = self.stats()
+        if self.change not in ("", UPDATING):  # requests wait, for who knows how long
+            return False, {"phase": self.change}
         if self.is_stalled:
             reason = f"no step has ended for {self.config.step_timeout:g} s"
             return False, {"phase": "stalled", "reason": reason}
@@ -252,7 +256,7 @@ class Service:
                 f"{stats.nonfinite_share:.0%} of the newest tokens had logits that are not finite"
             )
             return False, {"phase": "failing", "reason": f"{share}: are the weights damaged?"}
-        return True, {"phase": "ready"}
+        return True, {"phase": self.change or "ready"}
 
     def refusal(self) -> ApiError | None:
         """Why new work is refused now; None if it is welcome."""

@@ -36,6 +36,7 @@ def test_a_mapping_reaches_the_config_that_takes_one():
     ({"waiting_tokens": 0}, "waiting_tokens must be at least 1"),
     ({"scale_down_delay": -1}, "scale_down_delay must be 0 or more"),
     ({"tls_cert": "a", "tls_key": "b"}, "--tls-cert is for a single server: replicas answer"),
+    ({"admin_key": "a"}, "--admin-key is for a single server: replicas answer"),
     ({"port": object()}, "port must be text, a number, a list or a mapping"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_with_the_reason(args, message):

@@ -18,6 +18,7 @@ from fastgen_jax.engine.blocks import BlockMap
 from fastgen_jax.engine.history import History
 from fastgen_jax.engine.types import STEP_SIZES, Output, Plan, Request, Stats, TokenLogprobs
 from fastgen_jax.errors import (
+    CheckpointError,
     ContextLengthExceeded,
     EngineStopped,
     InvalidRequest,
@@ -68,6 +69,10 @@ class FakeEngine:
     finished: list[tuple[int, int]] = field(default_factory=list)
     submitted: list[Request] = field(default_factory=list)
     says: list[list[int]] = field(default_factory=list)  # what samples say instead, each its own
+    may_change: threading.Event = field(default_factory=threading.Event)  # cleared holds changes
+    changes: list[tuple] = field(default_factory=list)
+    misfit: str = ""  # what is wrong with the next weights
+    is_sleeping: bool = False
 
     def __post_init__(self):
         self.config = SimpleNamespace(
@@ -91,6 +96,7 @@ class FakeEngine:
         self._stopping = False
         self._outbox: list[Output] = []
         self.may_step.set()
+        self.may_change.set()
 
     @property
     def is_full(self) -> bool:
@@ -142,6 +148,26 @@ class FakeEngine:
         with self._lock:
             self.finished.append((request_id, index))
             self.live.pop((request_id, index), None)
+
+    def update_weights(self, source: str, *, in_flight: str) -> None:
+        self._change("update_weights", source, in_flight)
+        if self.misfit:
+            raise CheckpointError(self.misfit)
+
+    def sleep(self, level: int) -> None:
+        self._change("sleep", level)
+        self.is_sleeping = True
+
+    def wake_up(self) -> None:
+        self._change("wake_up")
+        self.is_sleeping = False
+
+    def reset_prefix_cache(self) -> None:
+        self._change("reset_prefix_cache")
+
+    def _change(self, *change) -> None:
+        assert self.may_change.wait(20)
+        self.changes.append(change)
 
     def map_blocks(self, receive) -> None:
         receive(BlockMap(bytes(min(len(self.live), 3) for _ in range(255)), 0.0))
