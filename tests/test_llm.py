@@ -61,7 +61,7 @@ class FakeEngine:
     n_reused: int = 0
     calls: list = field(default_factory=list)
     n_submitted: int = 0
-    priorities: list = field(default_factory=list)  # in the order of submission
+    submitted: list = field(default_factory=list)
 
     def __post_init__(self):
         self.live, self.inbox = {}, []
@@ -80,7 +80,7 @@ class FakeEngine:
         if len(self.live) >= self.max_queued_requests:
             raise QueueFull("full")
         id, self.n_submitted = self.n_submitted, self.n_submitted + 1
-        self.priorities.append(request.priority)
+        self.submitted.append(request)
         self.live[id] = Script(request, {i: deque(self.answer) for i in range(request.params.n)})
         return id
 
@@ -418,7 +418,7 @@ def test_prompts_of_lower_priority_run_first(says):
     outs = llm.generate(["a", "b", "c"], GREEDY, use_tqdm=False, priority=[5, -1, 5])
     assert [int(out.request_id) for out in outs] == [1, 0, 2]
     llm.chat([{"role": "user", "content": "hi"}], GREEDY, use_tqdm=False, priority=[7])
-    assert llm.engine.priorities == [-1, 5, 5, 7]
+    assert [request.priority for request in llm.engine.submitted] == [-1, 5, 5, 7]
 
 
 @pytest.mark.parametrize(

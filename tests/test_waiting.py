@@ -73,21 +73,19 @@ def test_callers_in_threads_share_steps():
 
 
 def test_newcomers_run_beside_a_call_with_more_prompts_than_the_queue_holds():
-    order = []
-
-    def generate(name, n_prompts):
-        llm.generate([[1]] * n_prompts, GREEDY, use_tqdm=False)
-        order.append(name)
+    def generate(prompts):
+        return llm.generate(prompts, GREEDY, use_tqdm=False)
 
     with ThreadPoolExecutor(2) as pool, held_llm() as (llm, go_on):
-        calls = [pool.submit(generate, "many", 5 * llm.engine.max_queued_requests)]
+        calls = [pool.submit(generate, [[1]] * 5 * llm.engine.max_queued_requests)]
         wait_until(lambda: llm._driver._owners)
-        calls.append(pool.submit(generate, "one", 1))
+        calls.append(pool.submit(generate, [[2]]))
         wait_until(lambda: llm._driver._arrived)
         go_on.set()
         for call in calls:
             call.result(60)
-    assert order == ["one", "many"]
+    prompts = [request.prompt_token_ids for request in llm.engine.submitted]
+    assert prompts.index([2]) < 2 * llm.engine.max_queued_requests
 
 
 def test_steps_of_one_caller_are_the_same_in_every_run():
