@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class Sample:
         self._embedding: np.ndarray | None = None
         self.hidden_states: np.ndarray | None = None
         self._logprobs: list[TokenLogprobs] = []
-        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.prompt_logprobs: Sequence[TokenLogprobs] | None = None
         self._cumulative = 0.0 if request.params.logprobs is not None else None
         self._new_text, self._n_old = "", 0  # of the last output; tokens before it
         self._stop_reason: int | str | None = None
@@ -109,7 +109,7 @@ class Sample:
         return EmbeddingOutput((normalized(vector) if is_normalized else vector).tolist())
 
     def _positions(
-        self, token_ids: list[int], logprobs: list[TokenLogprobs]
+        self, token_ids: list[int], logprobs: Sequence[TokenLogprobs]
     ) -> list[dict[int, Logprob]]:
         return [self._position(*each) for each in zip(token_ids, logprobs, strict=True)]
 

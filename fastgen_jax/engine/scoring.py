@@ -1,6 +1,7 @@
 """Scoring: the log probabilities of a prompt's tokens, made from what each step leaves of them."""
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, overload
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from fastgen_jax.sampling_params import MAX_LOGPROBS
 
 SCORE_SIZE = 1 + 2 * MAX_LOGPROBS
 NO_TOKEN = -1
+N_READ = 64  # positions that become objects at once
 
 
 class TokenLogprobs(NamedTuple):
@@ -66,10 +68,44 @@ class Scoring:
     def is_finite(self) -> bool:
         return all(np.isfinite(scores.logprobs).all() for scores in self._scores)
 
-    def logprobs(self) -> list[TokenLogprobs]:
+    def logprobs(self) -> "PromptLogprobs":
         """Of all positions, once all are scored."""
         assert self.next == self._n_prompt, (self.next, self._n_prompt)
-        return [line for scores in self._scores for line in token_logprobs(scores, self.n_top)]
+        return PromptLogprobs(self._scores, self.n_top)
+
+
+class PromptLogprobs(Sequence[TokenLogprobs]):
+    """What was asked of each scored position, made when it is read: the objects of a long prompt
+    take long to make, ten times the room, and time of each collection of garbage.
+    """
+
+    def __init__(self, parts: list[Scores], n_top: int):
+        self._parts = [
+            part.cut(start, start + N_READ)
+            for part in parts
+            for start in range(0, len(part.logprobs), N_READ)
+        ]
+        self._ends = np.cumsum([len(part.logprobs) for part in self._parts], dtype=np.int64)
+        self._n_top = n_top
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __iter__(self) -> Iterator[TokenLogprobs]:
+        for part in self._parts:
+            yield from token_logprobs(part, self._n_top)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenLogprobs: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenLogprobs]: ...
+    def __getitem__(self, index: int | slice) -> TokenLogprobs | list[TokenLogprobs]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        i = int(np.searchsorted(self._ends, index, side="right"))
+        line = index - int(self._ends[i]) + len(self._parts[i].logprobs)
+        return token_logprobs(self._parts[i].cut(line, line + 1), self._n_top)[0]
 
 
 def token_logprobs(scores: Scores, n_top: int) -> list[TokenLogprobs]:

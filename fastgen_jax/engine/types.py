@@ -8,6 +8,7 @@ step yields Outputs.
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -167,7 +168,7 @@ class Output(NamedTuple):
     n_reused: int = 0  # prompt tokens that came from the prefix cache
     start_time: float = 0.0  # time.monotonic() of its first step
     embedding: np.ndarray | None = None  # f32[D], of any length but finite
-    prompt_logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: collections.abc.Sequence[TokenLogprobs] | None = None
     hidden_states: np.ndarray | None = None  # f32[L, P, D], finite
 
 

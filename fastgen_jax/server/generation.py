@@ -7,7 +7,7 @@ length that the engine admitted.
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -152,7 +152,7 @@ class Choice:
         if events:
             self._n_unassigned = 0
 
-    def follow(self, prompt: list[int], logprobs: list[TokenLogprobs]):
+    def follow(self, prompt: list[int], logprobs: Sequence[TokenLogprobs]):
         """Takes in the scores of the prompt that it goes on from, of all tokens but the first."""
         if self._tells_prompt:
             self._prompt_left = zip(prompt, itertools.chain([None], logprobs), strict=True)
@@ -216,7 +216,7 @@ class Generation:
         self.timers: list[asyncio.TimerHandle] = []
         self.first_token_timer: asyncio.TimerHandle | None = None
         self.account: Account | None = None  # whom its tokens are charged to
-        self.prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in prompts]  # but the first's
+        self.prompt_logprobs: list[Sequence[TokenLogprobs]] = [()] * len(prompts)  # but the first's
         self._changed = asyncio.Event()
 
     @property
@@ -253,7 +253,7 @@ class Generation:
         """The number of the prompt that it goes on from."""
         return choice.index // self.n_samples
 
-    def score(self, choice: Choice, logprobs: list[TokenLogprobs]):
+    def score(self, choice: Choice, logprobs: Sequence[TokenLogprobs]):
         """Takes in the scores of a prompt, which the engine tells with its first sample."""
         i = self.prompt_of(choice)
         self.prompt_logprobs[i] = logprobs

@@ -196,16 +196,22 @@ class ChoicesFormat(Format):
         ))  # fmt: skip
 
     def _final(self, choice: Choice, generation: Generation) -> dict[str, Any]:
-        pieces = [choice.take(PIECE_ENTRIES)]
-        while choice.has_pending:
-            pieces.append(choice.take(PIECE_ENTRIES))
-        fields = {"index": choice.index} | self._content(choice, generation, pieces[0])
-        logprobs = self._logprobs(choice, generation, [taken.logprobs for taken in pieces])
-        fields["logprobs"] = orjson.Fragment(logprobs)
+        first = choice.take(PIECE_ENTRIES if choice.wants_logprobs else None)
+        ids = first.ids
+
+        def pieces() -> Iterator[list[Scored]]:
+            yield first.logprobs
+            while choice.has_pending:
+                taken = choice.take(PIECE_ENTRIES)
+                ids.extend(taken.ids)
+                yield taken.logprobs
+
+        fields = {"index": choice.index} | self._content(choice, generation, first)
+        fields["logprobs"] = orjson.Fragment(self._logprobs(choice, generation, pieces()))
         fields["finish_reason"] = self._finish_reason(choice)
         fields["stop_reason"] = choice.stop_reason
         if self.return_token_ids:
-            fields["token_ids"] = [id for taken in pieces for id in taken.ids]
+            fields["token_ids"] = ids
             fields["prompt_token_ids"] = generation.prompts[generation.prompt_of(choice)]
         return fields
 
