@@ -239,9 +239,8 @@ class Engine:
                 none afterwards, says so, and sleeps.
             EngineStopped: the engine is closed.
         """
-        change = Change(lambda: self._exchange.put(found), in_flight)
         found = self._exchange.read(source)
-        self._change(change)
+        self._change(Change(partial(self._exchange.put, found), in_flight))
 
     def sleep(self, level: int = 1) -> None:
         """Frees the KV cache, and the device of the weights: level 1 keeps them on the host, level
@@ -254,7 +253,7 @@ class Engine:
             EngineStopped: the engine is closed.
         """
         level = check_level(level)
-        self._change(Change(lambda: self._exchange.sleep(level)))
+        self._change(Change(partial(self._exchange.sleep, level)))
 
     def wake_up(self) -> None:
         """Ends a sleep. Weights of level 2 are those that update_weights has brought meanwhile, or

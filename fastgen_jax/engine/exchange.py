@@ -13,7 +13,7 @@ from fastgen_jax.checkpoints import held
 from fastgen_jax.checkpoints.fillings import Filling, Target, fillings
 from fastgen_jax.checkpoints.held import on_host
 from fastgen_jax.checkpoints.loading import abstract_model, flat_params
-from fastgen_jax.engine.runner import Runner
+from fastgen_jax.engine.runner import Runner, return_freed_memory
 from fastgen_jax.engine.source import Load
 from fastgen_jax.engine.startup import ResolvedConfig
 from fastgen_jax.errors import ConfigError, WeightsError
@@ -125,6 +125,7 @@ class Exchange:
                 leaves[i] = on_host(leaf)
             self._runner.leaves = tuple(leaves)
         self.level = max(level, self.level)
+        return_freed_memory()
 
     def wake_up(self) -> None:
         """Raises WeightsError, CheckpointError: there are no weights; it sleeps on."""

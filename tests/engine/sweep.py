@@ -1,4 +1,5 @@
-"""What engines leave behind in a process that opens and closes many, each of other shapes.
+"""What engines leave behind in a process that opens and closes many, each of other shapes. Every
+other one is on a module of the program, gets other weights, sleeps, and is closed asleep.
 
     python -m tests.engine.sweep 40
 
@@ -10,12 +11,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from flax import nnx
+
+from fastgen_jax import models
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
 from tests import tiny
 
+DTYPES = ("float32", "bfloat16")  # of the two models: one is shared, the other cast
 N_WARM = 3  # engines until imports, thread pools and jax's own caches are there
 
 
@@ -49,8 +54,25 @@ def open_and_close(folder: Path, i: int) -> None:
     )
     sizes = {"max_num_seqs": 4 + i, "max_num_batched_tokens": 4 + i % 4, "num_kv_blocks": 4096 + i}
     options = tiny.OPTIONS | sizes | {"compilation_cache": None}
+    if i % 2:
+        change_and_sleep(path, i, options | {"load_format": "auto"})
+        return
     with Engine(EngineConfig(model=path, **options)) as engine:
         tiny.run(engine, tiny.random_requests(i, 2, max_tokens=2))
+
+
+def change_and_sleep(path: str, i: int, options: dict[str, Any]) -> None:
+    """An engine that does whatever may leave something behind."""
+    one, other = (models.create(path, nnx.Rngs(seed), dtype) for seed, dtype in enumerate(DTYPES))
+    with Engine(EngineConfig(**options), module=one) as engine:
+        requests = tiny.random_requests(i, 2, max_tokens=2)
+        tiny.run(engine, requests)
+        engine.update_weights(other)
+        tiny.run(engine, requests)
+        engine.sleep(1)
+        engine.wake_up()
+        tiny.run(engine, requests)
+        engine.sleep(1 + i // 2 % 2)
 
 
 def sweep(n_engines: int) -> Iterator[Footprint]:

@@ -16,6 +16,7 @@ from fastgen_jax.llm import LLM
 from fastgen_jax.sampling_params import SamplingParams
 from tests import tiny
 from tests.engine.simulation import fake_engine
+from tests.engine.test_source import engine_on, module
 
 ROOT = Path(__file__).parents[2]
 REQUEST = Request([0, 1], SamplingParams(max_tokens=4))
@@ -58,6 +59,29 @@ def test_closed_llm_frees_what_its_engine_held(tmp_path, no_collection):
         llm.generate([1, 2], SamplingParams(max_tokens=2), use_tqdm=False)
         held = device_arrays(llm.engine) + programs(llm.engine)
     assert alive(held) == []
+
+
+@pytest.mark.parametrize("level", [None, 1, 2])
+def test_engine_on_modules_leaves_nothing_but_the_modules(level, no_collection):
+    one, other = module(0), module(1)
+    engine = engine_on(one)
+    held = device_arrays(engine) + programs(engine)
+    engine.update_weights(other)
+    if level:
+        engine.sleep(level)
+    held += device_arrays(engine)
+    engine.close()
+    modules = {id(leaf) for leaf in jax.tree.leaves((one, other))}
+    assert {id(reference()) for reference in alive(held)} <= modules
+    del one, other
+    assert alive(held) == []
+
+
+def test_weights_that_were_replaced_are_freed_at_once(no_collection):
+    with engine_on(module(0)) as engine:
+        old = [weakref.ref(leaf) for leaf in engine._runner.leaves]
+        engine.update_weights(module(1))
+        assert alive(old) == []
 
 
 def test_programs_of_the_user_stay_compiled(tmp_path, forbid_compile):

@@ -400,4 +400,4 @@ def test_never_more_than_one_weight_beside_the_models(n_devices, monkeypatch, no
         engine.update_weights(new)
         largest = max(leaf.nbytes for leaf in engine._runner.leaves)
         assert 0 < peak <= 2 * largest  # on several devices, each one's part and all parts together
-        assert live_bytes() == before
+        assert live_bytes() <= before
