@@ -277,7 +277,8 @@ def pack(chunks: list[Chunk], tables: HostTables, shape: Shape, block_size: int)
     n_scored = n_tops = 0
     is_pooled = has_states = False
     for i, (sequence, n_new, _) in enumerate(chunks):
-        has_states |= sequence.states is not None
+        if sequence.states is not None:
+            has_states = True
         if sequence.pooled is not None:
             is_pooled = True
             part["pooled_from"][i] += sequence.pooled.n_left_out(n_new) - n_new

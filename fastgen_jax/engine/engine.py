@@ -676,8 +676,9 @@ class Engine:
         output = Output(
             sequence.request_id, sequence.index, token, logprobs, reason, stop_reason,
             n_reused=sequence.n_reused, start_time=sequence.start_time,
-            **(readings(sequence) if n_output == 1 else {}),
         )  # fmt: skip
+        if n_output == 1 and sequence.scoring is not None:
+            output = output._replace(**readings(sequence))
         outputs.append(output)
         self._placement.blocks.publish(sequence)
         if n_output == 1:

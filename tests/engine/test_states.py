@@ -32,7 +32,7 @@ def dense(llm):
     @jax.jit
     def hidden(leaves, ids):
         model = runner.program.model(leaves)
-        return model(ids, positions, caches, dense_attend, (0, 1, 2))[0]
+        return model.hidden_states(ids, positions, caches, dense_attend, (0, 1, 2))[0]
 
     def states(prompt: list[int]) -> np.ndarray:
         ids = np.zeros(96, np.int32)
