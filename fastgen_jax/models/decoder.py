@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from fastgen_jax.models.config import ModelConfig, QueryScale
@@ -26,6 +27,7 @@ from fastgen_jax.models.layers import (
 from fastgen_jax.models.mla import LatentAttention
 from fastgen_jax.models.moe import MoE
 from fastgen_jax.models.rope import Rotation
+from fastgen_jax.models.sharding import FSDP
 
 
 class Layer(nnx.Module):
@@ -77,14 +79,30 @@ def _apply(norm, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     return x if norm is None else norm(x)
 
 
-def _run_layer(layer: Layer, x, cache, *, rotation, attend):
-    return layer(x, rotation, cache, attend)
+# Runs a layer: (layer, x, cache) -> (x, cache).
+Run = Callable[[Layer, Float[Array, "T D"], Cache], tuple[Float[Array, "T D"], Cache]]
 
 
-def _rematerialised(function, remat: bool | Callable[..., bool]):
+def as_it_is(run: Run) -> Run:
+    return run
+
+
+def _in_training(run: Run, *, remat: bool | Callable[..., bool], mesh: Mesh | None) -> Run:
+    """On each device its own tokens, and of each layer that is kept which `remat` says."""
+
+    def split(layer, x, cache):
+        x, cache = run(layer, _split_rows(x, mesh), cache)
+        return _split_rows(x, mesh), cache
+
     if remat is False:
-        return function
-    return jax.checkpoint(function, policy=None if remat is True else remat)
+        return split
+    return jax.checkpoint(split, policy=None if remat is True else remat)
+
+
+def _split_rows(x: Array, mesh: Mesh | None) -> Array:
+    if mesh is None or FSDP not in mesh.shape:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(FSDP)))
 
 
 def scale_queries(attend: Attend, positions: Int[Array, "T"], scale: QueryScale) -> Attend:
@@ -144,6 +162,7 @@ class Model(nnx.Module):
         positions: Int[Array, "*B T"] | None = None,
         *,
         remat: bool | Callable[..., bool] = False,
+        mesh: Mesh | None = None,
         attention: Implementation = "chunked",
     ) -> Float[Array, "*B T V"]:
         """Logits of the token after each, in float32: the dense forward, differentiable.
@@ -160,6 +179,8 @@ class Model(nnx.Module):
                 embeddings of positions only: order, windows and ALiBi go by the place in the row.
             remat: keeps of each layer its input only, and computes the rest again for gradients;
                 or a policy of jax.checkpoint_policies that says what else is kept.
+            mesh: whose axis "fsdp" splits the rows, as sharding.training_sharding says of the
+                parameters.
             attention: see dense.dense_attend.
         """
         shape = tokens.shape
@@ -171,8 +192,9 @@ class Model(nnx.Module):
             positions = places_in_segments(one_text if segment_ids is None else segment_ids)
         attend = dense_attend(len(tokens), segment_ids, attention)
         nothing = (None,) * self.config.n_layers
+        around = partial(_in_training, remat=remat, mesh=mesh)
         hidden, _ = self.hidden_states(
-            tokens.reshape(-1), positions.reshape(-1), nothing, attend, remat=remat
+            tokens.reshape(-1), positions.reshape(-1), nothing, attend, around=around
         )
         return self.unembed(hidden).reshape(*shape, -1)
 
@@ -183,12 +205,12 @@ class Model(nnx.Module):
         caches: tuple[Cache, ...],
         attend: Attend,
         layers: tuple[int, ...] = (),
-        remat: bool | Callable[..., bool] = False,
+        around: Callable[[Run], Run] = as_it_is,
     ) -> tuple[Float[Array, "T *L D"], tuple[Cache, ...]]:
         """Final hidden states, of tokens that `attend` puts into sequences, and each layer's cache.
 
         If layers are named, their states come first ("T L+1 D"): 0 what the first layer takes, i
-        what the i-th leaves, n_layers the final ones.
+        what the i-th leaves, n_layers the final ones. around: changes how a layer is run.
         """
         config = self.config
         x = self.embed(token_ids) * config.embedding_scale
@@ -205,8 +227,11 @@ class Model(nnx.Module):
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             is_scaled = scale is not None and i in scale.layers
             rotation, chosen = rotations[config.rope_of(i)], scaled if is_scaled else attend
-            run = partial(_run_layer, rotation=rotation, attend=chosen)
-            x, cache = _rematerialised(run, remat)(layer, x, cache)
+
+            def run(layer, x, cache, rotation=rotation, attend=chosen):
+                return layer(x, rotation, cache, attend)
+
+            x, cache = around(run)(layer, x, cache)
             updated.append(cache)
             seen.append(x)
         seen[-1] = x = _apply(self.norm, x)

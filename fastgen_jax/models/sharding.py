@@ -19,6 +19,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layout import EMPTY, places, taken
 
 AXIS = "tensor"
+FSDP = "fsdp"
 
 
 class Split(NamedTuple):
@@ -189,6 +190,32 @@ def laid_out(path: str, array: Array, config: ModelConfig, n_shards: int) -> Arr
     axis, lines = found
     lines = np.where(lines == EMPTY, array.shape[axis], lines).astype(np.int32)
     return jnp.take(array, lines, axis=axis, mode="fill", fill_value=0)
+
+
+def training_sharding(
+    path: str, shape: tuple[int, ...], config: ModelConfig, mesh: Mesh
+) -> NamedSharding:
+    """Of a parameter in training, on a mesh of the axes "fsdp" and "tensor" or one of them.
+
+    "tensor" splits what serving splits, "fsdp" another axis, the last one that it divides, or else
+    the same one (Rajbhandari et al., ZeRO, 2020): so a parameter is stored once over "fsdp", and
+    gathered where it is used. A parameter has the lines of one device, in their order: an axis that
+    devices do not divide, or not by whole heads, is not split.
+    """
+    spec: list[Any] = [None] * len(shape)
+    n_tensor, n_fsdp = (mesh.shape.get(axis, 1) for axis in (AXIS, FSDP))
+    split = split_of(path, config)
+    if split is not None and n_tensor > 1:
+        size = shape[split.axis]
+        if len(places(split.kind, size, config, n_tensor)) == size:
+            spec[split.axis] = AXIS
+    free_first = sorted(range(len(shape)), key=lambda axis: (spec[axis] is not None, -axis))
+    for axis in free_first:
+        n_parts = n_fsdp * (1 if spec[axis] is None else n_tensor)
+        if n_fsdp > 1 and shape[axis] % n_parts == 0:
+            spec[axis] = FSDP if spec[axis] is None else (AXIS, FSDP)
+            break
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

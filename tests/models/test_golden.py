@@ -17,6 +17,7 @@ from fastgen_jax.models.families.wrappers import WRAPPERS
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.sharding import make_mesh
 from fastgen_jax.sampling_params import SamplingParams
+from tests.golden import agreement
 from tests.tiny import Naive, one_program, run, tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -26,6 +27,12 @@ OF_TEXT = [n for n in NAMES if read_json(GOLDEN / n / "config.json")["model_type
 OLD_FORM = sorted(path.parent.name for path in GOLDEN.glob("*/config.old.json"))
 OPTIONS = {"max_model_len": 256, "block_size": 8, "max_num_batched_tokens": 23, "max_num_seqs": 4}
 TOLERANCE = 2e-4  # of float32 logits around 2; Hugging Face's own rounding is 7e-5
+
+
+def of_each_family() -> list:
+    """The others, the same program with other numbers, only exhaustively."""
+    first = agreement.first_of_each_family(OF_TEXT).values()
+    return [n if n in first else pytest.param(n, marks=pytest.mark.exhaustive) for n in OF_TEXT]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -84,6 +91,21 @@ def test_tokens_and_logprobs_in_small_chunks_equal_hugging_face(golden, engine):
         assert len(output.logprobs.top) == 20
         for token, logprob in output.logprobs.top:
             assert abs(logprob - expected[token]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", of_each_family(), indirect=True, scope="module")
+def test_trainers_forward_gives_the_logits_of_hugging_face_and_the_engines_logprobs(golden, engine):
+    """In one row: padding, a text of the golden, one that the engine samples, padding."""
+    known = np.concatenate([golden["prompt_ids"], golden["greedy_ids"][:-1]])
+    sampled, logprobs = agreement.sample(engine, golden["prompt_ids"].tolist())
+    lengths = np.array([3, len(known), len(sampled), 2])
+    row = np.concatenate([[0] * 3, known, sampled, [0] * 2]).astype(np.int32)
+    segments = np.repeat([0, 1, 2, 0], lengths).astype(np.int32)
+    logits = np.asarray(agreement.forward(agreement.model_of(engine), row, segments))
+    _, of_golden, of_sampled, _ = np.split(logits, np.cumsum(lengths)[:-1])
+    assert logits.dtype == np.float32
+    assert np.abs(of_golden - golden["logits"]).max() <= TOLERANCE
+    assert np.abs(agreement.logprobs_of(of_sampled, sampled) - logprobs).max() <= 1e-5
 
 
 @pytest.mark.parametrize("folder", OLD_FORM)
