@@ -26,6 +26,7 @@ from fastgen_jax.engine.processors import Processor, read_processors
 from fastgen_jax.engine.runner import Runner, make_shapes
 from fastgen_jax.engine.source import Load, source_of
 from fastgen_jax.errors import ConfigError
+from fastgen_jax.models import row_tiles
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.layout import HeadLayout
@@ -55,17 +56,15 @@ class Backend:
     memory_fraction: float
     sample_tile: int  # rows of logits made at once
     smallest_batch: int  # tokens
-    row_tile: int  # tokens or logits made at once where that must not depend on the batch
 
 
 BACKENDS = {
     # A batch of one token: XLA:CPU then copies the cache to write its cell (memory_analysis says).
-    "cpu": Backend("xla", 64, 512, 64, 0.25, 32, 2, 32),
-    "gpu": Backend("pallas_gpu", 64, 768, 256, 0.9, 1024, 8, 128),
-    "tpu": Backend("pallas_tpu", 128, 768, 256, 0.9, 1024, 16, 128),
+    "cpu": Backend("xla", 64, 512, 64, 0.25, 32, 2),
+    "gpu": Backend("pallas_gpu", 64, 768, 256, 0.9, 1024, 8),
+    "tpu": Backend("pallas_tpu", 128, 768, 256, 0.9, 1024, 16),
 }
 
-INVARIANT = "invariant"  # the attention backend whose rows do not depend on each other
 DEFAULT_PROCESSORS = 132  # of a GPU that does not tell
 
 
@@ -140,13 +139,13 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Resol
     max_seqs = min(config.max_num_seqs or backend.max_num_seqs, batched)
     attention = config.attention_backend
     if attention == "auto":
-        attention = INVARIANT if config.deterministic else backend.attention
+        attention = row_tiles.BACKEND if config.deterministic else backend.attention
     else:
         check_attention(attention, jax.default_backend())
-    if config.deterministic and attention != INVARIANT:
+    if config.deterministic and attention != row_tiles.BACKEND:
         raise ConfigError(
-            f"deterministic needs attention_backend={INVARIANT!r}: {attention} orders its sums by "
-            "what else is in the batch; leave attention_backend out, and it is chosen"
+            f"deterministic needs attention_backend={row_tiles.BACKEND!r}: {attention} orders its "
+            "sums by what else is in the batch; leave attention_backend out, and it is chosen"
         )
     chosen = {
         "dtype": Policy.here(config.dtype, None).weights,
@@ -253,18 +252,20 @@ def _shapes(config: ResolvedConfig, model: ModelConfig, backend: Backend) -> lis
         tile=backend.sample_tile,
     )
     if config.deterministic:
-        shapes = [_only_shape(shapes[-1], backend)]
+        shapes = [_only_shape(shapes[-1])]
     return [shape._replace(plan=_plan_sizes(shape, config, model)) for shape in shapes]
 
 
-def _only_shape(largest: Shape, backend: Backend) -> Shape:
+def _only_shape(largest: Shape) -> Shape:
     """The one shape of all deterministic steps: whole tiles, whatever the limits are."""
 
-    def whole(size: int, tile: int) -> int:
+    tile = row_tiles.row_tile(jax.default_backend())
+
+    def whole(size: int) -> int:
         return math.ceil(size / tile) * tile
 
-    n_seqs = whole(largest.n_seqs, backend.row_tile)
-    return largest._replace(n_tokens=whole(largest.n_tokens, backend.row_tile), n_seqs=n_seqs)
+    n_tokens, n_seqs = whole(largest.n_tokens), whole(largest.n_seqs)
+    return largest._replace(n_tokens=n_tokens, n_seqs=n_seqs)
 
 
 def _plan_sizes(shape: Shape, config: ResolvedConfig, model: ModelConfig) -> PlanSizes | None:
@@ -289,7 +290,8 @@ def make_runner(
     shapes: list[Shape],
     mesh: Mesh,
 ) -> Runner:
-    backend = BACKENDS[jax.default_backend()]
+    platform = jax.default_backend()
+    tile = row_tiles.row_tile(platform)
     return Runner(
         model,
         model_config,
@@ -302,8 +304,8 @@ def make_runner(
         cache_dtype=config.dtype,
         hidden_dtype=Policy.here(config.dtype, mesh).activations,
         shapes=shapes,
-        sample_tile=backend.row_tile if config.deterministic else backend.sample_tile,
-        row_tile=backend.row_tile if config.deterministic else None,
+        sample_tile=tile if config.deterministic else BACKENDS[platform].sample_tile,
+        row_tile=tile if config.deterministic else None,
         layers=config.return_hidden_states,
         processors=config.processors,
     )

@@ -13,8 +13,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from fastgen_jax.errors import ConfigError
+from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import Cache
-from pallas_kernels import RaggedMeta, RaggedPagedAttention
+from pallas_kernels import RaggedMeta, RaggedPagedAttention, cache_dtype, cache_shape, select
+
+BACKEND = "invariant"  # the attention backend whose rows do not depend on each other
+BLOCK_SIZE = 64  # cells; any that divides the backend's tile of keys gives the same bits
+
+
+def row_tile(platform: str) -> int:
+    """Tokens that the model sees at once: few where products wait for arithmetic, as on CPU."""
+    return 32 if platform == "cpu" else 128
 
 
 def by_tiles(
@@ -71,3 +81,80 @@ def cut(meta: RaggedMeta, start: Int[Array, ""] | int, n_tokens: int) -> RaggedM
         cu_q_lens=jnp.clip(meta.cu_q_lens - start, 0, n_tokens),
         n_single=jnp.zeros_like(meta.n_single),
     )
+
+
+@jax.custom_vjp
+def logprobs_by_tiles(model: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T-1"]:
+    """Of each token but the first, after those before it in its row: what a deterministic engine
+    says, bit for bit. The gradient is that of the dense forward.
+
+    Raises:
+        ConfigError: the model is on several devices.
+    """
+    policy, n_rows = model.embed.policy, row_tile(jax.default_backend())
+    if policy.n_shards > 1:
+        raise ConfigError(f"logprobs_by_tiles: one device is needed, not {policy.n_shards}")
+    meta = whole_rows(*tokens.shape, n_rows)
+    n_missing = len(meta.positions) - tokens.size
+    ids, following = (
+        jnp.pad(x.reshape(-1), (0, n_missing)) for x in (tokens, jnp.roll(tokens, -1, axis=1))
+    )
+    attention = jax.jit(select(BACKEND), static_argnames="spec")  # layers share one trace
+    caches = _empty_caches(model.config, policy.weights, 1 + meta.block_tables.size)
+    hidden, _ = by_tiles(model, attention, ids, caches, meta, n_rows=n_rows)
+
+    def score(rows: tuple[Float[Array, "R D"], Int[Array, "R"]]) -> Float[Array, "R"]:
+        logits = model.unembed(rows[0])
+        normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return (jnp.take_along_axis(logits, rows[1][:, None], axis=1) - normaliser)[:, 0]
+
+    tiles = hidden.reshape(-1, n_rows, hidden.shape[1]), following.reshape(-1, n_rows)
+    found = lax.map(score, tiles).reshape(-1)[: tokens.size]
+    return found.reshape(tokens.shape)[:, :-1]
+
+
+def _empty_caches(config: ModelConfig, dtype: str, n_blocks: int) -> tuple[Array, ...]:
+    shape = cache_shape(
+        BACKEND,
+        n_blocks=n_blocks,
+        n_kv_heads=config.n_kv_heads,
+        block_size=BLOCK_SIZE,
+        head_size=config.head_dim,
+    )
+    return (jnp.zeros(shape, cache_dtype(dtype, jax.default_backend())),) * config.n_layers
+
+
+def whole_rows(n_seqs: int, length: int, n_rows: int) -> RaggedMeta:
+    """The batch of so many sequences of one length, each with blocks of its own."""
+    place = jnp.arange(length, dtype=jnp.int32)
+    n_blocks = -(-length // BLOCK_SIZE)
+    tables = 1 + jnp.arange(n_seqs * n_blocks, dtype=jnp.int32).reshape(n_seqs, n_blocks)
+    slots = tables[:, place // BLOCK_SIZE] * BLOCK_SIZE + (place % BLOCK_SIZE)[None]
+    n_missing = -(n_seqs * length) % n_rows
+    return RaggedMeta(
+        positions=jnp.pad(jnp.tile(place, n_seqs), (0, n_missing)),
+        slots=jnp.pad(slots.reshape(-1), (0, n_missing)),
+        block_tables=tables,
+        seq_lens=jnp.full(n_seqs, length, jnp.int32),
+        cu_q_lens=jnp.arange(n_seqs + 1, dtype=jnp.int32) * length,
+        n_seqs=jnp.int32(n_seqs),
+        n_single=jnp.int32(0),
+    )
+
+
+def _forward(model, tokens):
+    return logprobs_by_tiles(model, tokens), (model, tokens)
+
+
+def _backward(saved, d_logprobs):
+    model, tokens = saved
+
+    def dense(model):
+        logprobs = jax.nn.log_softmax(model(tokens)[:, :-1], axis=2)
+        return jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=2)[:, :, 0]
+
+    _, pull = jax.vjp(dense, model)
+    return *pull(d_logprobs), None
+
+
+logprobs_by_tiles.defvjp(_forward, _backward)
