@@ -26,10 +26,11 @@ from fastgen_jax.engine.processors import Processor, read_processors
 from fastgen_jax.engine.runner import Runner, make_shapes
 from fastgen_jax.engine.source import Load, source_of
 from fastgen_jax.errors import ConfigError
-from fastgen_jax.models import row_tiles
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.layout import HeadLayout
+from fastgen_jax.models.row_tiles import BACKEND as INVARIANT
+from fastgen_jax.models.row_tiles import row_tile
 from fastgen_jax.models.sharding import make_mesh
 from pallas_kernels import BACKENDS as BACKENDS_BY_NAME
 from pallas_kernels import (
@@ -139,12 +140,12 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Resol
     max_seqs = min(config.max_num_seqs or backend.max_num_seqs, batched)
     attention = config.attention_backend
     if attention == "auto":
-        attention = row_tiles.BACKEND if config.deterministic else backend.attention
+        attention = INVARIANT if config.deterministic else backend.attention
     else:
         check_attention(attention, jax.default_backend())
-    if config.deterministic and attention != row_tiles.BACKEND:
+    if config.deterministic and attention != INVARIANT:
         raise ConfigError(
-            f"deterministic needs attention_backend={row_tiles.BACKEND!r}: {attention} orders its "
+            f"deterministic needs attention_backend={INVARIANT!r}: {attention} orders its "
             "sums by what else is in the batch; leave attention_backend out, and it is chosen"
         )
     chosen = {
@@ -259,7 +260,7 @@ def _shapes(config: ResolvedConfig, model: ModelConfig, backend: Backend) -> lis
 def _only_shape(largest: Shape) -> Shape:
     """The one shape of all deterministic steps: whole tiles, whatever the limits are."""
 
-    tile = row_tiles.row_tile(jax.default_backend())
+    tile = row_tile(jax.default_backend())
 
     def whole(size: int) -> int:
         return math.ceil(size / tile) * tile
@@ -291,7 +292,7 @@ def make_runner(
     mesh: Mesh,
 ) -> Runner:
     platform = jax.default_backend()
-    tile = row_tiles.row_tile(platform)
+    tile = row_tile(platform)
     return Runner(
         model,
         model_config,
