@@ -184,7 +184,7 @@ def plot(rewards: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--prompts", type=int, default=8, help="of each step")
     parser.add_argument("--samples", type=int, default=8, help="of each prompt")
     parser.add_argument("--seed", type=int, default=0)

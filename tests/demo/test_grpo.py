@@ -15,7 +15,8 @@ from fastgen_jax.models import load
 def run(**sizes: int):
     """What each step reports, and the engine's statistics."""
     model = load(DEMO, dtype="float32")
-    options = {"max_model_len": 288, "max_num_seqs": 32, "max_num_batched_tokens": 128}
+    n_seqs = sizes["n_prompts"] * sizes["n_samples"]
+    options = {"max_model_len": 288, "max_num_seqs": n_seqs, "max_num_batched_tokens": 64}
     with (
         LLM.from_module(model, tokenizer=DEMO, block_size=8, **options) as llm,
         jax.numpy_dtype_promotion("standard"),  # which optax relies on
