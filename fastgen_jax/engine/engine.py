@@ -30,6 +30,7 @@ from fastgen_jax.engine.exchange import GIVEN_AWAY, Exchange, check_level
 from fastgen_jax.engine.faults import Faults, Trials
 from fastgen_jax.engine.history import History
 from fastgen_jax.engine.masks import MaskMaker
+from fastgen_jax.engine.phases import Phases
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.readings import has_finite_readings, read, readings
 from fastgen_jax.engine.requests import default_params, eos_token_ids, known_eos, make_sequences
@@ -104,8 +105,8 @@ class Engine:
         self.model_config = started.model_config
         self.default_params = default_params(started.generation_config)
         self.eos_token_ids = eos_token_ids(started.generation_config, started.model_config)
-        phases = ("plan", "pack", "dispatch", "wait", "commit", "mask")
-        self.timings = dict.fromkeys(phases, 0.0)  # seconds
+        self._phases = Phases()
+        self.timings = self._phases.seconds
         self.history = History()
         self._runner = started.runner
         self._exchange = Exchange(
@@ -396,7 +397,8 @@ class Engine:
         if self.is_sleeping:
             self._rest()
         else:
-            self._advance(outputs)
+            with self._phases.step(self._counters["steps"]):
+                self._advance(outputs)
         return outputs
 
     def _rest(self) -> None:
@@ -444,7 +446,10 @@ class Engine:
         failed: Failed | None = None
         batch = None
         try:
-            batch = self._prepare(self._plan())
+            with self._phases.plan:
+                plan = self._plan()
+            with self._phases.pack:
+                batch = self._prepare(plan)
             self._in_flight = self._launch(batch) if batch else None
         except Exception as error:  # XLA's or ours: its requests are tried again
             failed = Failed(error, batch)
@@ -467,7 +472,6 @@ class Engine:
             )
 
     def _plan(self) -> Plan:
-        started = time.perf_counter()
         self._line_up()
         live = self._live
         if self._changes and (last := self._changes[0].last) is not None:  # the others wait for it
@@ -476,9 +480,7 @@ class Engine:
         if len(sequences) < len(live):  # on trial, alone
             others = (s for s in live.values() if s is not sequences[0])
             self._placement.preempt(s for s in others if s.row >= 0)
-        plan = self._placement.plan(sequences)
-        self.timings["plan"] += time.perf_counter() - started
-        return plan
+        return self._placement.plan(sequences)
 
     def _line_up(self) -> None:
         """Puts the live sequences in their turn."""
@@ -489,7 +491,6 @@ class Engine:
 
     def _prepare(self, plan: Plan) -> Batch | None:
         """Applies a plan: rows, blocks and counts change here."""
-        started = time.perf_counter()
         self.history.begin(plan)
         admitted = [chunk.sequence for chunk in plan.chunks if chunk.sequence.row < 0]
         batch = self._placement.prepare(plan, self._runner.shapes)
@@ -506,30 +507,27 @@ class Engine:
                     self._placement.retire(sequence)
         self._counters["step_tokens"] += n_tokens
         self._steps_by_size[bisect_left(STEP_SIZES, n_tokens)] += n_tokens > 0
-        self.timings["pack"] += time.perf_counter() - started
         return batch
 
     def _launch(self, batch: Batch) -> InFlight:
-        started = time.perf_counter()
-        launched = self._runner.dispatch(batch, self._placement.tables)
+        with self._phases.dispatch:
+            launched = self._runner.dispatch(batch, self._placement.tables)
         self._counters["steps"] += 1
-        self.timings["dispatch"] += time.perf_counter() - started
         return InFlight(batch, launched)
 
     def _draw(self, outputs: list[Output]) -> None:
         """Makes the masks of the step in flight, for which all tokens before are known by now."""
         assert self._in_flight is not None
-        started = time.perf_counter()
         batch, launched = self._in_flight
-        masks = self._masks.make(batch.sampled, batch.shape.n_hidden)
-        for sequence in batch.sampled:
-            constraint = sequence.constraint
-            if constraint and constraint.problem and not sequence.is_finished:
-                self._end_grammar(sequence, outputs)
-        made = time.perf_counter()
-        self._in_flight = InFlight(batch, self._runner.draw(batch, launched, masks))
-        self.timings["mask"] += made - started
-        self.timings["dispatch"] += time.perf_counter() - made
+        with self._phases.mask:
+            masks = self._masks.make(batch.sampled, batch.shape.n_hidden)
+            for sequence in batch.sampled:
+                constraint = sequence.constraint
+                if constraint and constraint.problem and not sequence.is_finished:
+                    self._end_grammar(sequence, outputs)
+        with self._phases.dispatch:
+            launched = self._runner.draw(batch, launched, masks)
+        self._in_flight = InFlight(batch, launched)
 
     def _end_grammar(self, sequence: Sequence, outputs: list[Output]) -> None:
         """Ends a sample whose grammar goes no further: it is complete, or it has failed."""
@@ -542,15 +540,18 @@ class Engine:
 
     def _commit(self, step: InFlight, outputs: list[Output]) -> None:
         """Reads a step's tokens; extends the sequences that live, ends those that are done."""
-        started = time.perf_counter()
-        result = self._runner.fetch(step.launched)
-        read(self._runner, step.batch, step.launched)
-        fetched = time.perf_counter()
+        with self._phases.wait:
+            result = self._runner.fetch(step.launched)
+            read(self._runner, step.batch, step.launched)
+        with self._phases.commit:
+            self._take(step.batch, result, outputs)
+
+    def _take(self, batch: Batch, result: StepResult, outputs: list[Output]) -> None:
         tokens, is_finite = result.token_ids.tolist(), result.is_finite.tolist()
         is_possible = result.is_possible.tolist()
         n_rows = n_bad = 0
-        asks_nothing = not (step.batch.scored or step.batch.is_pooled or step.batch.has_states)
-        for i, sequence in enumerate(step.batch.sampled):
+        asks_nothing = not (batch.scored or batch.is_pooled or batch.has_states)
+        for i, sequence in enumerate(batch.sampled):
             if sequence.finish_reason is not None:
                 continue  # it ended while this step ran
             n_rows += 1
@@ -566,10 +567,8 @@ class Engine:
                 self._end_with(sequence, "error", problem, outputs)
                 continue
             self._extend(sequence, tokens[i], read_logprobs(result, i, sequence.params), outputs)
-        self._trials.acquit(step.batch)
+        self._trials.acquit(batch)
         self._faults.step_succeeded(n_rows, n_bad)
-        self.timings["wait"] += fetched - started
-        self.timings["commit"] += time.perf_counter() - fetched
 
     def _recover(self, failed: Failed, outputs: list[Output]) -> None:
         """After a failed step: everybody recomputes, those who were in it first and alone; who was
