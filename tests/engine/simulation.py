@@ -356,7 +356,7 @@ class FakeRunner:
         for i in range(len(step.batch.sampled)):
             row, line = int(part["sample_rows"][i]), part["sample_params"][i].tolist()
             cells = last[int(part["sample_tokens"][i])]
-            has_bias, min_total = line[-1], line[-2]
+            min_total, has_bias, _ = line[-3:]
             n_biased = np.count_nonzero(bias_ids[row] != UNKNOWN) if has_bias else 0
             pairs = zip(bias_ids[row, :n_biased].tolist(), bias[row].tolist(), strict=False)
             banned = set(banned_ids[row].tolist()) if len(cells) < min_total else set()
