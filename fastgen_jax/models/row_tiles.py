@@ -94,7 +94,8 @@ def logprobs_by_tiles(model: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B 
     policy, n_rows = model.embed.policy, row_tile(jax.default_backend())
     if policy.n_shards > 1:
         raise ConfigError(f"logprobs_by_tiles: one device is needed, not {policy.n_shards}")
-    meta = whole_rows(*tokens.shape, n_rows)
+    n_seqs, length = tokens.shape
+    meta = whole_rows(n_seqs, length, n_rows)
     n_missing = len(meta.positions) - tokens.size
     ids, following = (
         jnp.pad(x.reshape(-1), (0, n_missing)) for x in (tokens, jnp.roll(tokens, -1, axis=1))
