@@ -3,20 +3,28 @@
 python -m pytest tests/models/live_hf.py                  (needs torch)
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fastgen_jax.checkpoints.directory import read_config
+from fastgen_jax.checkpoints.loading import flat_params, load_model
 from fastgen_jax.checkpoints.tensor_files import read_json
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.types import Request
 from fastgen_jax.models import families
 from fastgen_jax.models.families.wrappers import text_config
+from fastgen_jax.models.layers import Policy
+from fastgen_jax.models.sharding import make_mesh
 from fastgen_jax.sampling_params import SamplingParams
 from tests.models.test_golden import TOLERANCE, log_softmax
 from tests.tiny import Naive, one_program, run, tokens
 
 pytest.importorskip("torch")
+
+import torch
 
 from tests.golden import make_golden
 
@@ -99,8 +107,13 @@ def of_each_family(names: list[str]) -> list:
     for name in names:
         model_type = text_config(read_json(make_golden.HERE / name / "config.json"))["model_type"]
         first.setdefault(families.FAMILIES[model_type], name)
+    return some_of(names, list(first.values()))
+
+
+def some_of(names: list[str], chosen: list[str]) -> list:
+    """The names; those that are not chosen run only by hand."""
     exhaustive = pytest.mark.exhaustive
-    return [n if n in first.values() else pytest.param(n, marks=exhaustive) for n in names]
+    return [n if n in chosen else pytest.param(n, marks=exhaustive) for n in names]
 
 
 @pytest.mark.parametrize("name", of_each_family(FAMILIES))
@@ -142,3 +155,54 @@ def test_stored_goldens_are_what_transformers_computes_today(name):
     again, tokens_again = make_golden.run(model, prompt.tolist(), len(greedy))
     assert tokens_again == greedy.tolist()
     assert np.abs(again - logits).max() <= 1e-4
+
+
+def become_gradient(model, known: np.ndarray, weights: np.ndarray) -> None:
+    """Makes each parameter the derivative by it of the sum of weighted logits; what transformers
+    does not train becomes NaN.
+    """
+    model.get_input_embeddings().padding_idx = None  # its row would have none
+    logits = model(torch.from_numpy(known)[None], use_cache=False).logits[0]
+    (logits * torch.from_numpy(weights)).sum().backward()
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient
+    for buffer in model.buffers():
+        buffer.fill_(torch.nan if buffer.is_floating_point() else 0)
+
+
+# One of each mechanism of attention, norms and experts; all others by hand: -m "".
+DIFFERENTIATED = [
+    "apertus",
+    "bloom",
+    "deepseek_v3",
+    "gemma2",
+    "gpt_oss",
+    "gptj",
+    "mha",
+    "qwen2_moe",
+]
+
+
+@pytest.mark.parametrize("name", some_of(["gqa", *FAMILIES], DIFFERENTIATED))
+def test_gradients_are_those_of_transformers(name, tmp_path):
+    """Theirs reach our parameters as weights do: saved, and loaded."""
+    folder = make_golden.HERE / name
+    config = read_config(folder)
+    with np.load(folder / "golden.npz", allow_pickle=False) as golden:
+        known = golden["prompt_ids"][:20].astype(np.int32)
+    size = len(known), config.vocab_size
+    weights = np.random.default_rng(0).normal(size=size).astype(np.float32)
+    theirs = make_golden.load(folder)
+    become_gradient(theirs, known.astype(np.int64), weights)
+    theirs.save_pretrained(tmp_path)
+    wanted = flat_params(load_model(tmp_path, config, Policy(), make_mesh(1)))
+    model = load_model(folder, config, Policy(), make_mesh(1))
+    found = flat_params(jax.jit(jax.grad(lambda m: jnp.sum(m(known) * weights)))(model))
+    assert found.keys() == wanted.keys()
+    pairs = [(path, np.asarray(found[path][...]), np.asarray(wanted[path][...])) for path in wanted]
+    largest = max(np.nan_to_num(np.abs(theirs)).max() for _, _, theirs in pairs)
+    assert sum(np.isnan(theirs).any() for _, _, theirs in pairs) <= config.n_layers
+    for path, ours, theirs in pairs:
+        is_trained = ~np.isnan(theirs)
+        assert np.abs(ours - theirs)[is_trained].max(initial=0) <= 2e-5 * largest, path
