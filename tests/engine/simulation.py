@@ -18,7 +18,7 @@ import numpy as np
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.batch import FLOAT_PARAMS, UNKNOWN, Batch, unpack
-from fastgen_jax.engine.blocks import EMPTY_PREFIX, BlockPool
+from fastgen_jax.engine.blocks import BlockPool
 from fastgen_jax.engine.changes import Change
 from fastgen_jax.engine.constraint import mask_width
 from fastgen_jax.engine.engine import Engine
@@ -512,11 +512,16 @@ class Simulation:
         if not failed:
             self.may_fail |= self.runner.n_fetched > n_fetched
             is_idle = self.runner.n_dispatched == n_dispatched
-            still = [s for s in live if s.id in self.engine._live]
+            still = [s for s in live if s.id in self.engine._live and not self._is_behind(s)]
             assert not (still and is_idle), "work waits and nothing was dispatched"
             if not self.suspects and not is_changing:
                 self._check_turns(running)
         self.check()
+
+    def _is_behind(self, s: Sequence) -> bool:
+        """Whether it waits for others to end before a change."""
+        last = self.engine._changes[0].last if self.engine._changes else None
+        return last is not None and s.request_id not in last
 
     def drain(self) -> None:
         """Steps until all is done, in a bounded number of steps; then nothing may be held."""
@@ -664,8 +669,9 @@ class Simulation:
                 tail = s.block_ids[-1]
                 assert pool._ref[tail] == 1, "a block that will be written is shared"
                 assert tail not in pool._published, "a block that will be written is published"
+        behind = {published.prefix for published in pool._published.values()}
         for published in pool._published.values():
-            is_first = published.parent == EMPTY_PREFIX
+            is_first = published.parent not in behind  # or what came before was flushed
             n_salt = len(published.tokens) - 4 * size
             assert n_salt in ((0, len(SALT)) if is_first else (0,)), "a partial block is published"
 

@@ -18,6 +18,7 @@ from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Model
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.layout import HeadLayout
+from fastgen_jax.models.row_tiles import row_tile
 from fastgen_jax.models.sharding import cache_sharding, placed
 from fastgen_jax.sampling_params import MAX_LOGIT_BIAS
 from pallas_kernels import cache_shape, plan_sizes
@@ -77,11 +78,13 @@ def compile_step(
     *,
     attention: str = "",
     cache_bytes: int = 1 << 30,
+    row_tile: int | None = None,
 ):
     """The compiled step in bfloat16 with the engine's sizes, and its cache's bytes on a device.
 
     attention: a backend's name; by default that of the platform.
     cache_bytes: about as many on each device.
+    row_tile: see Program; rows are drawn in tiles of that size too.
     """
     backend = BACKENDS["gpu" if target.platform == "cuda" else "tpu"]
     attention = attention or backend.attention
@@ -98,7 +101,8 @@ def compile_step(
     )
     shape = Shape(N_TOKENS, N_SEQS, width, plan)
     model = abstract_model(config, Policy("bfloat16", "bfloat16", mesh))
-    program = Program(jax.tree.structure(model), attention, mesh, backend.sample_tile)
+    sample_tile = row_tile or backend.sample_tile
+    program = Program(jax.tree.structure(model), attention, mesh, sample_tile, row_tile)
     block_bytes = 2 * config.n_layers * 2 * heads.n_own_kv_slots
     block_bytes *= backend.block_size * config.head_dim
     own = cache_shape(
@@ -204,3 +208,19 @@ def test_tensor_parallel_step_sums_twice_a_layer_and_moves_no_cache(config, chip
     assert not [line for line in others if "op_name=" in line and "/sample/" not in line]
     whole_cache = rf"\[\d+,{HeadLayout.of(config, n_devices).n_kv_slots},2,"
     assert not re.search(whole_cache, text)
+
+
+@pytest.mark.parametrize("chip", ["h100", "v5e"])
+def test_products_of_a_deterministic_step_have_the_rows_of_a_tile_not_those_of_a_batch(chip):
+    compiled, _ = compile_step(
+        SMALL,
+        make_target(chip),
+        attention="invariant",
+        row_tile=row_tile("gpu"),
+        cache_bytes=1 << 26,
+    )
+    kind = r" (dot|convolution)\(|custom_call_target=\"__(cublas|triton)"
+    products = [line for line in compiled.as_text().splitlines() if re.search(kind, line)]
+    assert len(products) >= 4 * SMALL.n_layers + 1
+    sizes = [re.findall(r"\[([\d,]+)\]", line.split("metadata=")[0]) for line in products]
+    assert not [line for line in sizes if str(N_TOKENS) in ",".join(line).split(",")]

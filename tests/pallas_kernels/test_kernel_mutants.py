@@ -224,8 +224,8 @@ XLA_MUTANTS = [
     XLA(
         "a tile is loaded from the tile before",
         kind="place",
-        old="return _merge(state, Softmax(*(x[0] for x in part))), plan(j + 1)",
-        new="return _merge(state, Softmax(*(x[0] for x in part))), plan(j)",
+        old="return merge(state, Softmax(*(x[0] for x in part))), plan(j + 1)",
+        new="return merge(state, Softmax(*(x[0] for x in part))), plan(j)",
         case="long",
     ),
 ]
