@@ -203,9 +203,9 @@ def test_tensor_parallel_step_sums_twice_a_layer_and_moves_no_cache(config, chip
     moved = [line for line in text.splitlines() if re.search(targets.COLLECTIVE, line)]
     sums = [line for line in moved if f"[{N_TOKENS},{config.hidden_size}]" in line]
     assert len(sums) == 2 * config.n_layers
-    # All else belongs to sampling, whose rows of logits are split by the vocabulary.
-    others = [line for line in moved if line not in sums]
-    assert not [line for line in others if "op_name=" in line and "/sample/" not in line]
+    # All else belongs to drawing and scoring, whose rows of logits are split by the vocabulary.
+    others = [line for line in moved if line not in sums and "op_name=" in line]
+    assert not [line for line in others if not re.search(r"/(sample|score)/", line)]
     whole_cache = rf"\[\d+,{HeadLayout.of(config, n_devices).n_kv_slots},2,"
     assert not re.search(whole_cache, text)
 
