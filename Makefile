@@ -17,7 +17,7 @@ PYTHON = $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; d
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-setup: .venv/installed  ## create .venv and install everything that serving and testing need
+setup: .venv/installed .venv/library  ## create .venv and install everything that serving and testing need
 
 serve: setup  ## serve MODEL (default: the built-in demo) on PORT (8000); more flags in ARGS
 	@$(PY) -m fastgen_jax.serve $(if $(MODEL),"$(MODEL)") --port $(PORT) $(ARGS)
@@ -53,4 +53,8 @@ $(PY):
 .venv/installed: pyproject.toml | $(PY)
 	@echo "installing fastgen_jax and its dependencies into .venv"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[test,dev]'
+	@touch $@
+
+.venv/library: $(wildcard pallas_kernels/cpu/*.cc pallas_kernels/cpu/*.h) pallas_kernels/cpu/build.py .venv/installed
+	@$(PY) -m pallas_kernels.cpu.build
 	@touch $@

@@ -1,20 +1,24 @@
 """The command line: python -m convert SRC DST."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from convert.chips import ENVIRONMENT, Chips
 from convert.destination import new_directory
 from fastgen_jax.config import json_object
 from fastgen_jax.errors import FastGenError
 
 DTYPES = ("float32", "bfloat16", "float16")
+SIZES = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_kv_blocks")
 EXAMPLES = """\
 examples:
   python -m convert meta-llama/Llama-3.2-1B ./llama     a directory that serve and LLM take
   python -m convert --to-hf ./llama ./llama-hf          and back, bit for bit
   python -m convert --check ./llama                     verify files, shapes and checksums
+  python -m convert SRC ./llama --compile tpu-v6e-8,h100 --max-model-len 8192
   python -m convert --list                              model families and the config keys they read
 """
 
@@ -50,6 +54,17 @@ def make_parser() -> argparse.ArgumentParser:
         help="weight files, about as many; auto: 1 GiB each, with --to-hf as many as there were",
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace the model that DST is")
+    programs = parser.add_argument_group("programs, compiled for chips that need not be here")
+    programs.add_argument(
+        "--compile", type=_chips, default=[], metavar="CHIPS",
+        help="store an engine's programs in DST, or in SRC if it is converted and there is no DST: "
+        "as tpu-v6e-8,h100,cpu",
+    )  # fmt: skip
+    for name in SIZES:
+        programs.add_argument(
+            "--" + name.replace("_", "-"), type=int, metavar="N",
+            help="as the engine will be started with it (default: what it chooses)",
+        )  # fmt: skip
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
         "--to-hf", action="store_true", help="SRC is converted; DST is to be safetensors"
@@ -57,6 +72,13 @@ def make_parser() -> argparse.ArgumentParser:
     modes.add_argument("--check", action="store_true", help="verify SRC, converted or not")
     modes.add_argument("--list", action="store_true", help="print the model families")
     return parser
+
+
+def _chips(text: str) -> list[Chips]:
+    try:
+        return [Chips.of(name) for name in text.split(",")]
+    except FastGenError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _shards(text: str) -> int | None:
@@ -78,7 +100,12 @@ def run(args: argparse.Namespace) -> None:
 
         print(families.table())
         return
-    n_paths = 1 if args.check else 2
+    if args.compile:
+        os.environ |= ENVIRONMENT  # before jax loads the compilers
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    destination: Path = args.destination  # None where SRC is all that is wanted
+    only_compiles = bool(args.compile) and not args.destination
+    n_paths = 1 if args.check or only_compiles else 2
     if sum(path is not None for path in (args.source, args.destination)) != n_paths:
         raise FastGenError("give SRC and DST, or --check SRC; --help shows examples")
     from fastgen_jax.checkpoints.directory import locate
@@ -89,9 +116,39 @@ def run(args: argparse.Namespace) -> None:
 
         print(verification.check(source, args.hf_overrides))
         return
-    with new_directory(args.destination, overwrite=args.overwrite) as directory:
+    if only_compiles:
+        compile_programs(args, source)
+        return
+    with new_directory(destination, overwrite=args.overwrite) as directory:
         convert(args, source, directory)
+    compile_programs(args, destination)
     print(f"{args.destination} is complete")
+
+
+def compile_programs(args: argparse.Namespace, directory: Path) -> None:
+    """Stores programs for each of the chips in a converted checkpoint."""
+    if not args.compile:
+        return
+    from fastgen_jax.checkpoints.converted import is_converted
+
+    if not is_converted(directory):
+        raise FastGenError(
+            f"programs are stored in converted checkpoints, and {str(directory)!r} is none; give "
+            "a DST to convert it to"
+        )
+    from tqdm import tqdm
+
+    from convert import programs
+
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    for chips in args.compile:
+        with tqdm(unit="program", disable=None) as bar:
+
+            def on_progress(done: int, total: int, bar: tqdm = bar) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            print(programs.compile_for(chips, directory, sizes, on_progress))
 
 
 def convert(args: argparse.Namespace, source: Path, directory: Path) -> None:

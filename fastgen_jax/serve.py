@@ -121,7 +121,7 @@ def serve(
         raise service.load_error
     if service.failure is not None:
         raise FastGenError(f"{service.failure}; the log has the tracebacks, start the server again")
-    if not has_stopped:  # the engine's thread is deep in a compilation, which nothing can interrupt
+    if not has_stopped:  # a thread is deep in a compilation, which nothing can interrupt
         exit_at_once()
     return 0
 

@@ -4,6 +4,7 @@ Imports jax and numpy only, never fastgen_jax; one backend brings packages of it
 """
 
 import importlib
+from typing import Any
 
 from pallas_kernels.contract import (
     MAX_CACHE_SIZE,
@@ -31,19 +32,22 @@ __all__ = [
     "plan_sizes",
     "quantize",
     "select",
+    "tiles_product",
 ]
 
 BACKENDS = {  # name -> module
     "reference": "reference",
     "xla": "xla",
     "invariant": "invariant",
+    "cpu": "cpu.attention",
     "pallas_tpu": "tpu.attention",
     "pallas_gpu": "gpu.attention",
     "jax_triton": "triton.attention",
 }
 # Where a backend runs, if not everywhere.
-PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "jax_triton": "gpu"}
+PLATFORMS = {"cpu": "cpu", "pallas_tpu": "tpu", "pallas_gpu": "gpu", "jax_triton": "gpu"}
 PLANNED = ("pallas_gpu", "jax_triton")  # want the host's plan in their meta
+BUILT = ("cpu", "jax_triton")  # of packages or a library that may be missing
 FUTURE_BACKENDS = ("mosaic_gpu",)
 
 
@@ -52,7 +56,13 @@ def plan_sizes(name: str, **sizes: int) -> PlanSizes | None:
 
     sizes: see PlanSizes.
     """
-    return PlanSizes(**sizes) if name in PLANNED else None
+    return PlanSizes.of(**sizes) if name in PLANNED else None
+
+
+def tiles_product(*arrays: Any, tile: int, interpret: bool = False) -> Any:
+    """A GPU's products of tiles of rows with a matrix each; see gpu/grouped.py, imported now."""
+    module = importlib.import_module("pallas_kernels.gpu.grouped")
+    return module.tiles_product(*arrays, tile=tile, interpret=interpret)
 
 
 def select(name: str) -> RaggedPagedAttention:
@@ -65,7 +75,7 @@ def select(name: str) -> RaggedPagedAttention:
     """
     if name in BACKENDS:
         module = importlib.import_module(f"pallas_kernels.{BACKENDS[name]}")
-        if name == "jax_triton":
+        if name in BUILT:
             module.check_installed()
         return module.ragged_paged_attention
     known = ", ".join(BACKENDS)

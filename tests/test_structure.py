@@ -69,6 +69,7 @@ WINGS = {
     "triton": Wing("GPU kernels in Triton", ("pallas_kernels/triton",)),
     "gpu": Wing("GPU kernels, and the host's plan", ("pallas_kernels/gpu",)),
     "tpu": Wing("TPU kernels", ("pallas_kernels/tpu",)),
+    "cpu": Wing("CPU kernel in C++", ("pallas_kernels/cpu",)),
     "contract": Wing(
         "what all kernels agree on; oracle, CPU",
         tuple(
@@ -77,7 +78,7 @@ WINGS = {
     ),
 }
 # What the others reach through the front door alone, pallas_kernels/__init__.py.
-KERNELS = {"triton", "gpu", "tpu", "contract"}
+KERNELS = {"triton", "gpu", "tpu", "cpu", "contract"}
 PACKAGES = ("fastgen_jax", "pallas_kernels", "convert", "benchmarks")
 TOP_LEVEL = {*PACKAGES, "tests", "pyproject.toml", "README.md", "Makefile"}
 TOP_LEVEL |= {".ci", ".gitignore", ".gitattributes", "LICENSE"}
@@ -106,6 +107,7 @@ PROCESSES = {"subprocess", "multiprocessing", "pty"}
 NEEDED = {
     "fastgen_jax/server/trial.py": {"subprocess"},
     "fastgen_jax/mii/start.py": {"subprocess"},
+    "pallas_kernels/cpu/build.py": {"subprocess"},  # a compiler, at set-up
     "fastgen_jax/mii/wire.py": {"httpx2"},
     "fastgen_jax/mii/remote.py": {"httpx2"},
     "fastgen_jax/mii/deployments.py": {"urllib"},  # to spell names
@@ -311,7 +313,12 @@ def has_definition(tree: ast.Module | ast.ClassDef, names: list[str]) -> bool:
 
 def test_only_the_command_line_and_what_starts_it_read_the_environment():
     found = problems(reads_environment, "fastgen_jax", "pallas_kernels", "convert")
-    outermost = ("fastgen_jax/serve.py", "fastgen_jax/mii/start.py", "fastgen_jax/mii/deployments")
+    outermost = (
+        "convert/__main__.py",
+        "fastgen_jax/serve.py",
+        "fastgen_jax/mii/start.py",
+        "fastgen_jax/mii/deployments",
+    )
     assert [text for text in found if not text.startswith(outermost)] == []
 
 

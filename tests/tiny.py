@@ -80,7 +80,7 @@ def assert_idle(engine: Engine) -> None:
     assert pool.n_free == pool.n_usable
     assert len(engine._placement.tables.free_rows) == engine.config.max_num_seqs
     assert (admission.n_open, admission.n_queued_tokens) == (0, 0)
-    assert not engine._requests
+    assert engine._lives.is_empty
 
 
 def random_requests(draw: int, count: int, longest: int = 60, **params) -> list[Request]:

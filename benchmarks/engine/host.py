@@ -13,7 +13,9 @@ from unittest import mock
 import numpy as np
 
 from fastgen_jax.engine import startup
+from fastgen_jax.engine.batch import MaskedShape, Shape
 from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.programs import Programs
 from fastgen_jax.engine.runner import make_shapes
 from fastgen_jax.engine.step import StepResult
 from fastgen_jax.engine.types import Request
@@ -28,12 +30,15 @@ class NullRunner:
     """A device that answers every row with token 1 at once."""
 
     def __init__(self, config: startup.ResolvedConfig):
-        self.shapes = make_shapes(
+        shapes = make_shapes(
             smallest=16,
             max_batched_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
             table_width=config.table_width,
             tile=1024,
+        )
+        self.programs = Programs(
+            lambda key: None, shapes, lambda shape: MaskedShape(shape.n_hidden, 1)
         )
         n = config.max_num_seqs
         tops = np.zeros((n, MAX_LOGPROBS), np.float32)
@@ -41,8 +46,9 @@ class NullRunner:
         tokens, logprobs, yes = np.ones(n, np.int32), np.zeros(n, np.float32), np.ones(n, bool)
         self.result = StepResult(tokens, logprobs, yes, yes, ids, tops)
 
-    def compile(self, tables, on_done) -> None:
-        pass
+    @property
+    def shapes(self) -> list[Shape]:
+        return self.programs.ready
 
     def dispatch(self, batch, tables) -> None:
         pass

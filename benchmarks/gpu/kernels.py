@@ -118,7 +118,7 @@ def make_meta(load: Load, sizes: Sizes) -> Any:
 
 def plan_sizes(load: Load, sizes: Sizes) -> PlanSizes:
     """As the engine makes them, but for the table's width."""
-    return PlanSizes(
+    return PlanSizes.of(
         n_tokens=load.n_tokens,
         n_seqs=len(load.sequences),
         n_heads=sizes.heads[0],

@@ -1,14 +1,15 @@
 """Milliseconds of attention per layer on this machine, for the batches of a serving engine.
 
     python -m benchmarks.pallas_kernels.attention    # as on CPU: 12 query heads, 4 KV heads of 64
-    python -m benchmarks.pallas_kernels.attention --block-size 32 --layers 6
+    python -m benchmarks.pallas_kernels.attention --block-size 32 --layers 6 --backends cpu
 
-One program runs all layers on caches of their own, as a step does, so that the context comes from
-memory. Other work on the machine only ever slows a run, so the fastest one counts; the median is
-printed beside it.
+Backends take turns, case by case. One program runs all layers on caches of their own, as a step
+does, so that the context comes from memory. Other work on the machine only ever slows a run, so the
+fastest one counts; the median is printed beside it.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from typing import NamedTuple
@@ -68,9 +69,11 @@ def make_meta(case: Case, block_size: int) -> RaggedMeta:
     return RaggedMeta(*(jnp.asarray(x, jnp.int32) for x in arrays))
 
 
-def measure(case: Case, *, dtype: str, block_size: int, n_layers: int, repeats: int):
+def measure(
+    backend: str, case: Case, *, dtype: str, block_size: int, n_layers: int, repeats: int
+) -> tuple[float, float]:
     """The fastest and the median run, in milliseconds per layer."""
-    meta, attend = make_meta(case, block_size), select("xla")
+    meta, attend = make_meta(case, block_size), select(backend)
     shape = int(meta.block_tables.max()) + 1, N_KV_HEADS, 2, block_size, HEAD_SIZE
     stored = cache_dtype(dtype, jax.default_backend())
     caches = tuple(jnp.ones(shape, stored) for _ in range(n_layers))
@@ -98,13 +101,15 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--backends", nargs="+", default=["cpu", "xla"])
     args = parser.parse_args()
-    dtypes = "float32", "bfloat16"
-    print("ms per layer, best (median)".ljust(62), *(d.rjust(16) for d in dtypes))
+    columns = list(itertools.product(("float32", "bfloat16"), args.backends))
+    print("ms per layer, best (median)".ljust(62), *(f"{d} {b}".rjust(16) for d, b in columns))
     for name, case in CASES.items():
         cells = []
-        for dtype in dtypes:
+        for dtype, backend in columns:
             best, median = measure(
+                backend,
                 case,
                 dtype=dtype,
                 block_size=args.block_size,

@@ -26,7 +26,8 @@ import numpy as np
 
 import fastgen_jax.serve as command_line
 from fastgen_jax.engine import faults as engine_faults
-from fastgen_jax.engine.runner import Runner, return_freed_memory
+from fastgen_jax.engine.programs import return_freed_memory
+from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.step import StepResult
 from fastgen_jax.server.service import Service
 

@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.tpu.dump import FLAGS, READ_FLAG, Body, read_bodies
 from benchmarks.tpu.subjects import DEFAULT_KERNELS, DEFAULT_TILES, SUBJECTS, Case, Work, item_size
+from convert.chips import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,18 +65,6 @@ CHIPS = {
     "v6e": Chip(1.75e9, 1.6e12, 2**19),  # 918
     "tpu7x": Chip(2.2e9, 7.4e12 / 2, 2**19),  # 2307 in two cores
 }
-
-# libtpu then describes TPUs without asking a cloud host.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
-    "JAX_PLATFORMS": "cpu",
-}
-
 
 # Compilation: each in a process of its own, for libtpu reads its flags once.
 
@@ -112,7 +101,8 @@ def compile_subject(name: str, case: Case, flags: str) -> None:
         CompileError: it failed.
     """
     flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}"
-    environment = os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags.strip()}
+    environment = os.environ | ENVIRONMENT
+    environment |= {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags.strip()}
     command = [sys.executable, "-m", "benchmarks.tpu.schedule", "--child", name]
     command.append(json.dumps(case._asdict()))
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

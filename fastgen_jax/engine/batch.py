@@ -168,7 +168,7 @@ class HostTables:
     sequence's.
 
     token_ids "R M" holds prompts and recomputed tokens, UNKNOWN where only the device knows the
-    value. `bias_ids`, `bias`, `banned_ids` and `arguments` reach the device only when `is_dirty`:
+    value. What is `of_device` reaches it only when `is_dirty`:
     few requests bring any.
     """
 
@@ -189,6 +189,11 @@ class HostTables:
         self.banned_ids = np.full((n_rows, MAX_BANNED), UNKNOWN, np.int32)
         self.arguments = ArgumentTables(processors, n_rows)
         self.is_dirty = True
+
+    @property
+    def of_device(self) -> tuple[Any, ...]:
+        """What the device has copies of."""
+        return self.bias_ids, self.bias, self.banned_ids, self.arguments.lines
 
     def enter(self, sequence: Sequence) -> None:
         """Gives a waiting sequence a row and writes what is known of it there."""

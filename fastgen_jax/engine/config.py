@@ -9,6 +9,7 @@ from fastgen_jax.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+COMPILE = ("all", "first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,18 @@ class EngineConfig:
         "directory that keeps compiled programs between runs; empty for none",
         "model",
     )
+    compile: str | None = option(
+        None,
+        "all: every program is there before the first request is taken; first: the largest is, and "
+        "the others come while it serves (default: first for a server, all in a program)",
+        "model",
+    )
+    trust_programs: bool = option(
+        False,
+        "load compiled programs that lie beside the weights (python -m convert --compile) though "
+        "another account has made them: they are machine code",
+        "model",
+    )
     block_size: int | None = option(
         None, "tokens per KV cache block (default: the backend's)", "cache"
     )
@@ -88,7 +101,7 @@ class EngineConfig:
     tensor_parallel_size: int = option(1, "devices over which the model is sharded", "parallelism")
     attention_backend: str = option(
         "auto",
-        "attention implementation: auto, pallas_tpu, pallas_gpu, jax_triton, xla, invariant, "
+        "attention implementation: auto, pallas_tpu, pallas_gpu, jax_triton, cpu, xla, invariant, "
         "reference",
         "parallelism",
     )
@@ -127,6 +140,10 @@ class EngineConfig:
         if self.load_format not in LOAD_FORMATS:
             raise ConfigError(
                 f"load_format must be one of {', '.join(LOAD_FORMATS)}, got {self.load_format!r}"
+            )
+        if self.compile not in (None, *COMPILE):
+            raise ConfigError(
+                f"compile must be one of {', '.join(COMPILE)}, got {show(self.compile)}"
             )
         if self.revision is not None and not (isinstance(self.revision, str) and self.revision):
             raise ConfigError(

@@ -1,76 +1,36 @@
-"""Engine: submit, cancel, step, run. The one owner of sequences, rows and blocks.
+"""Engine: submit, cancel, step, run. What any thread asks of it is done by the one that steps.
 
-A step plans and dispatches batch k+1 before it reads the tokens of batch k, so that the device
-never waits for the host: counts advance at dispatch, values arrive one step later. A sequence that
-turns out to have ended wastes at most one token, which is discarded. Rows and blocks are released
-as soon as no later step needs them: the device runs steps in order, so that a stray write of a step
-in flight lands before the next owner's first.
+Requests enter through an inbox, live in `lives`, are computed by `pipeline`, and leave as Outputs.
+What must not meet a step on its way to the device (other weights, sleep) waits its turn between
+two of them.
 """
 
 import itertools
-import logging
 import threading
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import wait
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 
 from fastgen_jax.engine import startup
 from fastgen_jax.engine.admission import Admission
-from fastgen_jax.engine.batch import Batch
 from fastgen_jax.engine.blocks import BlockMap
 from fastgen_jax.engine.changes import Change
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.engine.exchange import GIVEN_AWAY, Exchange, check_level
-from fastgen_jax.engine.faults import Faults, Trials
-from fastgen_jax.engine.history import History
-from fastgen_jax.engine.masks import MaskMaker
-from fastgen_jax.engine.phases import Phases
+from fastgen_jax.engine.exchange import Exchange, check_level
+from fastgen_jax.engine.lives import Lives
+from fastgen_jax.engine.pipeline import Pipeline
 from fastgen_jax.engine.placement import Placement
-from fastgen_jax.engine.readings import has_finite_readings, read, readings
 from fastgen_jax.engine.requests import default_params, eos_token_ids, known_eos, make_sequences
-from fastgen_jax.engine.scoring import Scores, token_logprobs
-from fastgen_jax.engine.step import StepResult
-from fastgen_jax.engine.types import (
-    STEP_SIZES,
-    FinishReason,
-    Output,
-    Plan,
-    Request,
-    Sequence,
-    Stats,
-    TokenLogprobs,
-)
+from fastgen_jax.engine.types import FinishReason, Output, Request, Stats
 from fastgen_jax.errors import EngineStopped
-from fastgen_jax.sampling_params import SamplingParams
-
-log = logging.getLogger("fastgen_jax.engine")
 
 CLOSED = "the engine is closed; make a new one"
 PATIENCE = 0.05  # seconds between looks at who steps, and that a step of a sleeping engine takes
-NOT_FINITE = "the model produced non-finite logits"
-NOTHING_LEFT = "logits processors and what else constrains the output left no token, or NaN or inf"
-NOTHING_ALLOWED = "no token is allowed by all of what constrains the output"
-
-
-class InFlight(NamedTuple):
-    """A dispatched step whose tokens have not been read."""
-
-    batch: Batch
-    launched: Any
-
-
-class Failed(NamedTuple):
-    """A step that failed; no batch: while it was planned."""
-
-    error: Exception
-    batch: Batch | None
-
 
 Command = Callable[[list[Output]], None]  # run by the engine's thread before its next step
 
@@ -105,10 +65,8 @@ class Engine:
         self.model_config = started.model_config
         self.default_params = default_params(started.generation_config)
         self.eos_token_ids = eos_token_ids(started.generation_config, started.model_config)
-        self._phases = Phases()
-        self.timings = self._phases.seconds
-        self.history = History()
         self._runner = started.runner
+        self._programs = started.runner.programs
         self._exchange = Exchange(
             started.runner, started.config, started.model_config, started.reload
         )
@@ -122,17 +80,11 @@ class Engine:
             has_layers=bool(c.return_hidden_states),
             processors=c.processors,
         )
-        self._live: dict[int, Sequence] = {}  # by id, in their turn once they are planned
-        self._has_newcomers = False  # among them, who have no place yet
-        self._requests: dict[int, list[Sequence]] = {}  # unfinished samples of each
-        self._followers: dict[int, list[Sequence]] = {}  # not live until the first sample's token
-        self._in_flight: InFlight | None = None
-        self._faults, self._trials = Faults(), Trials()
-        self._masks = MaskMaker(self.model_config.vocab_size)
-        self._counters = dict.fromkeys(
-            ("steps", "step_tokens", "prompt", "generated", "prefix_queries", "prefix_hits"), 0
+        self._lives = Lives(self._placement, self._admission)
+        self._pipeline = Pipeline(
+            started.runner, self._placement, self._lives, vocab_size=self.model_config.vocab_size
         )
-        self._steps_by_size = [0] * (len(STEP_SIZES) + 1)
+        self.timings, self.history = self._pipeline.phases.seconds, self._pipeline.history
         self._last_step_time = time.monotonic()
         self._inbox: deque[Command] = deque()
         self._changes: deque[Change] = deque()
@@ -142,7 +94,8 @@ class Engine:
         self._is_stopping = self._is_closed = False
         self._stepping = threading.RLock()  # held by the engine's thread: `close` waits for it
         self._request_ids, self._sequence_ids = itertools.count(), itertools.count()
-        self._runner.compile(self._placement.tables, partial(on_phase, "compiling"))
+        self._programs.compile(c.compile, partial(on_phase, "compiling"))
+        self._programs.go_on()
         on_phase("ready", 1, 1)
 
     # Any thread.
@@ -165,7 +118,13 @@ class Engine:
     @property
     def has_work(self) -> bool:
         is_asked = self._inbox or self._changes
-        return bool(is_asked or self._requests or self._in_flight or self._undelivered)
+        is_busy = self._pipeline.in_flight or not self._lives.is_empty
+        return bool(is_asked or is_busy or self._undelivered)
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a thread makes further programs, which nothing can interrupt."""
+        return self._programs.is_compiling
 
     @property
     def is_sleeping(self) -> bool:
@@ -207,8 +166,8 @@ class Engine:
         """Ends what is left of a request with "abort". Unknown and ended ids are ignored."""
 
         def apply(outputs: list[Output]) -> None:
-            for sequence in list(self._requests.get(request_id, ())):
-                self._end_with(sequence, "abort", None, outputs)
+            for sequence in self._lives.samples(request_id):
+                self._lives.end_with(sequence, "abort", None, outputs)
 
         self._command(apply)
 
@@ -216,9 +175,9 @@ class Engine:
         """Ends one sample quietly: its caller has seen enough (a stop string)."""
 
         def apply(outputs: list[Output]) -> None:
-            for sequence in list(self._requests.get(request_id, ())):
+            for sequence in self._lives.samples(request_id):
                 if sequence.index == index:
-                    self._end(sequence, "stop")
+                    self._lives.end(sequence, "stop")
 
         self._command(apply)
 
@@ -298,16 +257,18 @@ class Engine:
         """Accepts no more requests and makes `run` return, ending live requests with "abort"."""
         self._admission.close(reason)
         self._is_stopping = True
+        self._programs.stop()
         self._wake.set()
 
     def close(self) -> None:
         """Stops and, once a step or `run` of another thread has returned, frees weights, cache and
-        programs; later steps raise EngineStopped. Idempotent.
+        programs; later steps raise EngineStopped. A program that is being compiled is waited
+        for. Idempotent.
         """
         self.stop(CLOSED)
         self._is_closed = True  # whoever steps one step after another stops, and we get the lock
         with self._stepping:
-            self._in_flight = None
+            self._pipeline.in_flight = None
             self._runner.close()
 
     def __enter__(self) -> "Engine":
@@ -317,28 +278,28 @@ class Engine:
         self.close()
 
     def stats(self) -> Stats:
-        placement, counters = self._placement, self._counters
+        placement, lives, pipeline = self._placement, self._lives, self._pipeline
         return Stats(
-            **self._n_open(),
+            n_running=lives.n_running,
+            n_waiting=lives.n_waiting,
             n_blocks_used=placement.n_used_blocks,
             n_blocks=placement.n_usable_blocks,
-            n_steps=counters["steps"],
-            n_step_tokens=counters["step_tokens"],
-            steps_by_size=tuple(self._steps_by_size),
-            n_prompt_tokens=counters["prompt"],
-            n_generated_tokens=counters["generated"],
+            n_steps=pipeline.n_steps,
+            n_step_tokens=pipeline.n_tokens,
+            steps_by_size=tuple(pipeline.steps_by_size),
+            n_prompt_tokens=lives.n_prompt_tokens,
+            n_generated_tokens=lives.n_generated_tokens,
             n_preemptions=placement.n_preemptions,
-            n_prefix_queries=counters["prefix_queries"],
-            n_prefix_hits=counters["prefix_hits"],
-            n_failed_steps=self._faults.n_failed_steps,
-            n_nonfinite=self._faults.n_nonfinite,
-            nonfinite_share=self._faults.nonfinite_share,
+            n_prefix_queries=lives.n_prefix_queries,
+            n_prefix_hits=lives.n_prefix_hits,
+            n_failed_steps=pipeline.faults.n_failed_steps,
+            n_nonfinite=pipeline.faults.n_nonfinite,
+            nonfinite_share=pipeline.faults.nonfinite_share,
+            n_programs=self._programs.n_made,
+            n_programs_wanted=self._programs.n_wanted,
+            n_programs_failed=self._programs.n_failed,
             last_step_time=self._last_step_time,
         )
-
-    def _n_open(self) -> dict[str, int]:
-        n_running = self._placement.n_running
-        return {"n_running": n_running, "n_waiting": max(self._admission.n_open - n_running, 0)}
 
     def map_blocks(self, receive: Callable[[BlockMap], None]) -> None:
         """Has the engine's thread tell between two steps, soon, which KV block is what."""
@@ -397,8 +358,7 @@ class Engine:
         if self.is_sleeping:
             self._rest()
         else:
-            with self._phases.step(self._counters["steps"]):
-                self._advance(outputs)
+            self._advance(outputs)
         return outputs
 
     def _rest(self) -> None:
@@ -413,7 +373,7 @@ class Engine:
         while self._inbox:
             self._inbox.popleft()(outputs)
         while self._changes and self._is_due(self._changes[0]):
-            self._settle(self._changes[0].in_flight, outputs)
+            self._pipeline.settle(self._changes[0].in_flight, outputs)
             self._changes.popleft().run()
 
     def _is_due(self, change: Change) -> bool:
@@ -421,190 +381,13 @@ class Engine:
         if change.in_flight != "drain" or self.is_sleeping:
             return True
         if change.last is None:
-            begun = (
-                i for i, samples in self._requests.items() if any(s.is_dequeued for s in samples)
-            )
-            change.last = frozenset(begun)
-        return change.last.isdisjoint(self._requests)
-
-    def _settle(self, in_flight: str, outputs: list[Output]) -> None:
-        """Before a change: nothing is on its way, and nobody shares what was cached before it."""
-        previous, self._in_flight = self._in_flight, None
-        if previous:
-            try:
-                self._commit(previous, outputs)
-            except Exception as error:
-                self._recover(Failed(error, previous.batch), outputs)
-        running = [sequence for sequence in self._live.values() if sequence.row >= 0]
-        if in_flight != "keep":
-            self._placement.preempt(running)
-        self._placement.blocks.flush(running)
+            change.last = self._lives.begun()
+        return self._lives.are_over(change.last)
 
     def _advance(self, outputs: list[Output]) -> None:
-        started = time.monotonic()
-        previous, self._in_flight = self._in_flight, None
-        failed: Failed | None = None
-        batch = None
-        try:
-            with self._phases.plan:
-                plan = self._plan()
-            with self._phases.pack:
-                batch = self._prepare(plan)
-            self._in_flight = self._launch(batch) if batch else None
-        except Exception as error:  # XLA's or ours: its requests are tried again
-            failed = Failed(error, batch)
-        if previous:
-            try:
-                self._commit(previous, outputs)
-            except Exception as error:
-                failed = Failed(error, previous.batch)  # the batch launched since has no part in it
-        if batch and batch.is_constrained and not failed:
-            try:
-                self._draw(outputs)
-            except Exception as error:
-                failed = Failed(error, batch)
-        if failed:
-            self._recover(failed, outputs)
+        draining = self._changes[0].last if self._changes else None  # all others wait for it
+        self._pipeline.advance(outputs, draining)
         self._last_step_time = time.monotonic()
-        if batch and not failed:
-            self.history.end(
-                self._last_step_time - started, n_padded=batch.shape.n_tokens, **self._n_open()
-            )
-
-    def _plan(self) -> Plan:
-        self._line_up()
-        live = self._live
-        if self._changes and (last := self._changes[0].last) is not None:  # the others wait for it
-            live = {id: s for id, s in live.items() if s.request_id in last}
-        sequences = self._trials.defendants(live)
-        if len(sequences) < len(live):  # on trial, alone
-            others = (s for s in live.values() if s is not sequences[0])
-            self._placement.preempt(s for s in others if s.row >= 0)
-        return self._placement.plan(sequences)
-
-    def _line_up(self) -> None:
-        """Puts the live sequences in their turn."""
-        if self._has_newcomers:
-            turns = sorted(self._live.values(), key=lambda sequence: sequence.turn)
-            self._live = {sequence.id: sequence for sequence in turns}
-            self._has_newcomers = False
-
-    def _prepare(self, plan: Plan) -> Batch | None:
-        """Applies a plan: rows, blocks and counts change here."""
-        self.history.begin(plan)
-        admitted = [chunk.sequence for chunk in plan.chunks if chunk.sequence.row < 0]
-        batch = self._placement.prepare(plan, self._runner.shapes)
-        for sequence in admitted:
-            self._dequeue(sequence)
-        n_tokens = 0
-        for sequence, n_new, _ in plan.chunks:
-            n_tokens += n_new
-            sequence.n_cached += n_new
-            if sequence.n_cached == sequence.n_tokens:
-                sequence.n_tokens += 1
-                if sequence.n_tokens == sequence.max_tokens:
-                    del self._live[sequence.id]
-                    self._placement.retire(sequence)
-        self._counters["step_tokens"] += n_tokens
-        self._steps_by_size[bisect_left(STEP_SIZES, n_tokens)] += n_tokens > 0
-        return batch
-
-    def _launch(self, batch: Batch) -> InFlight:
-        with self._phases.dispatch:
-            launched = self._runner.dispatch(batch, self._placement.tables)
-        self._counters["steps"] += 1
-        return InFlight(batch, launched)
-
-    def _draw(self, outputs: list[Output]) -> None:
-        """Makes the masks of the step in flight, for which all tokens before are known by now."""
-        assert self._in_flight is not None
-        batch, launched = self._in_flight
-        with self._phases.mask:
-            masks = self._masks.make(batch.sampled, batch.shape.n_hidden)
-            for sequence in batch.sampled:
-                constraint = sequence.constraint
-                if constraint and constraint.problem and not sequence.is_finished:
-                    self._end_grammar(sequence, outputs)
-        with self._phases.dispatch:
-            launched = self._runner.draw(batch, launched, masks)
-        self._in_flight = InFlight(batch, launched)
-
-    def _end_grammar(self, sequence: Sequence, outputs: list[Output]) -> None:
-        """Ends a sample whose grammar goes no further: it is complete, or it has failed."""
-        assert sequence.constraint is not None
-        problem = sequence.constraint.problem
-        if problem:
-            self._end_with(sequence, "error", f"the grammar failed: {problem}", outputs)
-        else:
-            self._end_with(sequence, "stop", None, outputs)
-
-    def _commit(self, step: InFlight, outputs: list[Output]) -> None:
-        """Reads a step's tokens; extends the sequences that live, ends those that are done."""
-        with self._phases.wait:
-            result = self._runner.fetch(step.launched)
-            read(self._runner, step.batch, step.launched)
-        with self._phases.commit:
-            self._take(step.batch, result, outputs)
-
-    def _take(self, batch: Batch, result: StepResult, outputs: list[Output]) -> None:
-        tokens, is_finite = result.token_ids.tolist(), result.is_finite.tolist()
-        is_possible = result.is_possible.tolist()
-        n_rows = n_bad = 0
-        asks_nothing = not (batch.scored or batch.is_pooled or batch.has_states)
-        for i, sequence in enumerate(batch.sampled):
-            if sequence.finish_reason is not None:
-                continue  # it ended while this step ran
-            n_rows += 1
-            if not is_finite[i] or not (asks_nothing or has_finite_readings(sequence)):
-                n_bad += 1
-                self._end_with(sequence, "error", NOT_FINITE, outputs)
-                continue
-            if sequence.is_silent:
-                self._end_prompt(sequence, outputs)
-                continue
-            if not is_possible[i]:
-                problem = NOTHING_LEFT if sequence.params.extra_args else NOTHING_ALLOWED
-                self._end_with(sequence, "error", problem, outputs)
-                continue
-            self._extend(sequence, tokens[i], read_logprobs(result, i, sequence.params), outputs)
-        self._trials.acquit(batch)
-        self._faults.step_succeeded(n_rows, n_bad)
-
-    def _recover(self, failed: Failed, outputs: list[Output]) -> None:
-        """After a failed step: everybody recomputes, those who were in it first and alone; who was
-        alone in it because of another one ends with an error.
-
-        Raises the step's error if that was one too many.
-        """
-        error, batch = failed
-        if self._exchange.is_lost:  # nobody's fault who is here
-            log.error(GIVEN_AWAY)
-            outputs += self._end_all("error", GIVEN_AWAY)
-            self._lose_everything()
-            return
-        self._faults.step_failed(error, batch, self.stats())
-        planned_for = self._trials.defendants(self._live)
-        in_it = batch.reached() if batch else [(s, s.n_tokens) for s in planned_for]
-        self._lose_everything()
-        for sequence in self._trials.accuse(in_it):
-            problem = f"the step failed twice: {type(error).__name__}"
-            self._end_with(sequence, "error", problem, outputs)
-        if self._faults.is_final:
-            raise error
-
-    def _lose_everything(self) -> None:
-        """As at the start, but for what is known of the sequences."""
-        self._in_flight = None
-        held_back = {s.id for followers in self._followers.values() for s in followers}
-        sequences = list(itertools.chain.from_iterable(self._requests.values()))
-        self._placement.lose(sequences)
-        for sequence in sequences:
-            # Tokens of a lost step were counted; a sequence that had retired lives again.
-            sequence.n_tokens = sequence.n_prompt + len(sequence.output_ids)
-        self._join([s for s in sequences if s.id not in held_back])
-        self._runner.reset()
-
-    # Life of a sequence.
 
     def _enter(self, request_id: int, request: Request, total: int) -> Command:
         """The command that makes a submitted request live."""
@@ -618,129 +401,13 @@ class Engine:
             vocab_size=self.model_config.vocab_size,
         )
 
-        def apply(outputs: list[Output]) -> None:
-            self._requests[request_id] = samples
-            n_first = 1 if self._placement.blocks.has_prefix(samples[0]) else len(samples)
-            self._join(samples[:n_first])
-            if n_first < len(samples):
-                self._followers[request_id] = samples[n_first:]
-
-        return apply
-
-    def _join(self, sequences: list[Sequence]) -> None:
-        """Makes these live."""
-        self._live |= {sequence.id: sequence for sequence in sequences}
-        self._has_newcomers |= bool(sequences)
-
-    def _follow(self, request_id: int) -> None:
-        """Lets the other samples of a request in: the prompt that they share is in the cache, or
-        never will be.
-        """
-        self._join(self._followers.pop(request_id, []))
-
-    def _dequeue(self, sequence: Sequence) -> None:
-        """Its prompt waits no more, the first time that it gets a row, or for ever."""
-        if sequence.is_dequeued:
-            return
-        sequence.is_dequeued = True
-        self._admission.dequeue(sequence.n_prompt)
-        sequence.start_time = time.monotonic()
-        if sequence.row >= 0 and self._placement.blocks.may_share(sequence):
-            sequence.n_reused = sequence.n_cached
-            self._counters["prefix_queries"] += sequence.n_prompt
-            self._counters["prefix_hits"] += sequence.n_reused
-
-    def _extend(
-        self,
-        sequence: Sequence,
-        token: int,
-        logprobs: TokenLogprobs | None,
-        outputs: list[Output],
-    ) -> None:
-        """One more token; the end of the sample if it is its last."""
-        sequence.output_ids.append(token)
-        n_output = len(sequence.output_ids)
-        self._counters["generated"] += 1
-        reason: FinishReason | None = None
-        stop_reason = None
-        constraint = sequence.constraint
-        is_over = False
-        if token in sequence.ending_ids:
-            reason = "stop"
-            stop_reason = token if token in sequence.params.stop_token_ids else None
-        elif constraint is not None and not constraint.advance(token):
-            is_over = True
-        elif sequence.n_prompt + n_output == sequence.max_tokens:
-            reason = "length"
-        output = Output(
-            sequence.request_id, sequence.index, token, logprobs, reason, stop_reason,
-            n_reused=sequence.n_reused, start_time=sequence.start_time,
-        )  # fmt: skip
-        if n_output == 1 and sequence.scoring is not None:
-            output = output._replace(**readings(sequence))
-        outputs.append(output)
-        self._placement.blocks.publish(sequence)
-        if n_output == 1:
-            self._counters["prompt"] += sequence.n_prompt
-            self._follow(sequence.request_id)
-        if reason:
-            self._end(sequence, reason)
-        elif is_over:
-            self._end_grammar(sequence, outputs)
-
-    def _end_prompt(self, sequence: Sequence, outputs: list[Output]) -> None:
-        """Ends one of which nothing is wanted but what its prompt left."""
-        reason: FinishReason = "length" if sequence.params.max_tokens == 0 else "stop"
-        outputs.append(
-            Output(
-                sequence.request_id, sequence.index, None, finish_reason=reason,
-                n_reused=sequence.n_reused, start_time=sequence.start_time, **readings(sequence),
-            )
-        )  # fmt: skip
-        self._placement.blocks.publish(sequence)
-        self._counters["prompt"] += sequence.n_prompt
-        self._end(sequence, reason)
-
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        sequence.finish_reason = reason
-        self._dequeue(sequence)
-        self._placement.release(sequence)
-        self._live.pop(sequence.id, None)
-        self._trials.drop(sequence)
-        self._admission.leave()
-        samples = self._requests[sequence.request_id]
-        samples.remove(sequence)
-        followers = self._followers.get(sequence.request_id, [])
-        if sequence in followers:
-            followers.remove(sequence)
-        else:
-            self._follow(sequence.request_id)
-        if not samples:
-            del self._requests[sequence.request_id]
-
-    def _end_with(
-        self, sequence: Sequence, reason: FinishReason, error: str | None, outputs: list[Output]
-    ) -> None:
-        """Ends a sample by an event that carries no token."""
-        self._end(sequence, reason)
-        outputs.append(
-            Output(sequence.request_id, sequence.index, None, finish_reason=reason, error=error)
-        )
+        return lambda outputs: self._lives.enter(samples)
 
     def _end_all(self, reason: FinishReason, error: str | None) -> list[Output]:
         outputs: list[Output] = []
         with self._lock:
             while self._inbox:
                 self._inbox.popleft()(outputs)
-        for sequence in list(itertools.chain.from_iterable(self._requests.values())):
-            self._end_with(sequence, reason, error, outputs)
-        self._in_flight = None
+        self._lives.end_all(reason, error, outputs)
+        self._pipeline.in_flight = None
         return outputs
-
-
-def read_logprobs(result: StepResult, i: int, params: SamplingParams) -> TokenLogprobs | None:
-    """What a request asked to know of row i."""
-    if params.logprobs is None:
-        return None
-    scores = Scores(result.logprobs, result.top_ids, result.top_logprobs)
-    return token_logprobs(scores.cut(i, i + 1), params.logprobs)[0]

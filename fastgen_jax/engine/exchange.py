@@ -4,6 +4,7 @@ Programs take the weights as arguments: others of the same shapes need no compil
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from fastgen_jax.checkpoints import held
 from fastgen_jax.checkpoints.fillings import Filling, Target, fillings
 from fastgen_jax.checkpoints.held import on_host
 from fastgen_jax.checkpoints.loading import abstract_model, flat_params
-from fastgen_jax.engine.runner import Runner, return_freed_memory
+from fastgen_jax.engine.programs import return_freed_memory
+from fastgen_jax.engine.runner import Runner
 from fastgen_jax.engine.source import Load
 from fastgen_jax.engine.startup import ResolvedConfig
 from fastgen_jax.errors import ConfigError, WeightsError
@@ -60,11 +62,6 @@ class Exchange:
     def _params(self) -> dict[str, Any]:
         """By path, in the order of the leaves: their shapes on one device."""
         return flat_params(abstract_model(self._model_config, self._policy))
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether a program that shares the weights has deleted some."""
-        return any(_is_deleted(leaf) for leaf in self._runner.leaves)
 
     def read(self, source: Any) -> dict[str, Filling]:
         """What `put` takes, all of it checked. Any thread may call it.
@@ -154,6 +151,11 @@ def check_level(level: Any) -> int:
             f"level must be 1 (weights move to the host) or 2 (they are dropped), got {level!r:.40}"
         )
     return level
+
+
+def is_lost(leaves: Iterable[Any]) -> bool:
+    """Whether a program that shares the weights has deleted some."""
+    return any(_is_deleted(leaf) for leaf in leaves)
 
 
 def _is_deleted(leaf: jax.Array | np.ndarray) -> bool:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 from fastgen_jax.engine.batch import Batch
-from fastgen_jax.engine.types import Sequence, Stats
+from fastgen_jax.engine.types import Sequence
 
 log = logging.getLogger("fastgen_jax.engine")
 
@@ -82,12 +82,13 @@ class Faults:
         """Of the rows sampled lately, from 0 to 1; rows count half after 34 steps."""
         return self._n_bad_rows / max(self._n_rows, 1.0)
 
-    def step_failed(self, error: Exception, batch: Batch | None, stats: Stats) -> None:
-        """Counts and logs a step that failed; `batch` is None if it could not even be planned."""
+    def step_failed(self, error: Exception, batch: Batch | None, state: str) -> None:
+        """Counts and logs a step that failed in that state of the engine; `batch` is None if it
+        could not even be planned.
+        """
         self.n_failed_steps += 1
         self._failures.append(time.monotonic())
         what = "planning a step" if batch is None else f"a step of {batch.summary()}"
-        state = f"{stats.n_running} running, {stats.n_waiting} waiting, KV {stats.kv_usage:.0%}"
         log.error("%s failed (%s): %s", what, state, type(error).__name__, exc_info=error)
 
     def step_succeeded(self, n_rows: int, n_bad: int) -> None:

@@ -1,69 +1,32 @@
 """The boundary between host and device: weights, cache, compiled steps; the only device_put and
 device_get.
 
-The cache and the table of known tokens are donated and aliased in place. Every shape of step.py's
-programs is compiled by `compile`; afterwards only compiled executables are called, so that nothing
-can compile while serving.
-
-jax keeps what it traced and compiled for as long as the function it was given lives. So each
-program is made from a function of its own, not from one of the module: the runner owns it all.
+The cache and the table of known tokens are donated and aliased in place. Only compiled executables
+are called, so that nothing can compile while serving.
 """
 
-import ctypes
 import math
-import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Sharding
 from jaxtyping import Array
 
-from fastgen_jax.engine.batch import (
-    Batch,
-    HostTables,
-    MaskedShape,
-    Shape,
-    pack_masked,
-    packed_size,
-)
-from fastgen_jax.engine.constraint import mask_width
-from fastgen_jax.engine.processors import Processor
+from fastgen_jax.engine.batch import Batch, HostTables, MaskedShape, Shape, pack_masked
+from fastgen_jax.engine.programs import Programs, return_freed_memory
+from fastgen_jax.engine.recipe import Recipe
 from fastgen_jax.engine.scoring import Scores
-from fastgen_jax.engine.step import (
-    DeviceState,
-    Launched,
-    Program,
-    StepResult,
-    masked_step,
-    step,
-)
-from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.layout import HeadLayout
-from fastgen_jax.models.sharding import cache_sharding, replicated
-from pallas_kernels import cache_dtype as stored_dtype
-from pallas_kernels import cache_shape
+from fastgen_jax.engine.step import DeviceState, Launched, StepResult
+from fastgen_jax.models.sharding import replicated
 
 
-def zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Callable[[], Array]:
+def zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[], Array]:
     """A compiled program that makes an array of zeros."""
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding).lower().compile()
-
-
-def return_freed_memory() -> None:
-    """Makes glibc give the system what has been freed: compiling leaves it hundreds of megabytes.
-
-    Elsewhere it does nothing.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def buckets(smallest: int, largest: int) -> list[int]:
@@ -80,60 +43,32 @@ class Runner:
 
     Args:
         model: an NNX module whose parameters are on the mesh.
-        n_rows, max_tokens: size of the table of known tokens.
-        n_blocks, block_size, cache_dtype: size of the KV cache.
-        hidden_dtype: of the model's final hidden states.
-        shapes: what to compile; every batch must have one of them.
-        layers: whose hidden states every step leaves, to be fetched where they are wanted.
-        sample_tile, row_tile: see Program.
-        processors: compiled into each of them.
+        recipe: of its programs.
+        shapes: those that batches may have, in the order of their size.
+        make: yields the program of a shape, or that draws its constrained rows (default: compiles).
     """
 
     def __init__(
         self,
         model: nnx.Module,
-        config: ModelConfig,
-        *,
-        mesh: Mesh,
-        attention_backend: str,
-        n_rows: int,
-        max_tokens: int,
-        n_blocks: int,
-        block_size: int,
-        cache_dtype: str,
-        hidden_dtype: str,
+        recipe: Recipe,
         shapes: list[Shape],
-        sample_tile: int,
-        row_tile: int | None = None,
-        layers: tuple[int, ...] = (),
-        processors: tuple[Processor, ...] = (),
+        make: Callable[[Shape | MaskedShape], Any] | None = None,
     ):
-        leaves, treedef = jax.tree.flatten(model)
-        self.leaves = tuple(leaves)
-        self.program = Program(
-            treedef, attention_backend, mesh, sample_tile, row_tile, layers, processors
-        )
-        self.mesh = mesh
-        self.shapes = shapes
-        self._steps: dict[Shape | MaskedShape, Callable] = {}
-        self._hidden_size, self._hidden_dtype = config.hidden_size, hidden_dtype
-        self._mask_width = mask_width(config.vocab_size)
-        self._state_shape = (n_rows + 1, max_tokens)
-        heads = HeadLayout.of(config, mesh.size)
-        own = cache_shape(  # of one device
-            attention_backend,
-            n_blocks=n_blocks,
-            n_kv_heads=heads.n_own_kv_slots,
-            block_size=block_size,
-            head_size=config.head_dim,
-        )
-        shape = (n_blocks, heads.n_kv_slots, *own[2:])
-        dtype = stored_dtype(cache_dtype, jax.default_backend())
-        self._n_layers = config.n_layers
-        self._empty_cache = zeros(shape, dtype, cache_sharding(mesh))
-        self._no_tokens = zeros(self._state_shape, jnp.int32, replicated(mesh))
+        self.leaves = tuple(jax.tree.leaves(model))
+        self.program, self.mesh = recipe.program, recipe.program.mesh
+        self.recipe = recipe
+        self.programs = Programs(make or recipe.compile, shapes, recipe.masked)
+        cache, known = recipe.state.caches[0], recipe.state.token_ids
+        self._empty_cache = zeros(cache.shape, cache.dtype, cache.sharding)
+        self._no_tokens = zeros(known.shape, known.dtype, known.sharding)
         self.state = self._fresh_state()
         self._row_tables: tuple[Any, ...] = ()
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Those that the next batch may have, in the order of their size."""
+        return self.programs.ready
 
     def reset(self) -> None:
         """Forgets the cache and all known tokens, as after a step that failed."""
@@ -145,55 +80,14 @@ class Runner:
         self.state = self.state._replace(caches=())
 
     def _fresh_state(self) -> DeviceState:
-        caches = tuple(self._empty_cache() for _ in range(self._n_layers))
+        caches = tuple(self._empty_cache() for _ in self.recipe.state.caches)
         return DeviceState(caches, self._no_tokens())
 
     def close(self) -> None:
         """Frees all that it owns; nothing else may be called afterwards."""
+        self.programs.close()
         vars(self).clear()
         return_freed_memory()
-
-    def compile(self, tables: HostTables, on_done: Callable[[int, int], None]) -> None:
-        """Compiles every shape, the largest first, on as many threads as help."""
-        self._upload_tables(tables)
-        masked = {MaskedShape(shape.n_hidden, self._mask_width): None for shape in self.shapes}
-        with ThreadPoolExecutor(2) as pool:
-            jobs = [
-                pool.submit(self._compile, shape) for shape in [*reversed(self.shapes), *masked]
-            ]
-            for n_done, job in enumerate(jobs):
-                on_done(n_done, len(jobs))
-                job.result()
-            on_done(len(jobs), len(jobs))
-        return_freed_memory()
-
-    def _compile(self, shape: Shape | MaskedShape) -> None:
-        self._steps[shape] = self.lower(shape).compile()
-
-    def temporary_bytes(self, shape: Shape) -> int:
-        """Device memory that a step of this shape needs beside its arguments and results."""
-        tables = HostTables(self._state_shape[0] - 1, 1, 1, self.program.processors)
-        self._upload_tables(tables)
-        analysis = self.lower(shape).compile().memory_analysis()
-        assert analysis is not None
-        return analysis.temp_size_in_bytes
-
-    def lower(self, shape: Shape | MaskedShape):
-        """The traced step of this shape, ready to compile."""
-        packed = self._absent((packed_size(shape),), jnp.int32)
-        if isinstance(shape, Shape):
-            one_shape = partial(step, program=self.program, shape=shape)
-            return jax.jit(one_shape, donate_argnames="state").lower(
-                self.leaves, self.state, packed, self._row_tables
-            )
-        one_shape = partial(masked_step, program=self.program, shape=shape)
-        hidden = self._absent((shape.n_hidden, self._hidden_size), self._hidden_dtype)
-        return jax.jit(one_shape, donate_argnames="known").lower(
-            self.leaves, self.state.token_ids, hidden, packed, self._row_tables
-        )
-
-    def _absent(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
     def dispatch(self, batch: Batch, tables: HostTables) -> Launched:
         """Starts a step and returns at once. `fetch` waits for its result; if the batch is
@@ -202,7 +96,7 @@ class Runner:
         if tables.is_dirty:
             self._upload_tables(tables)
         packed = jax.device_put(batch.packed, replicated(self.mesh))
-        run = self._steps[batch.shape]
+        run = self.programs.made[batch.shape]
         self.state, launched = run(self.leaves, self.state, packed, self._row_tables)
         if not batch.is_constrained:
             launched.result.copy_to_host_async()
@@ -217,9 +111,9 @@ class Runner:
 
     def draw(self, batch: Batch, launched: Launched, masks: np.ndarray) -> Launched:
         """Starts to draw the tokens of a constrained batch; masks i32[n_hidden, W]."""
-        packed = pack_masked(batch, masks, n_rows=self._state_shape[0] - 1)
+        packed = pack_masked(batch, masks, n_rows=self.recipe.n_rows)
         packed = jax.device_put(packed, replicated(self.mesh))
-        run = self._steps[MaskedShape(*masks.shape)]
+        run = self.programs.made[MaskedShape(*masks.shape)]
         known, result = run(
             self.leaves, self.state.token_ids, launched.hidden, packed, self._row_tables
         )
@@ -245,8 +139,7 @@ class Runner:
 
     def _upload_tables(self, tables: HostTables) -> None:
         # Copies: on CPU device_put may alias host memory, and the host goes on writing there.
-        arrays = (tables.bias_ids, tables.bias, tables.banned_ids, tables.arguments.lines)
-        copies = jax.tree.map(np.copy, arrays)
+        copies = jax.tree.map(np.copy, tables.of_device)
         self._row_tables = jax.device_put(copies, replicated(self.mesh))
         tables.is_dirty = False
 

@@ -5,6 +5,7 @@ What differs between them is here; `startup.start` knows neither.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
@@ -37,6 +38,7 @@ class Source:
     dtype: str | None
     load: Load
     is_lasting: bool
+    directory: Path | None = None  # where its files are
 
 
 def source_of(config: EngineConfig, module: nnx.Module | None = None) -> Source:
@@ -64,6 +66,7 @@ def source_of(config: EngineConfig, module: nnx.Module | None = None) -> Source:
         dtype=None,
         load=load,
         is_lasting=True,
+        directory=directory,
     )
 
 

@@ -6,9 +6,10 @@ the config is None.
 """
 
 import dataclasses
+import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from fastgen_jax.engine.batch import Shape
+from fastgen_jax.config import is_integer
+from fastgen_jax.engine.batch import MaskedShape, Shape
 from fastgen_jax.engine.compiled import keep_compiled
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.processors import Processor, read_processors
+from fastgen_jax.engine.recipe import Recipe, make_recipe
 from fastgen_jax.engine.runner import Runner, make_shapes
 from fastgen_jax.engine.source import Load, source_of
+from fastgen_jax.engine.stored import Loaded, Stored, differences, find, load, purpose
+from fastgen_jax.engine.stored import Program as StoredProgram
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layers import Policy
@@ -43,6 +48,8 @@ from pallas_kernels import (
     select,
 )
 
+log = logging.getLogger("fastgen_jax.engine")
+
 OnPhase = Callable[[str, int, int], None]  # phase, done, total
 
 
@@ -60,8 +67,8 @@ class Backend:
 
 
 BACKENDS = {
-    # A batch of one token: XLA:CPU then copies the cache to write its cell (memory_analysis says).
-    "cpu": Backend("xla", 64, 512, 64, 0.25, 32, 2),
+    # A batch of one token: with xla the cache is copied to write its cell (memory_analysis says).
+    "cpu": Backend("cpu", 64, 512, 64, 0.25, 32, 2),
     "gpu": Backend("pallas_gpu", 64, 768, 256, 0.9, 1024, 8),
     "tpu": Backend("pallas_tpu", 128, 768, 256, 0.9, 1024, 16),
 }
@@ -73,6 +80,7 @@ DEFAULT_PROCESSORS = 132  # of a GPU that does not tell
 class ResolvedConfig(EngineConfig):
     """An EngineConfig in which every choice has been made."""
 
+    compile: str = "all"
     max_model_len: int = 0
     block_size: int = 0
     num_kv_blocks: int = 0
@@ -109,27 +117,93 @@ def start(config: EngineConfig, on_phase: OnPhase, module: nnx.Module | None = N
     source = source_of(config, module)
     keep_compiled(config.compilation_cache)
     model_config = source.model_config
-    backend = BACKENDS[jax.default_backend()]
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype=source.dtype or config.dtype)
-    resolved = resolve(config, model_config, backend)
-    model_config = fit_rope(model_config, resolved.max_model_len)
-    check_cache(resolved, model_config, config.num_kv_blocks or 2)
     mesh = make_mesh(config.tensor_parallel_size)
+    resolved, model_config, shapes = design(config, model_config, mesh)
+    devices = list(mesh.devices.flat)
+    stored = find(source.directory, devices, is_trusted=config.trust_programs)
     policy = Policy.here(resolved.dtype, mesh)
     model = source.load(model_config, policy, mesh, partial(on_phase, "loading"))
-    shapes = _shapes(resolved, model_config, backend)
     if config.num_kv_blocks is None:
-        n_blocks = _fit_blocks(resolved, model_config, model, shapes, mesh)
+        free = free_memory(devices[0])
+        n_blocks = _stored_blocks(stored, resolved, model_config, free)
+        n_blocks = n_blocks or fit_blocks(resolved, model_config, model, shapes, mesh, free)
         resolved = dataclasses.replace(resolved, num_kv_blocks=n_blocks)
-    runner = make_runner(model, model_config, resolved, shapes, mesh)
+    recipe = recipe_of(model, model_config, resolved, mesh)
+    wanted = purpose(resolved, model_config, devices)
+    make = maker(recipe, stored if stored and is_for(stored, wanted) else None)
+    runner = Runner(model, recipe, shapes, make)
     reload = source.load if source.is_lasting else None
     return Started(resolved, model_config, source.generation_config, runner, reload)
 
 
-def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> ResolvedConfig:
+def design(
+    config: EngineConfig, model: ModelConfig, mesh: Mesh
+) -> tuple[ResolvedConfig, ModelConfig, list[Shape]]:
+    """All that follows from a config on the devices of a mesh, which need not be here, but for what
+    their memory holds.
+    """
+    backend = BACKENDS[mesh.devices.flat[0].platform]
+    resolved = resolve(config, model, backend, mesh)
+    model = fit_rope(model, resolved.max_model_len)
+    check_cache(resolved, model, config.num_kv_blocks or 2)
+    return resolved, model, _shapes(resolved, model, backend, mesh)
+
+
+def maker(recipe: Recipe, stored: Stored | None) -> Callable[[Shape | MaskedShape], Any]:
+    """Compiles programs, but for those that are stored."""
+
+    def make(shape: Shape | MaskedShape) -> Any:
+        found = stored and stored.read(shape)
+        if found:
+            try:
+                return loaded(found, recipe, shape)
+            except Exception as error:  # whatever the runtime says of it
+                log.warning("a stored program cannot be loaded, and is compiled: %s", error)
+        return recipe.compile(shape)
+
+    return make
+
+
+def loaded(
+    found: tuple[bytes, StoredProgram], recipe: Recipe, shape: Shape | MaskedShape
+) -> Loaded:
+    """An executable that takes and returns what the program of a shape does."""
+    content, program = found
+    shardings, treedef = jax.tree.flatten(recipe.results(shape))
+    outputs = [
+        (tuple(size), sharding) for size, sharding in zip(program.outputs, shardings, strict=True)
+    ]
+    return Loaded(load(content, recipe.program.mesh.devices.flat), treedef, outputs)
+
+
+def is_for(stored: Stored, wanted: Mapping[str, Any]) -> bool:
+    """Whether stored programs are those that are wanted; the log says why not."""
+    found = differences(stored, wanted)
+    if found:
+        log.warning("stored programs are not used: %s", "; ".join(found))
+    else:
+        log.info("programs %d stored ones fit", len(stored.programs))
+    return not found
+
+
+def _stored_blocks(
+    stored: Stored | None, config: ResolvedConfig, model: ModelConfig, free: int
+) -> int | None:
+    """The size of the cache that stored programs are made for, if there is room for it."""
+    n_blocks = stored.made_for.get("num_kv_blocks") if stored else None
+    if not is_integer(n_blocks) or not 2 <= n_blocks * block_bytes(config, model) <= free:
+        return None
+    return n_blocks
+
+
+def resolve(
+    config: EngineConfig, model: ModelConfig, backend: Backend, mesh: Mesh | None = None
+) -> ResolvedConfig:
     """Fills in what the user left open; num_kv_blocks with the most that could ever be used."""
     longest = longest_context(model)
+    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
             f"max_model_len={config.max_model_len} exceeds the {longest} positions of the model"
@@ -140,16 +214,17 @@ def resolve(config: EngineConfig, model: ModelConfig, backend: Backend) -> Resol
     max_seqs = min(config.max_num_seqs or backend.max_num_seqs, batched)
     attention = config.attention_backend
     if attention == "auto":
-        attention = INVARIANT if config.deterministic else backend.attention
+        attention = INVARIANT if config.deterministic else available(backend.attention)
     else:
-        check_attention(attention, jax.default_backend())
+        check_attention(attention, platform)
     if config.deterministic and attention != INVARIANT:
         raise ConfigError(
             f"deterministic needs attention_backend={INVARIANT!r}: {attention} orders its "
             "sums by what else is in the batch; leave attention_backend out, and it is chosen"
         )
     chosen = {
-        "dtype": Policy.here(config.dtype, None).weights,
+        "compile": config.compile or "all",
+        "dtype": Policy.here(config.dtype, mesh).weights,
         "attention_backend": attention,
         "max_model_len": length,
         "block_size": block_size,
@@ -203,6 +278,16 @@ def fit_rope(model: ModelConfig, max_model_len: int) -> ModelConfig:
     return dataclasses.replace(model, rope=dataclasses.replace(rope, is_long=is_long))
 
 
+def available(attention: str) -> str:
+    """That attention backend; xla, and says so, where it was not built."""
+    try:
+        select(attention)
+    except ImportError as error:
+        log.warning("attention_backend=xla, which is slower: %s", error)
+        return "xla"
+    return attention
+
+
 def check_attention(name: str, platform: str) -> None:
     """Raises ConfigError unless that attention backend exists and runs here, on the platform."""
     if name not in BACKENDS_BY_NAME:
@@ -244,7 +329,10 @@ def check_cache(config: ResolvedConfig, model: ModelConfig, n_blocks: int) -> No
         raise ConfigError(str(error)) from None
 
 
-def _shapes(config: ResolvedConfig, model: ModelConfig, backend: Backend) -> list[Shape]:
+def _shapes(
+    config: ResolvedConfig, model: ModelConfig, backend: Backend, mesh: Mesh
+) -> list[Shape]:
+    device = mesh.devices.flat[0]
     shapes = make_shapes(
         smallest=backend.smallest_batch,
         max_batched_tokens=config.max_num_batched_tokens,
@@ -253,14 +341,14 @@ def _shapes(config: ResolvedConfig, model: ModelConfig, backend: Backend) -> lis
         tile=backend.sample_tile,
     )
     if config.deterministic:
-        shapes = [_only_shape(shapes[-1])]
-    return [shape._replace(plan=_plan_sizes(shape, config, model)) for shape in shapes]
+        shapes = [_only_shape(shapes[-1], device.platform)]
+    return [shape._replace(plan=_plan_sizes(shape, config, model, device)) for shape in shapes]
 
 
-def _only_shape(largest: Shape) -> Shape:
+def _only_shape(largest: Shape, platform: str) -> Shape:
     """The one shape of all deterministic steps: whole tiles, whatever the limits are."""
 
-    tile = row_tile(jax.default_backend())
+    tile = row_tile(platform)
 
     def whole(size: int) -> int:
         return math.ceil(size / tile) * tile
@@ -269,9 +357,11 @@ def _only_shape(largest: Shape) -> Shape:
     return largest._replace(n_tokens=n_tokens, n_seqs=n_seqs)
 
 
-def _plan_sizes(shape: Shape, config: ResolvedConfig, model: ModelConfig) -> PlanSizes | None:
+def _plan_sizes(
+    shape: Shape, config: ResolvedConfig, model: ModelConfig, device: Any
+) -> PlanSizes | None:
     heads = HeadLayout.of(model, config.tensor_parallel_size)
-    n_processors = getattr(jax.devices()[0], "core_count", DEFAULT_PROCESSORS)
+    n_processors = getattr(device, "core_count", DEFAULT_PROCESSORS)
     return plan_sizes(
         config.attention_backend,
         n_tokens=shape.n_tokens,
@@ -284,16 +374,13 @@ def _plan_sizes(shape: Shape, config: ResolvedConfig, model: ModelConfig) -> Pla
     )
 
 
-def make_runner(
-    model: nnx.Module,
-    model_config: ModelConfig,
-    config: ResolvedConfig,
-    shapes: list[Shape],
-    mesh: Mesh,
-) -> Runner:
-    platform = jax.default_backend()
+def recipe_of(
+    model: nnx.Module, model_config: ModelConfig, config: ResolvedConfig, mesh: Mesh
+) -> Recipe:
+    """Of a model on the mesh, or one that is not there: its shapes will do."""
+    platform = mesh.devices.flat[0].platform
     tile = row_tile(platform)
-    return Runner(
+    return make_recipe(
         model,
         model_config,
         mesh=mesh,
@@ -304,7 +391,6 @@ def make_runner(
         block_size=config.block_size,
         cache_dtype=config.dtype,
         hidden_dtype=Policy.here(config.dtype, mesh).activations,
-        shapes=shapes,
         sample_tile=tile if config.deterministic else BACKENDS[platform].sample_tile,
         row_tile=tile if config.deterministic else None,
         layers=config.return_hidden_states,
@@ -323,23 +409,25 @@ def block_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
     return model.n_layers * block_elements(config, model) * jnp.dtype(config.dtype).itemsize
 
 
-def _fit_blocks(
+def fit_blocks(
     config: ResolvedConfig,
     model_config: ModelConfig,
     model: nnx.Module,
     shapes: list[Shape],
     mesh: Mesh,
+    free: int,
 ) -> int:
-    """Blocks that memory_fraction of the free memory holds, at most what can ever be used.
+    """Blocks that memory_fraction of the free bytes holds, at most what can ever be used.
 
     Raises:
         ConfigError: not even one block fits beside scratch.
     """
-    free = free_memory(mesh.devices.flat[0])
-    if jax.default_backend() != "cpu":
+    if mesh.devices.flat[0].platform != "cpu":
         small = dataclasses.replace(config, num_kv_blocks=2)
-        probe = make_runner(model, model_config, small, shapes, mesh)
-        free -= probe.temporary_bytes(shapes[-1])
+        step = recipe_of(model, model_config, small, mesh).compile(shapes[-1])
+        analysis = step.memory_analysis()
+        assert analysis is not None
+        free -= analysis.temp_size_in_bytes
     size = block_bytes(config, model_config)
     n_blocks = min(config.num_kv_blocks, int(free * config.memory_fraction) // size)
     n_blocks = min(n_blocks, MAX_CACHE_SIZE // block_elements(config, model_config))

@@ -30,6 +30,15 @@ RESULT_SIZE = 3 + 2 * MAX_LOGPROBS
 IS_FINITE, IS_POSSIBLE = 1, 2  # flags of a result
 SCORE_TILE = 256  # most rows of logits at once: no more than a step draws from
 
+# Of a platform. XLA:GPU launches these kinds of work from CUDA graphs: what it does by default and
+# loops, for each turn of which the host would otherwise wait.
+COMPILER_OPTIONS = {
+    "gpu": {
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,"
+        "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    }
+}
+
 
 class DeviceState(NamedTuple):
     """What a step reads and replaces on the device."""
@@ -195,14 +204,29 @@ def pool(
 
     def add():
         tokens = jnp.arange(n_tokens, dtype=jnp.int32)
-        owners = jnp.searchsorted(ends, tokens, side="right").astype(jnp.int32)
+        owners = jnp.searchsorted(ends, tokens, side="right", method="compare_all")
         is_pooled = tokens >= jnp.take(pooled_from, owners, mode="fill", fill_value=n_tokens)
-        owners = jnp.where(is_pooled, owners, n_seqs)  # those are dropped
+        owners = jnp.where(is_pooled, owners.astype(jnp.int32), n_seqs)  # those are dropped
         return jax.ops.segment_sum(hidden.astype(jnp.float32), owners, n_seqs)
 
     with jax.named_scope("pool"):
         nothing = jnp.zeros((n_seqs, hidden.shape[1]), jnp.float32)
         return lax.cond(jnp.any(pooled_from < ends), add, lambda: nothing)
+
+
+def fill_first(
+    rows: Int[Array, "S C"], n: Int[Array, ""], tile: int, make: Callable[..., Int[Array, "R C"]]
+) -> Int[Array, "S C"]:
+    """`rows` with the first n of them made, a tile at a time: `make(start)`. Without a loop, which
+    costs a GPU more than a condition, where one tile holds them all.
+    """
+    if tile == len(rows):
+        return lax.cond(n > 0, lambda: make(0), lambda: rows)
+
+    def fill(i, rows):
+        return lax.dynamic_update_slice_in_dim(rows, make(i * tile), i * tile, 0)
+
+    return lax.fori_loop(0, (n + tile - 1) // tile, fill, rows)
 
 
 class Questions(NamedTuple):
@@ -223,17 +247,15 @@ def score_rows(
     """Answers the first questions, a tile of logits at a time: none, where nobody asks."""
     tile = min(program.sample_tile, SCORE_TILE, len(hidden))
 
-    def score_tile(i, result):
-        start = i * tile
+    def score_tile(start):
         tokens = lax.dynamic_slice_in_dim(asked.tokens, start, tile)
         followers = lax.dynamic_slice_in_dim(asked.followers, start, tile)
         rows = lax.with_sharding_constraint(hidden[tokens], replicated(program.mesh))
-        scored = pack_scores(score(unembed(rows), followers, asked.n_tops))
-        return lax.dynamic_update_slice_in_dim(result, scored, start, 0)
+        return pack_scores(score(unembed(rows), followers, asked.n_tops))
 
     with jax.named_scope("score"):
         result = jnp.zeros((len(hidden), SCORE_SIZE), jnp.int32)
-        result = lax.fori_loop(0, (asked.n + tile - 1) // tile, score_tile, result)
+        result = fill_first(result, asked.n, tile, score_tile)
     return lax.with_sharding_constraint(result, replicated(program.mesh))
 
 
@@ -257,19 +279,17 @@ def draw_rows(
     """Samples the first rows, a tile of logits at a time, and notes their tokens as known."""
     tile = min(program.sample_tile, len(hidden))
 
-    def draw_tile(i, result):
-        start = i * tile
-
+    def draw_tile(start):
         def cut(x):
             return lax.dynamic_slice_in_dim(x, start, tile)
 
         rows = jax.tree.map(cut, drawn)
         places = rows.rows, rows.n_tokens, rows.masks
         sampled = sample(unembed(cut(hidden)), rows.params, tables, *places, program.processors)
-        return lax.dynamic_update_slice_in_dim(result, pack_result(sampled), start, 0)
+        return pack_result(sampled)
 
     with jax.named_scope("sample"):
         result = jnp.zeros((len(hidden), RESULT_SIZE), jnp.int32)
-        result = lax.fori_loop(0, (n_samples + tile - 1) // tile, draw_tile, result)
+        result = fill_first(result, n_samples, tile, draw_tile)
     known = tables.token_ids.at[drawn.rows, drawn.n_tokens].set(result[:, 0], mode="drop")
     return known, result

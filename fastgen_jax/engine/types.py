@@ -195,6 +195,9 @@ class Stats:
     n_failed_steps: int
     n_nonfinite: int  # samples that ended because their logits were not finite
     nonfinite_share: float  # of the rows sampled lately, from 0 to 1
+    n_programs: int  # compiled so far
+    n_programs_wanted: int
+    n_programs_failed: int  # could not be compiled; larger ones do their work
     last_step_time: float  # time.monotonic() of the newest finished step
 
     @property

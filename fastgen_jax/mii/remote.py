@@ -157,7 +157,7 @@ class Client:
                 show = _as_it_is  # only the first piece begins with the prompt
 
     def status(self) -> dict[str, Any]:
-        """What /health says, as {"phase": "ready"}; of a deployment that is gone, "ended".
+        """What /health says, as {"phase": "ready", ...}; of a deployment that is gone, "ended".
 
         Raises:
             FastGenError: the server does not answer.

@@ -43,14 +43,16 @@ class Policy:
 
     @classmethod
     def here(cls, dtype: str, mesh: Mesh | None) -> "Policy":
-        """What the default backend wants for weights of that dtype; auto: of its own.
+        """What the mesh's devices, or else the default backend, want for weights of that dtype;
+        auto: of its own.
 
         On CPU activations stay float32 between products: 16-bit elementwise work is slow there.
         """
-        weights = DTYPES[jax.default_backend()] if dtype == "auto" else dtype
+        platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+        weights = DTYPES[platform] if dtype == "auto" else dtype
         if weights not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-        return cls(weights, "float32" if jax.default_backend() == "cpu" else weights, mesh)
+        return cls(weights, "float32" if platform == "cpu" else weights, mesh)
 
     @property
     def n_shards(self) -> int:

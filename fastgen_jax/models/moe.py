@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from fastgen_jax.models.config import ModelConfig, MoeConfig
 from fastgen_jax.models.layers import ACTIVATIONS, GatedMLP, Linear, Policy, product
 from fastgen_jax.models.layout import padded
+from pallas_kernels import tiles_product
 
 GLU_SLOPE = 1.702  # of GPT-OSS's clamped gate
 
@@ -195,10 +196,10 @@ def grouped_product(
 ) -> Float[Array, "M O"]:
     """Rows of x times their expert's weight, in float32; the first sizes[0] rows are expert 0's.
 
-    What rows behind the last expert's become is undefined. Only XLA:TPU has a product for this:
-    elsewhere its ragged_dot multiplies every row, masked, by every expert.
+    What rows behind the last expert's become is undefined. Of XLA only TPU's has a product for
+    this: elsewhere its ragged_dot multiplies every row, masked, by every expert.
     """
-    return _by_platform(_by_tiles, _ragged_dot, x, weight, sizes)
+    return _by_platform(_by_tiles, _ragged_dot, x, weight, sizes, cuda=_by_kernel)
 
 
 def _product_forward(x, weight, sizes):
@@ -216,10 +217,18 @@ def _product_backward(saved, d_y: Float[Array, "M O"]):
 grouped_product.defvjp(_product_forward, _product_backward)
 
 
-def _by_platform(by_tiles, ragged, x, weight, sizes, *others):
+def _by_platform(by_tiles, ragged, x, weight, sizes, *others, **kernels):
     tiled = functools.partial(by_tiles, tile=_tile(len(x), len(weight)))
-    static = functools.partial(tiled, is_static=True)
-    return lax.platform_dependent(x, weight, sizes, *others, cpu=tiled, tpu=ragged, default=static)
+    branches = {"cpu": tiled, "tpu": ragged, "default": functools.partial(tiled, is_static=True)}
+    return lax.platform_dependent(x, weight, sizes, *others, **branches | kernels)
+
+
+def _by_kernel(x, weight, sizes, *, interpret: bool = False):
+    """All tiles in one launch."""
+    tile = max(_tile(len(x), len(weight)), 16)  # rows of a matrix unit
+    tiles = Tiles.of(sizes, len(x), tile)
+    places = tiles.rows, tiles.experts, tiles.n_rows
+    return tiles_product(x, weight, *places, tile=tile, interpret=interpret)
 
 
 def _ragged_dot(x, weight, sizes):
@@ -265,8 +274,8 @@ class Tiles(NamedTuple):
         return cls(last_tile[-1], row, expert, n_own)
 
     def loop(self, body, start, is_static: bool):
-        """is_static: over as many tiles as there may be. A GPU need not tell the host how many
-        there are.
+        """is_static: over as many tiles as there may be, so that a GPU need not tell the host how
+        many there are.
         """
         return lax.fori_loop(0, len(self.rows) if is_static else self.n, body, start)
 

@@ -3,6 +3,7 @@
 Imports of weight wait until they are needed, so that --help and a wrong flag answer at once.
 """
 
+import dataclasses
 import gc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,8 +64,8 @@ def make_service(
 def load(
     engine_config: EngineConfig, server_config: ServerConfig, on_phase: "OnPhase"
 ) -> "Backend":
-    """The engine, compiled, and the tokenizer, which loads meanwhile. What can be told from names
-    of files and config.json is told before anything is loaded.
+    """The engine, which can serve, and the tokenizer, which loads meanwhile. What can be told from
+    names of files and config.json is told before anything is loaded.
     """
     template = chat_template(server_config.chat_template)
     from fastgen_jax.checkpoints.directory import locate_tokenizer
@@ -92,7 +93,8 @@ def load(
                     tokenizer.result()  # raises now what would else wait for the weights
                 on_phase(name, done, total)
 
-            engine = Engine(engine_config, on_phase=on_engine_phase)
+            soon = dataclasses.replace(engine_config, compile=engine_config.compile or "first")
+            engine = Engine(soon, on_phase=on_engine_phase)
             backend = Backend(engine, tokenizer.result())
     finally:
         gc.freeze()

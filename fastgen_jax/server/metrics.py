@@ -38,6 +38,9 @@ GAUGES = (
     ("num_requests_running", "Sequences in the running batch", "n_running"),
     ("num_requests_waiting", "Sequences waiting to run", "n_waiting"),
     ("kv_cache_usage_perc", "Share of the KV blocks in use, from 0 to 1", "kv_usage"),
+    ("engine_programs", "Programs of steps that there are to be", "n_programs_wanted"),
+    ("engine_programs_compiled", "Those that are compiled", "n_programs"),
+    ("engine_programs_failed", "Sizes of steps that cannot be compiled", "n_programs_failed"),
 )
 COUNTERS = (
     ("prompt_tokens_total", "Prompt tokens of the samples that got a token", "n_prompt_tokens"),

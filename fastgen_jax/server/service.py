@@ -50,7 +50,7 @@ OnPhase = Callable[[str, int, int], None]
 
 
 class Backend(NamedTuple):
-    """What a load yields: an engine that is compiled, and the text side of its model."""
+    """What a load yields: an engine that can serve, and the text side of its model."""
 
     engine: "Engine"
     tokenizer: Tokenizer
@@ -142,7 +142,9 @@ class Service:
             self.fail(generation, error)
 
     def stop(self) -> bool:
-        """Ends the engine's thread; False if it still loads, which nothing can interrupt."""
+        """Ends the engine's threads; False if one still loads or compiles, which nothing can
+        interrupt.
+        """
         self._attached.set()
         self.journal.close()
         for pool in (self._tokenizing, self._compiling):
@@ -152,6 +154,8 @@ class Service:
         if self.backend is not None:
             self.backend.engine.stop()
             self._thread.join(ENGINE_EXIT_TIMEOUT)
+            if self.backend.engine.is_compiling:
+                return False
         return not self._thread.is_alive()
 
     def _run(self):
@@ -256,7 +260,8 @@ class Service:
                 f"{stats.nonfinite_share:.0%} of the newest tokens had logits that are not finite"
             )
             return False, {"phase": "failing", "reason": f"{share}: are the weights damaged?"}
-        return True, {"phase": self.change or "ready"}
+        state: dict[str, Any] = {"phase": self.change or "ready"}
+        return True, state if stats is None else state | _programs(stats)
 
     def refusal(self) -> ApiError | None:
         """Why new work is refused now; None if it is welcome."""
@@ -541,6 +546,13 @@ class Service:
         self.metrics.observe_sample(generation, choice, now)
         if generation.n_open == 0:
             self.metrics.observe_requests(generation)
+
+
+def _programs(stats: Stats) -> dict[str, Any]:
+    """How many are there: until all are, some batches take longer than they will."""
+    counts = {"compiled": stats.n_programs, "of": stats.n_programs_wanted}
+    failed = {"failed": stats.n_programs_failed} if stats.n_programs_failed else {}
+    return {"programs": counts | failed}
 
 
 _stopped = functools.partial(unavailable, code="engine_stopped", retry_after=5)

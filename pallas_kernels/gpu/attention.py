@@ -3,8 +3,8 @@
 The host's plan (plan.py) names the work; grids are the KV heads times the plan's capacity, and a
 program without an item ends at once. In order:
 1. New keys and values are scattered into the cache by XLA, in place.
-2. Decode kernel: an item is one tile of up to 16 rows and a range of its context. One loop over
-   tiles of keys, each masked, which costs nothing where memory is what is waited for.
+2. Decode kernel: an item is one tile of up to 16 rows and a range of its context. Tiles of
+   keys are unmasked except at its edges, or with a window all masked.
 3. Merge kernel: parts of split contexts, in their order, so that results do not change from run to
    run; it reads only parts that exist.
 4. Chunk kernel: 128 rows and their whole context, unmasked except at its edges.
@@ -38,18 +38,22 @@ from pallas_kernels.gpu.layout import (
     warps_and_stages,
     write,
 )
+from pallas_kernels.gpu.ptx import as_words
 from pallas_kernels.gpu.tile import (
     Softmax,
     attend,
     finish,
-    first_tile,
+    join,
     load_parts,
     load_queries,
     read_item,
     start,
     store_rows,
     tile_rows,
+    tile_spans,
 )
+
+MERGE_PARTS = 32  # of a split context, merged at once; half as many of large heads: registers
 
 # Given when a program is lowered, so it cannot be caught around a call.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
@@ -78,18 +82,16 @@ def ragged_paged_attention(
     check_arguments(q, k, v, kv_cache, meta, kv_scales)
     check_plan("pallas_gpu", q, kv_cache, meta)
     kv_cache, kv_scales = write(k, v, kv_cache, kv_scales, meta)
-    inputs = make_inputs(q, kv_cache, kv_scales, meta, alibi_slopes, sinks)
-    layout = make_layout(q, kv_cache, meta, spec)
+    inputs = make_inputs(q, as_words(kv_cache), kv_scales, meta, alibi_slopes, sinks)
+    layout = make_layout(q, kv_cache, meta, spec, interpret)
     out = jnp.zeros(q.size, q.dtype)
-    out = _decode(out, inputs, meta.plan, layout, interpret)
-    out = _chunks(out, inputs, meta.plan, layout, interpret)
+    out = _decode(out, inputs, meta.plan, layout)
+    out = _chunks(out, inputs, meta.plan, layout)
     out = out.reshape(q.shape)
     return (out, kv_cache) if kv_scales is None else (out, kv_cache, kv_scales)
 
 
-def _decode(
-    out: Float[Array, "T*N*H"], inputs: Inputs, work: plan.WorkPlan, layout: Layout, interpret
-):
+def _decode(out: Float[Array, "T*N*H"], inputs: Inputs, work: plan.WorkPlan, layout: Layout):
     """`out` with the decode items' tokens."""
     if not len(work.decode):
         return out
@@ -108,7 +110,7 @@ def _decode(
         grid=(layout.n_kv_heads, len(work.decode)),
         input_output_aliases={0: 0},
         compiler_params=_params(layout),
-        interpret=interpret,
+        interpret=layout.interpret,
         name="attention_decode",
     )(out, inputs)
     if not len(work.merges):
@@ -118,15 +120,13 @@ def _decode(
         out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
         grid=(len(work.merges), layout.n_kv_heads, layout.block_m // MERGE_ROWS),
         input_output_aliases={0: 0},
-        compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=4),
-        interpret=interpret,
+        compiler_params=pltriton.CompilerParams(num_warps=8, num_stages=1),
+        interpret=layout.interpret,
         name="attention_merge",
     )(out, work.merges, acc, top, total)
 
 
-def _chunks(
-    out: Float[Array, "T*N*H"], inputs: Inputs, work: plan.WorkPlan, layout: Layout, interpret
-):
+def _chunks(out: Float[Array, "T*N*H"], inputs: Inputs, work: plan.WorkPlan, layout: Layout):
     """`out` with the chunk items' tokens."""
     if not len(work.chunks):
         return out
@@ -137,7 +137,7 @@ def _chunks(
         grid=(layout.n_kv_heads, len(work.chunks)),
         input_output_aliases={0: 0},
         compiler_params=_params(layout),
-        interpret=interpret,
+        interpret=layout.interpret,
         name="attention_chunks",
     )(out, inputs._replace(items=work.chunks))
 
@@ -163,67 +163,64 @@ def _decode_kernel(
         rows = tile_rows(layout, item.token, item.n_tokens, kv_head)
         queries = load_queries(layout, inputs, item, rows)
         state = start(layout, inputs, item, rows)
-        span = first_tile(layout, item), pl.cdiv(item.kv_end, layout.block_n), True
-        state = attend(layout, inputs, item, kv_head, queries, state, [span])
+        spans = tile_spans(layout, item)
+        if layout.spec.window is not None:  # few tiles: each loop waits for memory when it starts
+            spans = [(spans[0][0], spans[-1][1], True)]
+        state = attend(layout, inputs, item, kv_head, queries, state, spans)
 
         @pl.when(item.slot < 0)
         def store_whole():
-            store_rows(layout, out, rows.index, finish(state), rows.is_row)
+            store_rows(layout, out, rows.index, join(layout, finish(state)), rows.is_row)
 
         @pl.when(item.slot >= 0)
         def store_part():
             row = jnp.arange(layout.block_m, dtype=jnp.int32)
             row = row + (item.slot * layout.n_kv_heads + kv_head) * layout.block_m
-            store_rows(layout, acc, row, state.acc, rows.is_row)
+            store_rows(layout, acc, row, join(layout, state.acc), rows.is_row)
             pltriton.store(top.at[row], state.top, mask=rows.is_row)
             pltriton.store(total.at[row], state.total, mask=rows.is_row)
 
 
 def _merge_kernel(_, merges, acc, top, total, out, *, layout: Layout):
-    """One split query tile's parts, for a few of its rows."""
+    """One split query tile's parts, for a few of its rows: in one tile, to wait for memory once."""
     i, kv_head, row_tile = (pl.program_id(axis) for axis in range(3))
     columns = plan.MERGE_TOKEN, plan.MERGE_N_TOKENS, plan.MERGE_SLOT, plan.MERGE_N_SLOTS
     token, n_tokens, first_slot, n_slots = (merges[i, column] for column in columns)
     rows = tile_rows(layout, token, n_tokens, kv_head, row_tile * MERGE_ROWS, MERGE_ROWS)
 
-    def add(slot, state: Softmax) -> Softmax:
-        row = row_tile * MERGE_ROWS + jnp.arange(MERGE_ROWS, dtype=jnp.int32)
-        row = row + (slot * layout.n_kv_heads + kv_head) * layout.block_m
-        part_top = pltriton.load(top.at[row], mask=rows.is_row, other=LOWEST)
-        part_total = pltriton.load(total.at[row], mask=rows.is_row, other=0.0)
-        parts = load_parts(layout, acc, row, rows.is_row)
-        new_top = jnp.maximum(state.top, part_top)
-        shrink, grow = jnp.exp2(state.top - new_top), jnp.exp2(part_top - new_top)
-        pairs = zip(state.acc, parts, strict=True)
-        new_acc = tuple(a * shrink[:, None] + b * grow[:, None] for a, b in pairs)
-        return Softmax(new_acc, new_top, state.total * shrink + part_total * grow)
+    n_parts = MERGE_PARTS if layout.head_size <= 128 else MERGE_PARTS // 2
 
-    @pl.when(n_slots > 0)
+    def add(j, state: Softmax) -> Softmax:
+        part = j * n_parts + jnp.arange(n_parts, dtype=jnp.int32)
+        is_part = (part < n_slots)[:, None] & rows.is_row[None, :]
+        row = row_tile * MERGE_ROWS + jnp.arange(MERGE_ROWS, dtype=jnp.int32)
+        first = ((first_slot + part) * layout.n_kv_heads + kv_head) * layout.block_m
+        index = first[:, None] + row[None, :]
+        tops = pltriton.load(top.at[index], mask=is_part, other=LOWEST)
+        totals = pltriton.load(total.at[index], mask=is_part, other=0.0)
+        new_top = jnp.maximum(state.top, tops.max(0))
+        shrink, grow = jnp.exp2(state.top - new_top), jnp.exp2(tops - new_top[None, :])
+        values = load_parts(layout, acc, index, is_part)
+        sums = [(value * grow[..., None]).sum(0) for value in values]
+        new_acc = tuple(a * shrink[:, None] + b for a, b in zip(state.acc, sums, strict=True))
+        return Softmax(new_acc, new_top, state.total * shrink + (totals * grow).sum(0))
+
+    @pl.when(row_tile * MERGE_ROWS < n_tokens * layout.group_size)
     def merge():
         zeros = jnp.zeros(MERGE_ROWS, jnp.float32)
         empty = tuple(jnp.zeros((MERGE_ROWS, width), jnp.float32) for _, width in layout.parts)
         state = Softmax(empty, zeros + LOWEST, zeros)
-        state = lax.fori_loop(first_slot, first_slot + n_slots, add, state)
+        state = lax.fori_loop(0, pl.cdiv(n_slots, n_parts), add, state)
         store_rows(layout, out, rows.index, finish(state), rows.is_row)
 
 
 def _chunk_kernel(_, inputs: Inputs, out, *, layout: Layout):
     kv_head, item = pl.program_id(0), read_item(inputs.items, pl.program_id(1))
-    window, block_n = layout.spec.window, layout.block_n
 
     @pl.when(item.n_tokens > 0)
     def run():
         rows = tile_rows(layout, item.token, item.n_tokens, kv_head)
         queries = load_queries(layout, inputs, item, rows)
-        first, last = first_tile(layout, item), pl.cdiv(item.kv_end, block_n)
-        # Interior tiles: the first query sees their last cell, the last query their first one.
-        diagonal = lax.div(item.position + 1, jnp.int32(block_n))
-        spans = [(first, diagonal, False), (diagonal, last, True)]
-        if window is not None:
-            behind = jnp.maximum(item.position + item.n_tokens - window, 0)
-            seen = jnp.minimum(pl.cdiv(behind, block_n), last)
-            diagonal = jnp.maximum(seen, diagonal)
-            spans = [(first, seen, True), (seen, diagonal, False), (diagonal, last, True)]
         state = start(layout, inputs, item, rows)
-        state = attend(layout, inputs, item, kv_head, queries, state, spans)
-        store_rows(layout, out, rows.index, finish(state), rows.is_row)
+        state = attend(layout, inputs, item, kv_head, queries, state, tile_spans(layout, item))
+        store_rows(layout, out, rows.index, join(layout, finish(state)), rows.is_row)

@@ -24,7 +24,7 @@ LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # below every score; finite, so that differences are never NaN
 # What cells of a quantised cache are, divided by what the kernels make of them.
 FACTORS = {jnp.dtype(jnp.int8): 128.0, jnp.dtype(jnp.float8_e4m3fn): 256.0}
-MERGE_ROWS = 16
+MERGE_ROWS = 4  # of a program of a merge
 
 
 class Inputs(NamedTuple):
@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
     items: Any  # "W 8", see plan.WorkPlan
     tables: Any  # "S * P"
     q: Any  # "T * N * H"
-    kv_cache: Any  # "B * K * 2 * C * H"
+    kv_cache: Any  # "B * K * 2 * C * H", of a quantised cache int16: two cells to a word
     kv_scales: Any = None  # "B * K * 2 * C"
     slopes: Any = None  # "N"
     sinks: Any = None  # "N"
@@ -62,7 +62,9 @@ class Layout:
     n_cells: int
     table_width: int
     dtype: Any  # of the operands of products
+    cache_dtype: Any
     spec: AttentionSpec
+    interpret: bool = False
     block_m: int = 0  # rows of a query tile
     block_n: int = 0  # cells of a key tile
 
@@ -80,12 +82,24 @@ class Layout:
             start += width
         return parts
 
+    def is_halved(self, width: int) -> bool:
+        """Whether a part is two operands of products, even and odd columns, which are the low and
+        high bytes of a quantised cache's words; products need 16 columns.
+        """
+        return self.cache_dtype in QUANTIZED and width >= 32
+
+    @property
+    def operand_widths(self) -> list[int]:
+        halved = [(width, self.is_halved(width)) for _, width in self.parts]
+        return [w for width, half in halved for w in ([width // 2] * 2 if half else [width])]
+
 
 def make_layout(
     q: Float[Array, "T N H"],
     kv_cache: Num[Array, "B K 2 C H"],
     meta: RaggedMeta,
     spec: AttentionSpec,
+    interpret: bool = False,
 ) -> Layout:
     """Without tiles."""
     return Layout(
@@ -95,7 +109,9 @@ def make_layout(
         n_cells=kv_cache.shape[3],
         table_width=meta.block_tables.shape[1],
         dtype=operand_dtype(q.dtype, kv_cache.dtype),
+        cache_dtype=kv_cache.dtype,
         spec=spec,
+        interpret=interpret,
     )
 
 
@@ -127,7 +143,8 @@ def tiled(layout: AnyLayout, block_m: int) -> AnyLayout:
 
 def warps_and_stages(layout: Layout) -> dict[str, int]:
     """Of a kernel of these tiles, by the names that both compilers have for them."""
-    n_warps, n_stages = 8 if layout.block_m > 64 else 4, 3
+    is_large = layout.block_m > 64 or layout.block_m * layout.head_size > 64 * 128
+    n_warps, n_stages = 8 if is_large else 4, 3
     if layout.dtype == jnp.float32:
         n_warps, n_stages = 2 * n_warps if layout.block_m > 16 else n_warps, 2
     return {"num_warps": n_warps, "num_stages": n_stages}

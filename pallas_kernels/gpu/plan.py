@@ -11,14 +11,14 @@ Items come with the most expensive first, so that the last ones to start are sho
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 KEY_ALIGN = 128  # kernels' tiles of keys divide it, so that no tile has cells of two items
-MIN_SPLIT = 256  # cells: a shorter part costs more to start and merge than it saves
+MIN_SPLIT = KEY_ALIGN  # cells: a part is two tiles of keys at least
 
 # Columns of an item, 32 bytes: one cache sector.
 SEQ, TOKEN, N_TOKENS, POSITION, KV_START, KV_END, SLOT, SPLIT = range(8)
@@ -57,6 +57,18 @@ class PlanSizes:
     max_context: int  # the block table's width in cells
     n_ctas: int = 264
     max_short: int = 8
+
+    @classmethod
+    def of(cls, **sizes: int) -> "PlanSizes":
+        """Without a chunk kernel where the decode kernel's tiles of all the tokens run at once.
+
+        A chunk of so few tokens is no more than one or two tiles of the chunk kernel, which leave
+        most of the GPU idle; and steps that only decode launch no kernel in vain.
+        """
+        made = cls(**sizes)
+        n_tiles = -(-made.n_tokens // decode_queries(made.group_size))
+        is_small = n_tiles * made.n_kv_heads <= made.n_ctas
+        return replace(made, max_short=made.n_tokens) if is_small else made
 
     @property
     def group_size(self) -> int:
@@ -177,7 +189,7 @@ def _split(tiles, sizes: PlanSizes):
     n_parts = -(-n_keys // split_size)
     if n_parts.max(initial=0) < 2:
         return tiles, np.zeros((0, 4), np.int32)
-    # Even parts of whole tiles; as n_keys > (n_parts - 1) * 256, there remain at least two.
+    # Even parts of whole tiles; as n_keys > split_size >= part_size, there remain at least two.
     part_size = _round_up(-(-n_keys // n_parts), KEY_ALIGN)
     n_parts = -(-n_keys // part_size)
     n_slots = np.where(n_parts > 1, n_parts, 0)

@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from pallas_kernels.gpu import plan
+from pallas_kernels.gpu import plan, ptx
 from pallas_kernels.gpu.layout import FACTORS, LOG2_E, LOWEST, Inputs, Layout
 
 
@@ -40,13 +41,13 @@ class Item(NamedTuple):
 class Softmax(NamedTuple):
     """A softmax in progress, in float32: sums of values weighted by exp2(score - top)."""
 
-    acc: tuple[Float[Array, "M _"], ...]  # one for each part of the head
+    acc: tuple[Float[Array, "M _"], ...]  # one for each operand, see Layout.is_halved
     top: Float[Array, "M"]
     total: Float[Array, "M"]
 
 
 class Queries(NamedTuple):
-    """A tile of queries; scores are to be multiplied by `scale`."""
+    """A tile of queries as operands; scores are to be multiplied by `scale`."""
 
     parts: tuple[Float[Array, "M _"], ...]
     scale: Float[Array, "M"] | None
@@ -88,7 +89,7 @@ def load_queries(layout: Layout, inputs: Inputs, item: Item, rows: Rows) -> Quer
         if layout.dtype == jnp.float16:
             scale = _power_below(parts)
             parts = tuple(part / scale[:, None] for part in parts)
-        parts = tuple(part.astype(layout.dtype) for part in parts)
+    parts = tuple(part.astype(layout.dtype) for part in halve(layout, parts))
     slopes = None
     if inputs.slopes is not None:
         slopes = LOG2_E * pltriton.load(inputs.slopes.at[rows.head], mask=rows.is_row, other=0.0)
@@ -105,7 +106,7 @@ def _power_below(parts: tuple[Float[Array, "M _"], ...]) -> Float[Array, "M"]:
 
 def start(layout: Layout, inputs: Inputs, item: Item, rows: Rows) -> Softmax:
     """A softmax over nothing, or over the sinks in the first part of a context."""
-    acc = tuple(jnp.zeros((layout.block_m, width), jnp.float32) for _, width in layout.parts)
+    acc = tuple(jnp.zeros((layout.block_m, width), jnp.float32) for width in layout.operand_widths)
     if inputs.sinks is None:
         zeros = jnp.zeros(layout.block_m, jnp.float32)
         return Softmax(acc, zeros + LOWEST, zeros)
@@ -115,12 +116,22 @@ def start(layout: Layout, inputs: Inputs, item: Item, rows: Rows) -> Softmax:
     return Softmax(acc, top, jnp.where(top > LOWEST, 1.0, 0.0))
 
 
-def first_tile(layout: Layout, item: Item) -> Array:
-    """The first tile of keys of an item that the item's first query sees something of."""
-    first = item.kv_start
-    if layout.spec.window is not None:
-        first = jnp.maximum(first, item.position - layout.spec.window + 1)
-    return lax.div(first, jnp.int32(layout.block_n))
+def tile_spans(layout: Layout, item: Item) -> list[tuple[Array, Array, bool]]:
+    """The tiles of keys of an item that its queries see something of, see `attend`.
+
+    In interior ones the first query sees the last cell and the last query the first one.
+    """
+    window, block_n = layout.spec.window, jnp.int32(layout.block_n)
+    first, last = lax.div(item.kv_start, block_n), pl.cdiv(item.kv_end, block_n)
+    diagonal = lax.div(jnp.minimum(item.position + 1, item.kv_end), block_n)
+    spans, seen = [], first
+    if window is not None:
+        first = jnp.maximum(first, lax.div(jnp.maximum(item.position - window + 1, 0), block_n))
+        behind = jnp.maximum(item.position + item.n_tokens - window, 0)
+        seen = jnp.minimum(jnp.maximum(first, pl.cdiv(behind, block_n)), last)
+        spans = [(first, seen, True)]
+    diagonal = jnp.maximum(seen, diagonal)
+    return [*spans, (seen, diagonal, False), (diagonal, last, True)]
 
 
 class Loop(NamedTuple):
@@ -152,6 +163,7 @@ def _tile_step(
     layout: Layout, inputs: Inputs, item: Item, kv_head, queries: Queries, j, loop: Loop, *, is_edge
 ) -> Loop:
     spec, state = layout.spec, loop.state
+    exp2 = functools.partial(ptx.exp2, interpret=layout.interpret)
     blocks = _blocks(layout, inputs.tables, item, j + 1)
     cell = j * layout.block_n + jnp.arange(layout.block_n, dtype=jnp.int32)
     is_cached = None
@@ -162,18 +174,18 @@ def _tile_step(
     row = _cache_rows(layout, loop.blocks, kv_head, j, cell)
     keys, key_scales = _load_cells(layout, inputs, row, is_cached)
     distance = cell[None, :] - queries.position[:, None]
-    scores = _scores(layout, queries, keys, key_scales, distance)
+    scores, scale = _scores(layout, queries, keys, key_scales, distance)
     visible = None
     if is_cached is not None:
         visible = is_cached[None, :] & (distance <= 0)
         if spec.window is not None:
             visible &= distance > -spec.window
         scores = jnp.where(visible, scores, LOWEST)
-    top = jnp.maximum(state.top, scores.max(1))
-    weights = jnp.exp2(scores - top[:, None])
+    top = jnp.maximum(state.top, scores.max(1) * scale)
+    weights = exp2(scores, scale[:, None], -top[:, None])
     if visible is not None:  # a row that has seen nothing yet has top = LOWEST
         weights = jnp.where(visible, weights, 0.0)
-    shrink = jnp.exp2(state.top - top)
+    shrink = exp2(state.top, jnp.ones_like(top), -top)
     total = state.total * shrink + weights.sum(1)
     values, value_scales = _load_cells(layout, inputs, row + layout.n_cells, is_cached)
     if value_scales is not None:
@@ -201,27 +213,64 @@ def load_parts(layout: Layout, ref, index, is_row) -> tuple[Array, ...]:
     return tuple(_load_rows(ref, index * layout.head_size, part, is_row) for part in layout.parts)
 
 
-def _offsets(base: Int[Array, "M"], offset: int, width: int) -> Int[Array, "M _"]:
-    return base[:, None] + (offset + jnp.arange(width, dtype=jnp.int32))[None, :]
+def _offsets(base: Int[Array, "*M"], offset: int, width: int) -> Int[Array, "*M _"]:
+    column = lax.broadcasted_iota(jnp.int32, (*base.shape, width), base.ndim)
+    return base[..., None] + (offset + column)
 
 
-def _load_rows(ref, base: Int[Array, "M"], part: tuple[int, int], is_row) -> Num[Array, "M _"]:
+def _load_rows(ref, base: Int[Array, "*M"], part: tuple[int, int], is_row) -> Num[Array, "*M _"]:
     at = ref.at[_offsets(base, *part)]
     if is_row is None:
         return pltriton.load(at)
-    return pltriton.load(at, mask=is_row[:, None], other=jnp.zeros((), ref.dtype))
+    return pltriton.load(at, mask=is_row[..., None], other=jnp.zeros((), ref.dtype))
 
 
 def _load_cells(layout: Layout, inputs: Inputs, row: Int[Array, "M"], is_cached):
     """Keys or values of a tile in parts, and their scales, None if the cache has none."""
-    base = row * layout.head_size
-    parts = (_load_rows(inputs.kv_cache, base, part, is_cached) for part in layout.parts)
-    parts = tuple(decode(part, layout.dtype) for part in parts)
+    load = functools.partial(_load_rows, inputs.kv_cache, is_row=is_cached)
     if inputs.kv_scales is None:
-        return parts, None
+        parts = tuple(load(row * layout.head_size, part) for part in layout.parts)
+        return tuple(decode(part, layout.dtype) for part in parts), None
+    base = row * (layout.head_size // 2)  # in words
+    words = (load(base, (offset // 2, width // 2)) for offset, width in layout.parts)
+    parts = tuple(part for word in words for part in _unpack(layout, word))
     mask = {} if is_cached is None else {"mask": is_cached, "other": 0}
     scales = pltriton.load(inputs.kv_scales.at[row], **mask).astype(jnp.float32)
-    return parts, scales * FACTORS[inputs.kv_cache.dtype]
+    return parts, scales * FACTORS[layout.cache_dtype]
+
+
+def _unpack(layout: Layout, words: Int[Array, "M _"]) -> list[Float[Array, "M _"]]:
+    """The operands of one part."""
+    pair = ptx.unpack(words, layout.cache_dtype, interpret=layout.interpret)
+    halves = [half.astype(layout.dtype) for half in pair]
+    return halves if layout.is_halved(2 * words.shape[1]) else [_interleave(*halves)]
+
+
+def _interleave(even: Float[Array, "M _"], odd: Float[Array, "M _"]) -> Float[Array, "M _"]:
+    return jnp.stack([even, odd], axis=-1).reshape(len(even), -1)
+
+
+def halve(layout: Layout, parts: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Parts of heads as operands."""
+    operands = []
+    for part in parts:
+        n_rows, width = part.shape
+        if not layout.is_halved(width):
+            operands.append(part)
+            continue
+        pairs = part.reshape(n_rows, width // 2, 2)
+        is_odd = lax.broadcasted_iota(jnp.int32, pairs.shape, 2)
+        operands += [jnp.where(is_odd == i, pairs, 0).sum(2) for i in range(2)]
+    return tuple(operands)
+
+
+def join(layout: Layout, operands: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The inverse of `halve`."""
+    left = iter(operands)
+    return tuple(
+        _interleave(next(left), next(left)) if layout.is_halved(width) else next(left)
+        for _, width in layout.parts
+    )
 
 
 def _blocks(layout: Layout, tables, item: Item, j) -> Array:
@@ -257,45 +306,35 @@ def _divided(x: Int[Array, "*dims"], n: int) -> tuple[Int[Array, "*dims"], Int[A
 
 
 def decode(cells: Num[Array, "M _"], dtype) -> Float[Array, "M _"]:
-    """Cells as operands of a product; those of a quantised cache divided by their FACTORS.
-
-    These conversions are most of what a decode kernel does. Both take two operations on the bits,
-    which GPUs that know no float8 have as well:
-    - float8_e4m3fn, sign-extended to 16 bits: its exponent and mantissa, moved to the places of
-      float16's, are the same number but for the exponents' biases; bit 14 is one more sign.
-    - int8 x: in float16 the numbers from 8 to 16 are 1 / 128 apart, so that the bits of x + 128 as
-      the mantissa are 9 + x / 128.
-    """
-    if cells.dtype == jnp.float8_e4m3fn:
-        bits = lax.bitcast_convert_type(cells, jnp.int8).astype(jnp.int16)
-        cells = lax.bitcast_convert_type((bits << 7) & -0x4080, jnp.float16)
-    if cells.dtype == jnp.int8:
-        bits = (cells.astype(jnp.int16) & 0xFF) ^ 0x4880
-        cells = lax.bitcast_convert_type(bits, jnp.float16) - jnp.float16(9)
+    """Cells of a cache that is not quantised, as operands of a product."""
     if cells.dtype == jnp.uint16:
         cells = lax.bitcast_convert_type(cells, jnp.bfloat16)
-    if cells.dtype == dtype:
-        return cells
-    return cells.astype(jnp.float32).astype(dtype)
+    return cells if cells.dtype == dtype else cells.astype(jnp.float32).astype(dtype)
 
 
 def _scores(
     layout: Layout, queries: Queries, keys, key_scales, distance: Int[Array, "M _"]
-) -> Float[Array, "M _"]:
-    """Scores in units of log2."""
+) -> tuple[Float[Array, "M _"], Float[Array, "M"]]:
+    """Scores and what times them is in units of log2, > 0: left to the exponential, where nothing
+    comes between.
+    """
     spec = layout.spec
     pairs = zip(queries.parts, keys, strict=True)
     scores = sum((_dot(q, k.T) for q, k in pairs), start=jnp.float32(0))
     if key_scales is not None:
         scores = scores * key_scales[None, :]
-    scale = spec.scale * LOG2_E * (1 if spec.soft_cap is None else 2 / spec.soft_cap)
-    scores = scores * (scale if queries.scale is None else (queries.scale * scale)[:, None])
+    ones = jnp.ones(layout.block_m, jnp.float32)
+    scale = ones if queries.scale is None else queries.scale
+    scale = scale * (spec.scale * LOG2_E * (1 if spec.soft_cap is None else 2 / spec.soft_cap))
+    if spec.soft_cap is None and queries.slopes is None and spec.scale > 0:
+        return scores, scale
+    scores = scores * scale[:, None]
     if spec.soft_cap is not None:  # c * tanh(x / c) = c - 2 c / (exp(2 x / c) + 1)
         growth = jnp.exp2(scores)
         scores = spec.soft_cap * LOG2_E * (1.0 - 2.0 / (growth + 1.0))
     if queries.slopes is not None:
         scores = scores + queries.slopes[:, None] * distance.astype(jnp.float32)
-    return scores
+    return scores, ones
 
 
 def _dot(a: Float[Array, "M _"], b: Float[Array, "_ N"]) -> Float[Array, "M N"]:

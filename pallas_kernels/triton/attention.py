@@ -106,7 +106,6 @@ class TritonLayout(Layout):
     """Everything about one kernel that Triton compiles in."""
 
     q_dtype: Any = None
-    cache_dtype: Any = None
     has_slopes: bool = False
     has_sinks: bool = False
 
@@ -231,7 +230,6 @@ def ragged_paged_attention(
     layout = TritonLayout(
         **vars(make_layout(q, kv_cache, meta, spec)),
         q_dtype=q.dtype,
-        cache_dtype=kv_cache.dtype,
         has_slopes=alibi_slopes is not None,
         has_sinks=sinks is not None,
     )

@@ -17,11 +17,12 @@ from unittest import mock
 import numpy as np
 
 from fastgen_jax.engine import startup
-from fastgen_jax.engine.batch import FLOAT_PARAMS, UNKNOWN, Batch, unpack
+from fastgen_jax.engine.batch import FLOAT_PARAMS, UNKNOWN, Batch, MaskedShape, Shape, unpack
 from fastgen_jax.engine.blocks import BlockPool
 from fastgen_jax.engine.changes import Change
 from fastgen_jax.engine.constraint import mask_width
 from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.programs import Programs
 from fastgen_jax.engine.requests import sample_seeds
 from fastgen_jax.engine.runner import make_shapes
 from fastgen_jax.engine.scoring import Scores
@@ -194,12 +195,16 @@ class FakeRunner:
         self.n_rows = config.max_num_seqs
         self.n_cells = config.num_kv_blocks * config.block_size
         self.max_tokens = config.max_model_len
-        self.shapes = make_shapes(
+        shapes = make_shapes(
             smallest=1,
             max_batched_tokens=config.max_num_batched_tokens,
             max_seqs=self.n_rows,
             table_width=config.table_width,
             tile=1024,
+        )
+        self.fails_to_compile = False
+        self.programs = Programs(
+            self._compile, shapes, lambda shape: MaskedShape(shape.n_hidden, mask_width(VOCAB_SIZE))
         )
         self.is_closed = False
         self.leaves = ()
@@ -215,9 +220,14 @@ class FakeRunner:
         self.scores = Scores(*np.zeros((3, 0), np.float32))
         self.reset()
 
-    def compile(self, tables, on_done) -> None:
-        self._upload(tables)
-        on_done(1, 1)
+    def _compile(self, key: Shape | MaskedShape) -> str:
+        if self.fails_to_compile:
+            raise RuntimeError("the compiler failed")
+        return "a program"
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return self.programs.ready
 
     def reset(self) -> None:
         """A new cache, full of junk."""
@@ -227,11 +237,13 @@ class FakeRunner:
         self.in_flight: deque[Launched] = deque()
 
     def close(self) -> None:
+        self.programs.close()
         self.is_closed = True
 
     def dispatch(self, batch: Batch, tables) -> Launched:
         assert not self.is_closed
         assert len(self.in_flight) <= 1, "more than one step ahead"
+        assert batch.shape in self.programs.made, "there is no such program yet"
         self._check_layout(batch)
         if tables.is_dirty:
             self._upload(tables)
@@ -246,6 +258,7 @@ class FakeRunner:
     def draw(self, batch: Batch, launched: Launched, masks: np.ndarray) -> Launched:
         assert list(self.in_flight) == [launched], "a token that comes before is not known yet"
         assert masks.shape == (batch.shape.n_hidden, mask_width(VOCAB_SIZE))
+        assert MaskedShape(*masks.shape) in self.programs.made, "there is no such program yet"
         if self._fails("draw", batch):
             raise RuntimeError("the draw failed")
         self.n_drawn += 1
@@ -389,7 +402,9 @@ def fake_engine(*, window: int | None = None, **changes) -> Engine:
         windows=(window,),
     )  # fmt: skip
     started = startup.Started(config, model_config, {}, FakeRunner(config, window))  # type: ignore
-    with mock.patch.object(startup, "start", return_value=started):
+    # Whoever wants smaller programs later asks for them.
+    no_thread = mock.patch.object(Programs, "go_on")
+    with mock.patch.object(startup, "start", return_value=started), no_thread:
         return Engine(config)
 
 
@@ -484,7 +499,7 @@ class Simulation:
 
     def fail_next(self, phase: str) -> None:
         if self.may_fail:
-            self.engine._faults._failures.clear()  # the last one was long ago
+            self.engine._pipeline.faults._failures.clear()  # the last one was long ago
             self.runner.fail_next = phase
             self.may_fail = False
 
@@ -494,14 +509,23 @@ class Simulation:
         """
         apply = self.runner.reset if in_flight != "keep" else lambda: None
         self.engine._changes.append(Change(apply, in_flight))
-        self.bound += 4 * sum(s.max_tokens for s in self.engine._live.values()) + 1
+        self.bound += 4 * sum(s.max_tokens for s in self.engine._lives.live.values()) + 1
+
+    def compile_next(self, fails: bool) -> None:
+        """One more program is there, or cannot be."""
+        programs = self.runner.programs
+        n_ready, n_left = len(programs.ready), len(programs._left)
+        self.runner.fails_to_compile = fails
+        programs.compile_next()
+        assert len(programs.ready) == n_ready + (n_left > 0 and not fails)
+        assert programs.ready == sorted(programs.ready)
 
     def step(self) -> None:
         """One step. Unless it fails, something is dispatched while work waits."""
         is_changing = bool(self.engine._changes)
-        live, running = list(self.engine._live.values()), self._running()
-        self.suspects = set(self.engine._trials._until)
-        self.in_flight = self.engine._in_flight and self.engine._in_flight.batch
+        live, running = list(self.engine._lives.live.values()), self._running()
+        self.suspects = set(self.engine._lives.trials._until)
+        self.in_flight = self.engine._pipeline.in_flight and self.engine._pipeline.in_flight.batch
         n_dispatched, n_fetched = self.runner.n_dispatched, self.runner.n_fetched
         for output in self.engine.step():
             self._receive(output)
@@ -512,7 +536,7 @@ class Simulation:
         if not failed:
             self.may_fail |= self.runner.n_fetched > n_fetched
             is_idle = self.runner.n_dispatched == n_dispatched
-            still = [s for s in live if s.id in self.engine._live and not self._is_behind(s)]
+            still = [s for s in live if s.id in self.engine._lives.live and not self._is_behind(s)]
             assert not (still and is_idle), "work waits and nothing was dispatched"
             if not self.suspects and not is_changing:
                 self._check_turns(running)
@@ -527,7 +551,7 @@ class Simulation:
         """Steps until all is done, in a bounded number of steps; then nothing may be held."""
         n_idle = 0
         while self.engine.has_work:
-            n_idle = 0 if self.engine._live else n_idle + 1
+            n_idle = 0 if self.engine._lives.live else n_idle + 1
             assert n_idle < 10, "samples are left and none is live"
             self.step()
             assert self.n_steps <= self.bound, "more steps than the work is worth"
@@ -538,8 +562,8 @@ class Simulation:
         assert pool.n_free == pool.n_usable, "blocks are held though all is done"
         assert len(tables.free_rows) == tables.n_rows
         assert admission.n_open == admission.n_queued_tokens == 0
-        assert not self.engine._followers and not self.engine._placement.retired
-        assert not self.engine._trials._until
+        assert not self.engine._lives._followers and not self.engine._placement.retired
+        assert not self.engine._lives.trials._until
         assert self.engine.stats().n_generated_tokens == self.n_tokens
 
     # What must hold.
@@ -615,11 +639,11 @@ class Simulation:
         """Who gave way among those that ran before the step: the last in turn, and only for others
         before them; for newcomers only of better priority.
         """
-        live = [s for s in running if s.id in self.engine._live]
+        live = [s for s in running if s.id in self.engine._lives.live]
         kept, gave_way = [s for s in live if s.row >= 0], [s for s in live if s.row < 0]
         if not gave_way:
             return
-        first, in_flight = gave_way[0], self.engine._in_flight
+        first, in_flight = gave_way[0], self.engine._pipeline.in_flight
         newcomers = [s for s in in_flight.batch.sequences if s not in running] if in_flight else []
         assert all(s.turn < first.turn for s in kept), "one gave way to one behind it"
         assert all(s.priority < first.priority for s in newcomers), "one gave way to its equal"
@@ -628,16 +652,18 @@ class Simulation:
         self.n_outranked += bool(newcomers)
 
     def _running(self):
-        return sorted((s for s in self.engine._live.values() if s.row >= 0), key=lambda s: s.turn)
+        return sorted(
+            (s for s in self.engine._lives.live.values() if s.row >= 0), key=lambda s: s.turn
+        )
 
     def check(self) -> None:
         engine, running = self.engine, self._running()
         self.pool.check()
         self._check_blocks(running)
         self._check_rows(running)
-        turns = [s.turn for s in engine._live.values()]
-        assert engine._has_newcomers or turns == sorted(turns), "the order of turns is lost"
-        for s in engine._live.values():
+        turns = [s.turn for s in engine._lives.live.values()]
+        assert engine._lives._has_newcomers or turns == sorted(turns), "the order of turns is lost"
+        for s in engine._lives.live.values():
             assert 0 <= s.n_cached < s.n_tokens < s.max_tokens, s
             assert s.row >= 0 or (s.n_cached == 0 and not s.block_ids), "a waiting one holds blocks"
             sample = self.samples[s.request_id, s.index]

@@ -30,7 +30,7 @@ def device_arrays(engine):
 
 
 def programs(engine):
-    return [weakref.ref(program) for program in engine._runner._steps.values()]
+    return [weakref.ref(program) for program in engine._runner.programs.made.values()]
 
 
 def alive(references):

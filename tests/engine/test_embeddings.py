@@ -101,7 +101,7 @@ def test_preempted_prompts_have_the_same_embeddings(engine, naive, n_steps):
 
     def preempt_all(n):
         if n == n_steps:
-            engine._placement.preempt([s for s in engine._live.values() if s.row >= 0])
+            engine._placement.preempt([s for s in engine._lives.live.values() if s.row >= 0])
 
     outputs = run_with(engine, requests, preempt_all)
     assert engine.stats().n_preemptions > n_before

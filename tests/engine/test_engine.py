@@ -132,7 +132,7 @@ def test_step_aliases_the_cache_and_needs_little_memory_beside_it(folder):
     runner = engine._runner
     cache_bytes = sum(cache.nbytes for cache in runner.state.caches)
     for shape in runner.shapes:
-        memory = runner._steps[shape].memory_analysis()
+        memory = runner.programs.made[shape].memory_analysis()
         assert memory.alias_size_in_bytes >= cache_bytes
         activations = 4 * shape.n_tokens * (3 * 64 + 8 * 32) + 16 * 4 * 62 * shape.n_seqs
         assert memory.temp_size_in_bytes < 0.05 * cache_bytes + 16 * activations

@@ -38,7 +38,7 @@ def test_a_trace_of_a_run_has_its_steps_and_their_phases(llm, tmp_path):
 
 def test_phases_of_the_device_are_scopes_of_its_programs(llm):
     runner = llm.engine._runner
-    text = runner._steps[runner.shapes[0]].as_text()
+    text = runner.programs.made[runner.shapes[0]].as_text()
     for scope in ("token_ids", "attention", "pool", "score", "sample"):
         assert f"/{scope}/" in text, scope
 

@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgen_jax.engine.batch import HostTables
-from fastgen_jax.engine.engine import read_logprobs
-from fastgen_jax.engine.sampling import RowParams, RowTables, adjust, draw, keep_likely, sample
+from fastgen_jax.engine.pipeline import read_logprobs
+from fastgen_jax.engine.sampling import (
+    RowParams,
+    RowTables,
+    adjust,
+    draw,
+    keep_likely,
+    likeliest,
+    sample,
+)
 from fastgen_jax.engine.step import StepResult, pack_result
 from fastgen_jax.sampling_params import MAX_LOGPROBS, SamplingParams
 from tests.engine.sequences import make_sequence
@@ -242,6 +250,16 @@ def test_logprob_of_the_drawn_token_is_the_one_among_the_top():
     out = run(random_logits(), params)
     for i in range(S):
         assert out.logprobs[i] in out.top_logprobs[i][out.top_ids[i] == out.token_ids[i]]
+
+
+@pytest.mark.parametrize("step", [0.25, 8.0])  # of a grid: nearly all are equal on the coarse one
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
+def test_likeliest_tokens_and_their_order_are_those_of_top_k(step, share):
+    logits = random_logits(shape=(S, 1501), step=step) + np.float32(0)  # one zero
+    logits[np.random.default_rng(1).random(logits.shape) < share] = -np.inf
+    found = likeliest(jnp.array(logits), 20)
+    for found_one, expected in zip(found, jax.lax.top_k(logits, 20), strict=True):
+        np.testing.assert_array_equal(found_one, expected)
 
 
 def test_small_vocabulary_leaves_the_rest_of_the_top_empty():

@@ -160,8 +160,8 @@ def test_preempted_prompt_goes_on_where_it_was_scored(folder, naive):
 
     def preempt_all(step):
         if step in (3, 5):
-            engine._placement.preempt([s for s in engine._live.values() if s.row >= 0])
-        flying = engine._in_flight
+            engine._placement.preempt([s for s in engine._lives.live.values() if s.row >= 0])
+        flying = engine._pipeline.in_flight
         n_scored.append(flying.batch.scored if flying else [])
 
     (outputs,) = run_with(engine, [request], preempt_all).values()
@@ -242,7 +242,7 @@ def test_memory_of_a_step_does_not_grow_with_tokens_times_vocabulary(folder):
             hf_overrides={"vocab_size": sizes["vocab_size"]},
         )  # fmt: skip
         (shape,) = engine._runner.shapes
-        temporary.append(engine._runner._steps[shape].memory_analysis().temp_size_in_bytes)
+        temporary.append(engine._runner.programs.made[shape].memory_analysis().temp_size_in_bytes)
         engine.close()
     assert temporary[1] - temporary[0] < 4 * (1024 - 64) * sizes["vocab_size"] / 4
 

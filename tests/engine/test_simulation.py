@@ -14,7 +14,10 @@ from fastgen_jax.engine import faults, placement, requests
 from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS, HostTables, unpack
 from fastgen_jax.engine.blocks import BlockPool
 from fastgen_jax.engine.changes import IN_FLIGHT
+from fastgen_jax.engine.config import COMPILE
 from fastgen_jax.engine.engine import Engine
+from fastgen_jax.engine.lives import Lives
+from fastgen_jax.engine.pipeline import Pipeline
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.pooling import Pooled
 from fastgen_jax.engine.prefix import SequenceBlocks
@@ -57,8 +60,9 @@ class EngineMachine(RuleBasedStateMachine):
         n_seqs=st.integers(1, 6),
         caching=st.booleans(),
         window=st.sampled_from([None, None, 2, 3, 8]),
+        compile=st.sampled_from(COMPILE),
     )
-    def start(self, n_blocks, block_size, budget, n_seqs, caching, window):
+    def start(self, n_blocks, block_size, budget, n_seqs, caching, window, compile):
         self.simulation = Simulation(
             fake_engine(
                 num_kv_blocks=n_blocks,
@@ -67,6 +71,7 @@ class EngineMachine(RuleBasedStateMachine):
                 max_num_seqs=n_seqs,
                 enable_prefix_caching=caching,
                 window=window,
+                compile=compile,
             )
         )
 
@@ -112,6 +117,10 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(in_flight=st.sampled_from(list(IN_FLIGHT)))
     def change(self, in_flight):
         self.simulation.change(in_flight)
+
+    @rule(fails=st.integers(0, 3).map(lambda n: n == 3))
+    def compile_next(self, fails):
+        self.simulation.compile_next(fails)
 
     @rule()
     def poison_next(self):
@@ -173,7 +182,7 @@ def simulate(seed: int, n_acts: int = 150, n_faults: float = 0.02, **sizes) -> S
             key = rng.choice(list(simulation.samples))
             simulation.cancel(key[0]) if act < 0.36 else simulation.finish(*key)
         else:
-            is_trial = bool(simulation.engine._trials._until)
+            is_trial = bool(simulation.engine._lives.trials._until)
             if rng.random() < (0.2 if is_trial else n_faults):
                 simulation.fail_next(rng.choice(["dispatch", "fetch", "pool", "score", "states"]))
             simulation.runner.poison_next |= rng.random() < n_faults
@@ -378,7 +387,7 @@ def test_those_who_are_cleared_run_together_again():
     sizes = []
     for _ in range(8):
         simulation.step()
-        in_flight = simulation.engine._in_flight
+        in_flight = simulation.engine._pipeline.in_flight
         sizes.append(len(in_flight.batch.sequences) if in_flight else 0)
     assert sizes == [
         0,
@@ -583,16 +592,16 @@ def bug(owner, name):
     return register
 
 
-@bug(Engine, "_end")
-def cancelled_sequence_keeps_its_blocks(original, engine, sequence, reason):
+@bug(Lives, "end")
+def cancelled_sequence_keeps_its_blocks(original, lives, sequence, reason):
     if reason == "abort":
         sequence.block_ids = []
-    original(engine, sequence, reason)
+    original(lives, sequence, reason)
 
 
 @bug(Engine, "cancel")
 def prefilling_request_cannot_be_cancelled(original, engine, request_id):
-    if all(s.output_ids for s in engine._requests.get(request_id, ())):
+    if all(s.output_ids for s in engine._lives._open.get(request_id, ())):
         original(engine, request_id)
 
 
@@ -610,11 +619,12 @@ def preempted_sequence_keeps_its_count(original, blocks, sequence):
     sequence.n_cached = n_cached
 
 
-@bug(Engine, "_plan")
-def preempted_sequence_goes_to_the_tail(original, engine):
-    plan = original(engine)
+@bug(Pipeline, "_plan")
+def preempted_sequence_goes_to_the_tail(original, pipeline, only):
+    plan = original(pipeline, only)
+    live = pipeline._lives.live
     for s in plan.preempted:
-        engine._live[s.id] = engine._live.pop(s.id)
+        live[s.id] = live.pop(s.id)
     return plan
 
 
@@ -637,17 +647,17 @@ def matched_blocks_are_not_held(original, pool, tokens):
     return blocks, prefix
 
 
-@bug(Engine, "_recover")
-def old_cache_survives_a_reset(original, engine, *args):
-    blocks = engine._placement.blocks
-    original(engine, *args)
-    engine._placement.blocks = blocks
+@bug(Pipeline, "_recover")
+def old_cache_survives_a_reset(original, pipeline, *args):
+    blocks = pipeline._placement.blocks
+    original(pipeline, *args)
+    pipeline._placement.blocks = blocks
 
 
-@bug(Engine, "_commit")
-def token_is_delivered_twice(original, engine, step, outputs):
+@bug(Pipeline, "_take")
+def token_is_delivered_twice(original, pipeline, batch, result, outputs):
     n = len(outputs)
-    original(engine, step, outputs)
+    original(pipeline, batch, result, outputs)
     outputs += [o for o in outputs[n:] if not o.finish_reason][:1]
 
 
@@ -691,9 +701,10 @@ def who_gives_way_keeps_its_chunk(original, draft):
     draft.chunks[:] = chunks
 
 
-@bug(Engine, "_line_up")
-def newcomers_stay_at_the_tail(original, engine):
-    engine._has_newcomers = False
+@bug(Lives, "in_turn")
+def newcomers_stay_at_the_tail(original, lives):
+    lives._has_newcomers = False
+    return lives.live
 
 
 @bug(HostTables, "extend")
@@ -708,9 +719,9 @@ def row_is_never_returned(original, tables, sequence):
     sequence.row = -1
 
 
-@bug(Engine, "_follow")
-def other_samples_are_forgotten(original, engine, request_id):
-    engine._followers.pop(request_id, None)
+@bug(Lives, "_follow")
+def other_samples_are_forgotten(original, lives, request_id):
+    lives._followers.pop(request_id, None)
 
 
 @bug(Placement, "retire")

@@ -1,4 +1,4 @@
-"""What is decided before a model is loaded: lengths."""
+"""What is decided before a model is loaded: lengths, the attention backend."""
 
 import pytest
 
@@ -43,3 +43,14 @@ def test_longest_context_is_the_stretched_one_whoever_stretched_it(positions, ro
     assert resolve(model, max_model_len=longest).max_model_len == longest
     with pytest.raises(ConfigError, match=f"exceeds the {longest} positions of the model"):
         resolve(model, max_model_len=longest + 1)
+
+
+def test_cpu_without_its_library_has_plain_xla_and_says_so(monkeypatch, caplog):
+    def select(name):
+        raise ImportError("the CPU's attention is not built")
+
+    monkeypatch.setattr(startup, "select", select)
+    assert resolve(llama.config(CONFIG)).attention_backend == "xla"
+    assert "attention_backend=xla, which is slower: the CPU's attention is not" in caplog.text
+    with pytest.raises(ConfigError, match="the CPU's attention is not built"):
+        resolve(llama.config(CONFIG), attention_backend="cpu")

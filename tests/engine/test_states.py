@@ -105,7 +105,7 @@ def test_tokens_are_the_same_where_states_could_be_asked_for(llm, folder):
 def test_an_engine_without_layers_leaves_no_states(folder):
     engine = make_engine(folder, one_program)
     (shape,) = engine._runner.shapes
-    assert engine._runner.lower(shape).out_info[1].states is None
+    assert engine._runner.recipe.lower(shape).out_info[1].states is None
     with pytest.raises(InvalidRequest, match="give it return_hidden_states, such as"):
         LLM.from_engine(engine).hidden_states([[1, 2]], use_tqdm=False)
 

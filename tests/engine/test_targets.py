@@ -7,22 +7,28 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import Mesh
 
-from fastgen_jax.checkpoints.loading import abstract_model, flat_params
-from fastgen_jax.engine.batch import MAX_BANNED, MaskedShape, Shape, packed_size
+from benchmarks.gpu.launches import launches_of
+from fastgen_jax.checkpoints.loading import abstract_model
+from fastgen_jax.engine.batch import MaskedShape, packed_size
 from fastgen_jax.engine.constraint import mask_width
 from fastgen_jax.engine.startup import BACKENDS
-from fastgen_jax.engine.step import DeviceState, Program, masked_step, step
-from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.decoder import Model
+from fastgen_jax.engine.step import Program, masked_step
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.layout import HeadLayout
 from fastgen_jax.models.row_tiles import row_tile
-from fastgen_jax.models.sharding import cache_sharding, placed
-from fastgen_jax.sampling_params import MAX_LOGIT_BIAS
-from pallas_kernels import cache_shape, plan_sizes
 from tests import targets
+from tests.engine.whole_steps import (
+    LLAMA_2_7B,
+    LLAMA_3_8B,
+    N_SEQS,
+    N_TOKENS,
+    ROW_TABLES,
+    SMALL,
+    compile_step,
+    make_target,
+    placed_params,
+)
 
 # Newer versions of jax give it when a program is lowered.
 pytestmark = [
@@ -30,23 +36,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated"),
 ]
 
-LLAMA_3_8B = ModelConfig(
-    family="llama",
-    vocab_size=128256,
-    hidden_size=4096,
-    n_layers=32,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=128,
-    ffn_size=14336,
-    max_position=8192,
-)
-LLAMA_2_7B = dataclasses.replace(
-    LLAMA_3_8B, vocab_size=32000, n_kv_heads=32, ffn_size=11008, max_position=4096
-)
-SMALL = dataclasses.replace(
-    LLAMA_2_7B, vocab_size=2048, hidden_size=1024, n_layers=2, n_heads=8, n_kv_heads=4
-)
 # Pairs of layers whose heads, and vocabularies, eight devices do not divide.
 QWEN2_7B = dataclasses.replace(
     SMALL, vocab_size=32001, hidden_size=3584, n_heads=28, ffn_size=18944, qkv_bias=True
@@ -54,79 +43,6 @@ QWEN2_7B = dataclasses.replace(
 PHI_4 = dataclasses.replace(
     SMALL, vocab_size=32002, hidden_size=5120, n_heads=40, n_kv_heads=10, ffn_size=17920
 )
-N_TOKENS, N_SEQS = 768, 256
-ROW_TABLES = (
-    jax.ShapeDtypeStruct((N_SEQS, MAX_LOGIT_BIAS), jnp.int32),
-    jax.ShapeDtypeStruct((N_SEQS, MAX_LOGIT_BIAS), jnp.float32),
-    jax.ShapeDtypeStruct((N_SEQS, MAX_BANNED), jnp.int32),
-)
-
-
-def make_target(chip: str, n_devices: int = 1) -> targets.Target:
-    make = targets.gpu_target if chip in targets.GPUS else targets.tpu_target
-    return make(chip, n_devices)
-
-
-def placed_params(model: Model, mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
-    params = flat_params(model).items()
-    return tuple(placed(path, param, model.config, mesh) for path, param in params)
-
-
-def compile_step(
-    config: ModelConfig,
-    target: targets.Target,
-    *,
-    attention: str = "",
-    cache_bytes: int = 1 << 30,
-    row_tile: int | None = None,
-):
-    """The compiled step in bfloat16 with the engine's sizes, and its cache's bytes on a device.
-
-    attention: a backend's name; by default that of the platform.
-    cache_bytes: about as many on each device.
-    row_tile: see Program; rows are drawn in tiles of that size too.
-    """
-    backend = BACKENDS["gpu" if target.platform == "cuda" else "tpu"]
-    attention = attention or backend.attention
-    mesh, n_devices = target.mesh, target.mesh.size
-    heads, width = HeadLayout.of(config, n_devices), config.max_position // backend.block_size
-    plan = plan_sizes(
-        attention,
-        n_tokens=N_TOKENS,
-        n_seqs=N_SEQS,
-        n_heads=heads.n_own_query_slots,
-        n_kv_heads=heads.n_own_kv_slots,
-        head_size=config.head_dim,
-        max_context=config.max_position,
-    )
-    shape = Shape(N_TOKENS, N_SEQS, width, plan)
-    model = abstract_model(config, Policy("bfloat16", "bfloat16", mesh))
-    sample_tile = row_tile or backend.sample_tile
-    program = Program(jax.tree.structure(model), attention, mesh, sample_tile, row_tile)
-    block_bytes = 2 * config.n_layers * 2 * heads.n_own_kv_slots
-    block_bytes *= backend.block_size * config.head_dim
-    own = cache_shape(
-        attention,
-        n_blocks=cache_bytes // block_bytes,
-        n_kv_heads=heads.n_own_kv_slots,
-        block_size=backend.block_size,
-        head_size=config.head_dim,
-    )
-    cache = jax.ShapeDtypeStruct(
-        (own[0], heads.n_kv_slots, *own[2:]), jnp.bfloat16, sharding=cache_sharding(mesh)
-    )
-    compiled = target.compile(
-        functools.partial(step, program=program, shape=shape),
-        placed_params(model, mesh),
-        DeviceState(
-            (cache,) * config.n_layers,
-            jax.ShapeDtypeStruct((N_SEQS + 1, config.max_position), jnp.int32),
-        ),
-        jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32),
-        ROW_TABLES,
-        donate_argnums=(1,),
-    )
-    return compiled, own[0] * block_bytes
 
 
 @pytest.mark.parametrize(("chip", "n_devices"), [("h100", 1), ("v6e", 1), ("h100", 4)])
@@ -224,3 +140,10 @@ def test_products_of_a_deterministic_step_have_the_rows_of_a_tile_not_those_of_a
     assert len(products) >= 4 * SMALL.n_layers + 1
     sizes = [re.findall(r"\[([\d,]+)\]", line.split("metadata=")[0]) for line in products]
     assert not [line for line in sizes if str(N_TOKENS) in ",".join(line).split(",")]
+
+
+@pytest.mark.parametrize(("chip", "n_tokens"), [("h100", 512), ("a100", 32)])
+def test_gpu_launches_a_step_at_once_and_the_host_waits_for_none_of_it(chip, n_tokens):
+    config = dataclasses.replace(SMALL, n_layers=1)
+    found = launches_of(config, chip, n_tokens)
+    assert (found.n_graphs, found.n_alone, found.n_waits) == (1, 0, 0)

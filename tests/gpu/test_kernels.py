@@ -7,13 +7,12 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.gpu import attention as gpu_attention
 from pallas_kernels.gpu.attention import ragged_paged_attention
-from pallas_kernels.gpu.plan import PlanSizes, make_plan
-from pallas_kernels.gpu.tile import FACTORS, decode
+from pallas_kernels.gpu.plan import MERGE_N_SLOTS, PlanSizes, make_plan
 from tests.pallas_kernels.attention_cases import Batch, Case, Implementation, check, make_batch
 
 PLAIN = Case()
@@ -64,6 +63,14 @@ def test_split_contexts_match(features, knows_window):
     options = {"knows_window": knows_window, "n_ctas": 64}
     assert n_merged(case, batch, **options) >= 2
     attend(case, batch, **options)
+
+
+def test_more_parts_than_are_merged_at_once_match(monkeypatch):
+    monkeypatch.setattr(gpu_attention, "MERGE_PARTS", 2)
+    batch, make = make_batch(SPLIT, LONG), functools.partial(plan, n_ctas=64)
+    assert make(batch.meta, SPLIT).merges[:, MERGE_N_SLOTS].max() > 2
+    apart = functools.partial(ragged_paged_attention, interpret=True)
+    check(SPLIT, batch, Implementation("pallas_gpu", apart, plan=make)(SPLIT, batch))
 
 
 def test_split_contexts_of_a_quantised_cache_and_a_large_group_match():
@@ -129,22 +136,24 @@ def test_cells_behind_the_window_may_be_gone():
     np.testing.assert_array_equal(implementation(case, batch._replace(cache=cache)).out, out)
 
 
-@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_all_cells_of_a_quantised_cache_decode_to_their_values(cache_dtype, dtype):
-    cells = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8), cache_dtype)
-    values = np.asarray(cells, np.float32)
-    decoded = np.asarray(decode(cells, jnp.dtype(dtype)), np.float32) * FACTORS[cells.dtype]
-    is_number = ~np.isnan(values)
-    assert is_number.sum() == (256 if cache_dtype == "int8" else 254)
-    np.testing.assert_array_equal(decoded[is_number], values[is_number])
-
-
 @pytest.mark.parametrize("size", [1e-30, 1e6])
 def test_bfloat16_queries_beyond_float16_match_with_a_quantised_cache(size):
     case = dataclasses.replace(PLAIN, dtypes=("bfloat16", "int8"), soft_cap=2.0)
     batch = make_batch(case)
     attend(case, batch._replace(q=(batch.q.astype(np.float32) * size).astype(batch.q.dtype)))
+
+
+class Negative(Case):
+    """Scores turned round."""
+
+    @property
+    def spec(self):
+        spec = super().spec
+        return dataclasses.replace(spec, scale=-spec.scale)
+
+
+def test_negative_scale_matches():
+    attend(Negative(), make_batch(Negative()))
 
 
 def test_meta_without_a_plan_is_refused():

@@ -2,18 +2,16 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
 
-import pallas_kernels
-from fastgen_jax.models.sharding import CACHE, HEADS, shard_attention
-from pallas_kernels.contract import QUANTIZED, AttentionSpec, RaggedMeta
-from pallas_kernels.gpu.plan import PlanSizes, WorkPlan
+from benchmarks.gpu.sass import PACKAGES, find_tool, read_kernels
+from benchmarks.gpu.schedule import Case, measure
+from fastgen_jax.models.moe import grouped_product
 from tests import targets
+from tests.gpu.serving import SHAPES, Serving, compile_attention
 
 # Newer versions of jax give it when a program is lowered.
 pytestmark = [
@@ -22,108 +20,39 @@ pytestmark = [
 ]
 
 GPUS = ("h100", "a100")
+# Instructions of a warp for 64 cells without masks: GPU, kernel, head size, dtype of the cache.
+BOUNDS = {
+    ("h100", "decode", 128, "bfloat16"): 300,
+    ("h100", "decode", 128, "float8_e4m3fn"): 530,
+    ("h100", "decode", 128, "int8"): 530,
+    ("h100", "chunks", 128, "bfloat16"): 370,
+    ("h100", "chunks", 64, "bfloat16"): 310,
+    ("a100", "decode", 128, "float8_e4m3fn"): 530,
+    ("a100", "chunks", 128, "bfloat16"): 540,
+}
 
 
-@dataclass(frozen=True)
-class Serving:
-    """One compiled shape; the cache is that of a large pool."""
-
-    heads: tuple[int, int] = (32, 8)
-    head_size: int = 128
-    n_tokens: int = 512
-    n_seqs: int = 64
-    n_blocks: int = 2048
-    n_cells: int = 64
-    max_context: int = 8192
-    dtype: str = "bfloat16"
-    cache_dtype: str = "bfloat16"
-    window: int | None = None
-    soft_cap: float | None = None
-    alibi: bool = False
-    sinks: bool = False
-
-    def __str__(self) -> str:
-        flags = [name for name in ("window", "soft_cap", "alibi", "sinks") if getattr(self, name)]
-        sizes = f"{self.heads[0]}x{self.heads[1]}x{self.head_size}-T{self.n_tokens}-S{self.n_seqs}"
-        return "-".join([sizes, self.dtype, self.cache_dtype, f"c{self.n_cells}", *flags])
-
-
-SHAPES = [
-    Serving(),
-    Serving(n_tokens=16, n_seqs=16),
-    Serving(n_tokens=2048, n_seqs=512, cache_dtype="float8_e4m3fn"),
-    Serving(cache_dtype="int8", window=4096, sinks=True),
-    Serving(head_size=64, sinks=True, window=128),
-    Serving(heads=(32, 32), head_size=80, dtype="float16", cache_dtype="float16"),
-    Serving(heads=(32, 32), head_size=96, n_cells=16),
-    Serving(heads=(16, 4), head_size=160),
-    Serving(heads=(16, 4), head_size=192, cache_dtype="float8_e4m3fn"),
-    Serving(heads=(16, 8), head_size=256, soft_cap=50.0, window=4096),
-    Serving(heads=(71, 1), head_size=64, n_blocks=8192),
-    Serving(heads=(32, 32), head_size=64, alibi=True),
-    Serving(dtype="float32", cache_dtype="float32", soft_cap=30.0),
-    Serving(heads=(16, 8), head_size=256, dtype="float32", cache_dtype="float32"),
-]
-
-
-def compile_attention(target: targets.Target, serving: Serving, attention=None, **plan_sizes):
-    """The compiled call, split by heads, and the bytes of its cache, of all devices.
-
-    attention: a backend's `ragged_paged_attention`, pallas_gpu's if None.
-    """
-    attention = attention or pallas_kernels.select("pallas_gpu")
-    attention = shard_attention(attention, target.mesh)
-    (n_heads, n_kv_heads), head_size = serving.heads, serving.head_size
-    t, s = serving.n_tokens, serving.n_seqs
-    sizes = PlanSizes(
-        n_tokens=t,
-        n_seqs=s,
-        n_heads=n_heads // target.mesh.size,
-        n_kv_heads=n_kv_heads // target.mesh.size,
-        head_size=head_size,
-        max_context=serving.max_context,
-        **plan_sizes,
-    )
-
-    def array(dtype, *shape, split=None):
-        sharding = split and NamedSharding(target.mesh, split)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    def int32(*shape):
-        return array(jnp.int32, *shape)
-
-    plan = WorkPlan(**{name: int32(*shape) for name, shape in sizes.shapes.items()})
-    width = serving.max_context // serving.n_cells
-    meta = RaggedMeta(
-        int32(t), int32(t), int32(s, width), int32(s), int32(s + 1), int32(), int32(), plan
-    )
-    q = array(serving.dtype, t, n_heads, head_size, split=HEADS)
-    k = array(serving.dtype, t, n_kv_heads, head_size, split=HEADS)
-    pool = serving.n_blocks, n_kv_heads, 2, serving.n_cells
-    cache = array(serving.cache_dtype, *pool, head_size, split=CACHE)
-    scales, extras = {}, {}
-    if jnp.dtype(serving.cache_dtype) in QUANTIZED:
-        scales["kv_scales"] = array(jnp.float32, *pool)
-    if serving.alibi:
-        extras["alibi_slopes"] = array(jnp.float32, n_heads)
-    if serving.sinks:
-        extras["sinks"] = array(jnp.float32, n_heads)
-    spec = AttentionSpec(head_size**-0.5, serving.window, serving.soft_cap)
-
-    def call(cache, scales, extras, q, k, v, meta):
-        return attention(q, k, v, cache, meta, spec=spec, **scales, **extras)
-
-    compiled = target.compile(call, cache, scales, extras, q, k, k, meta, donate_argnums=(0, 1))
-    return compiled, sum(x.size * x.dtype.itemsize for x in (cache, *scales.values()))
+@pytest.fixture
+def tools():
+    try:
+        for name in PACKAGES:
+            find_tool(name)
+    except FileNotFoundError as error:
+        targets.absent(str(error))
 
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("serving", SHAPES, ids=str)
-def test_kernels_compile_in_place_with_small_temporaries(gpu, serving):
-    compiled, cache_bytes = compile_attention(targets.gpu_target(gpu), serving)
+def test_kernels_compile_in_place_with_small_temporaries_and_no_spill(
+    gpu, serving, tmp_path, tools
+):
+    compiled, cache_bytes = compile_attention(targets.gpu_target(gpu), serving, dump=tmp_path)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     assert memory.temp_size_in_bytes < 64 * 2**20
+    spilled = {x.name: x.spilled_size for x in read_kernels(tmp_path, "attention_")}
+    if serving.dtype != "float32":  # whose products have no matrix unit: in registers, and slow
+        assert len(spilled) >= 2 and not any(spilled.values()), spilled
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
@@ -151,3 +80,26 @@ def test_eight_gpus_attend_to_their_own_heads_without_a_word_to_each_other():
     compiled, cache_bytes = compile_attention(targets.gpu_target("h100", 8), Serving())
     assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes // 8
     assert not re.findall(targets.COLLECTIVE, compiled.as_text())
+
+
+@pytest.mark.parametrize(
+    ("chip", "head_size", "dtype"), sorted({(c, h, d) for c, _, h, d in BOUNDS})
+)
+def test_kernels_take_few_instructions(chip, head_size, dtype, tools):
+    found = measure(Case(chip, head_size, dtype))
+    taken = {name.removeprefix("attention_"): x.interior for name, x in found.items()}
+    bounds = {k: n for (c, k, h, d), n in BOUNDS.items() if (c, h, d) == (chip, head_size, dtype)}
+    assert not {k: taken[k] for k, bound in bounds.items() if not 0 < taken[k] <= bound}
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("n_rows", [64, 3072])
+def test_products_of_experts_spill_nothing_and_use_the_matrix_unit(gpu, n_rows, tmp_path, tools):
+    x = jax.ShapeDtypeStruct((n_rows, 2880), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((32, 5760, 2880), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((32,), jnp.int32)
+    dump = {"xla_dump_to": str(tmp_path), "xla_dump_hlo_as_text": True}
+    targets.gpu_target(gpu).compile(grouped_product, x, weight, sizes, compiler_options=dump)
+    (kernel,) = read_kernels(tmp_path, "grouped_product")
+    assert kernel.spilled_size == 0
+    assert kernel.tile_loops

@@ -224,7 +224,7 @@ class TestErrors:
     def test_a_name_that_is_taken_is_refused_and_leaves_the_first_alone(self, client):
         with pytest.raises(FastGenError, match=f"'{NAME}' is deployed already, at {client.url}"):
             mii.serve()
-        assert client.status() == {"phase": "ready"}
+        assert client.status()["phase"] == "ready"
 
     def test_a_name_that_nobody_has_is_told_with_those_there_are(self, client):
         with pytest.raises(FastGenError, match=f"no deployment 'other' runs; known: {NAME}"):
@@ -246,7 +246,7 @@ class TestClients:
 
     def test_without_the_key_nothing_is_said_but_health(self, client):
         for far in (mii.client(client.url), mii.client(client.url, api_key="wrong")):
-            assert far.status() == {"phase": "ready"}
+            assert far.status()["phase"] == "ready"
             with pytest.raises(RequestError, match="a valid API key is needed"):
                 far("Tom", max_new_tokens=1)
 
@@ -254,7 +254,7 @@ class TestClients:
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
         monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
         assert client("Tom", max_new_tokens=1)
-        assert client.status() == {"phase": "ready"}
+        assert client.status()["phase"] == "ready"
 
     def test_a_server_outlives_who_started_it_and_ends_with_nothing_left(self, session):
         sizes = SIZES | {"max_num_seqs": 1, "max_num_batched_tokens": 16}

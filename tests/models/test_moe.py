@@ -1,6 +1,7 @@
 """Mixtures of experts against plain loops over tokens and experts."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from fastgen_jax.errors import ConfigError
 from fastgen_jax.models import moe as moe_file
 from fastgen_jax.models.config import ModelConfig, MoeConfig
 from fastgen_jax.models.layers import Policy
-from fastgen_jax.models.moe import MoE, _by_tiles, _ragged_dot, grouped_product, route
+from fastgen_jax.models.moe import MoE, _by_kernel, _by_tiles, _ragged_dot, grouped_product, route
 from fastgen_jax.models.sharding import make_mesh
 from fastgen_jax.sampling_params import SamplingParams
 from tests.tiny import one_program, run, tokens
@@ -41,6 +42,7 @@ PRODUCTS = {
     "tiles of 2": lambda *arrays: _by_tiles(*arrays, tile=2),
     "tiles of 8": lambda *arrays: _by_tiles(*arrays, tile=8),
     "as many tiles as may be": lambda *arrays: _by_tiles(*arrays, tile=2, is_static=True),
+    "kernel for GPUs": jax.jit(functools.partial(_by_kernel, interpret=True)),
     "ragged_dot": _ragged_dot,
     "chosen by platform": grouped_product,
 }
@@ -236,3 +238,10 @@ def test_engine_on_several_devices_makes_the_tokens_of_hugging_face(name, n_devi
     held = {a.sharding.shard_shape(a.shape)[0] for a in engine._runner.leaves if a.ndim == 3}
     n_experts = engine.model_config.moe.n_experts
     assert held == {-(-n_experts // n_devices)}  # on each device
+
+
+def test_experts_that_a_kernel_cannot_address_are_refused():
+    weight = jax.ShapeDtypeStruct((8, 65536, 6144), jnp.bfloat16)
+    x, sizes = jax.ShapeDtypeStruct((16, 6144), jnp.bfloat16), jax.ShapeDtypeStruct((8,), jnp.int32)
+    with pytest.raises(ValueError, match="larger tensor_parallel_size"):
+        jax.eval_shape(_by_kernel, x, weight, sizes)

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib
 import io
 import itertools
 import math
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+import pallas_kernels
 from pallas_kernels import AttentionSpec, RaggedMeta, quantize
 from pallas_kernels.contract import QUANTIZED
 
@@ -456,7 +456,7 @@ def implementation(
             if is_cut_small:
                 function = functools.partial(function, tiles=small_tpu_tiles(**tiles))
             return Implementation(name, _jit(function) if is_joined else function, is_for_tpu=True)
-        case "xla" | "invariant":
+        case "xla" | "invariant" | "cpu":
             return Implementation(name, _jit(function), is_bfloat16_in_bits=True)
     return Implementation(name, _jit(function))
 
@@ -492,6 +492,7 @@ MODULES = {
     "reference": "pallas_kernels.reference",
     "xla": "pallas_kernels.xla",
     "invariant": "pallas_kernels.invariant",
+    "cpu": "pallas_kernels.cpu.attention",
     "pallas_gpu": "pallas_kernels.gpu.attention",
     "pallas_tpu": "pallas_kernels.tpu.attention",
 }
@@ -500,8 +501,7 @@ MODULES = {
 @functools.cache
 def load(name: str, **options: Any) -> Implementation:
     """The implementation of that name; for options see `implementation`."""
-    module = importlib.import_module(MODULES[name])
-    return implementation(name, module.ragged_paged_attention, **options)
+    return implementation(name, pallas_kernels.select(name), **options)
 
 
 def run(name: str, case: Case, **options: bool) -> None:

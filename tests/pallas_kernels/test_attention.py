@@ -15,6 +15,7 @@ from jax.extend.core import jaxprs_in_params
 import pallas_kernels
 from pallas_kernels import AttentionSpec, quantize
 from pallas_kernels.contract import QUANTIZED
+from pallas_kernels.cpu.build import library
 from tests.pallas_kernels.attention_cases import (
     CASES,
     FEATURES,
@@ -28,22 +29,32 @@ from tests.pallas_kernels.attention_cases import (
     run,
 )
 
-COMPILED = (
-    "reference",
-    "xla",
-    "invariant",
-)  # for this machine; the others are interpreted, which is slow
+# For this machine; the others are interpreted, which is slow.
+COMPILED = ("reference", "xla", "invariant", "cpu")
 INTERPRETED = tuple(name for name in MODULES if name not in COMPILED)
 PLAIN = Case(n_tokens=80)
+IS_BUILT = pytest.mark.skipif(
+    not library().exists(), reason="pallas_kernels.cpu is not built: `make setup`, with a compiler"
+)
+
+
+def marked(name: str, *arguments, marks: tuple = ()):
+    """Parameters of a test of that implementation."""
+    return pytest.param(name, *arguments, marks=[*marks, *([IS_BUILT] * (name == "cpu"))])
+
+
+EVERY, ON_CPU, EVERY_COMPILED = (
+    [marked(name) for name in names] for names in (MODULES, ("xla", "cpu"), COMPILED)
+)
 
 
 def is_sampled(name: str, case: Case) -> bool:
     """Interpreted kernels are slow: by default they run few cases, in CI all."""
-    return name == "xla" or case in FEW_CASES
+    return name in ("xla", "cpu") or case in FEW_CASES
 
 
 EVERY_CASE = [
-    pytest.param(name, case, marks=[] if is_sampled(name, case) else [pytest.mark.exhaustive])
+    marked(name, case, marks=() if is_sampled(name, case) else (pytest.mark.exhaustive,))
     for name in MODULES
     for case in CASES
 ]
@@ -73,19 +84,21 @@ def test_cases_hold_every_pair_of_features():
         assert set(values) == {getattr(case, name) for case in FEW_CASES}
 
 
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("n_cells", [1, 8, 32, 256])
-def test_every_block_size_matches_the_oracle_on_cpu(n_cells):
+def test_every_block_size_matches_the_oracle_on_cpu(name, n_cells):
     case = Case(n_cells=n_cells)
     contexts = [(1, 1), (16, 1), (17, 1), (299, 1), (20, 20), (133, 11)]
-    assert_matches_the_oracle("xla", case, make_batch(case, contexts))
+    assert_matches_the_oracle(name, case, make_batch(case, contexts))
 
 
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("window", [5, 64, 150, 10_000])
-def test_every_window_matches_the_oracle_on_cpu(window):
-    run("xla", Case(window=window))
+def test_every_window_matches_the_oracle_on_cpu(name, window):
+    run(name, Case(window=window))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", EVERY)
 def test_many_tiles_of_queries_and_keys_match_the_oracle(name):
     tested = load(name, is_cut_small=False)
     case = tested.fit(Case(n_tokens=420, longest=1200, n_cells=64, heads=(2, 1)))
@@ -93,6 +106,7 @@ def test_many_tiles_of_queries_and_keys_match_the_oracle(name):
     check(case, batch, tested(case, batch))
 
 
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize(
     ("sizes", "contexts"),
     [
@@ -101,24 +115,24 @@ def test_many_tiles_of_queries_and_keys_match_the_oracle(name):
         ({"n_rows": 1}, [(48, 48)]),
     ],
 )
-def test_fewer_tokens_than_rows_and_fewer_rows_than_tokens_work_on_cpu(sizes, contexts):
+def test_fewer_tokens_than_rows_and_fewer_rows_than_tokens_work_on_cpu(name, sizes, contexts):
     case = dataclasses.replace(PLAIN, **sizes)
-    assert_matches_the_oracle("xla", case, make_batch(case, contexts))
+    assert_matches_the_oracle(name, case, make_batch(case, contexts))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", EVERY)
 def test_empty_batch_gives_zeros_and_changes_no_owned_block(name):
     batch = make_batch(plain(name), [], unused=1.5)
     assert not assert_matches_the_oracle(name, plain(name), batch).any()
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", EVERY)
 def test_sequence_without_new_tokens_is_skipped(name):
     batch = make_batch(plain(name), [(30, 1), (40, 0), (9, 4), (128, 0)])
     assert assert_matches_the_oracle(name, plain(name), batch)[:5].any()
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", EVERY)
 def test_what_unused_cells_hold_changes_nothing(name):
     case = plain(name)
     nan, inf, zero = (
@@ -128,7 +142,7 @@ def test_what_unused_cells_hold_changes_nothing(name):
     np.testing.assert_array_equal(inf, zero)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", EVERY)
 def test_poisoned_sequence_leaves_the_others_alone(name):
     case = plain(name)
     batch = make_batch(case, unused=0.0)
@@ -154,7 +168,7 @@ RAGGED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", EVERY_COMPILED)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(**RAGGED, case=st.sampled_from(RANDOM_CASES))
 def test_random_ragged_batches_match_the_oracle(name, singles, chunks, seed, case):
@@ -215,8 +229,9 @@ def xla_arguments(case: Case) -> tuple[tuple, dict]:
     return arguments, {} if scales is None else {"kv_scales": jnp.asarray(scales)}
 
 
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_compiled_call_updates_the_cache_in_place(dtype):
+def test_compiled_call_updates_the_cache_in_place(name, dtype):
     case = Case(
         dtypes=("float32" if dtype == "float32" else "bfloat16", dtype),
         n_rows=64,
@@ -224,7 +239,7 @@ def test_compiled_call_updates_the_cache_in_place(dtype):
         longest=64 * 64,
     )
     arguments, scales = xla_arguments(case)
-    compiled = load("xla").function.lower(*arguments, spec=case.spec, **scales).compile()
+    compiled = load(name).function.lower(*arguments, spec=case.spec, **scales).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     size = arguments[3].nbytes + sum(x.nbytes for x in scales.values())

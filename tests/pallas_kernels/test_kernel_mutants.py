@@ -287,30 +287,30 @@ GPU_MUTANTS = [
         new="blocks = _blocks(layout, inputs.tables, item, j)",
         case="long",
     ),
-    GPU(
+    TILE(
         "the last partial tile is missed",
         kind="extent",
-        old="span = first_tile(layout, item), pl.cdiv(item.kv_end, layout.block_n)",
-        new="span = first_tile(layout, item), lax.div(item.kv_end, jnp.int32(layout.block_n))",
+        old="last = lax.div(item.kv_start, block_n), pl.cdiv(item.kv_end, block_n)",
+        new="last = lax.div(item.kv_start, block_n), lax.div(item.kv_end, block_n)",
         case="decodes",
     ),
-    GPU(
+    TILE(
         "a tile behind the diagonal is not masked",
         kind="mask",
-        old="diagonal = lax.div(item.position + 1, jnp.int32(block_n))",
-        new="diagonal = pl.cdiv(item.position + 1, block_n)",
+        old="diagonal = lax.div(jnp.minimum(item.position + 1, item.kv_end), block_n)",
+        new="diagonal = pl.cdiv(jnp.minimum(item.position + 1, item.kv_end), block_n)",
     ),
-    GPU(
+    TILE(
         "a tile at the window's edge is not masked",
         kind="mask",
-        old="jnp.minimum(pl.cdiv(behind, block_n), last)",
-        new="jnp.minimum(lax.div(behind, jnp.int32(block_n)), last)",
+        old="jnp.maximum(first, pl.cdiv(behind, block_n))",
+        new="jnp.maximum(first, lax.div(behind, block_n))",
     ),
     GPU(
         "the last part of a split is missed",
         kind="extent",
-        old="first_slot, first_slot + n_slots,",
-        new="first_slot, first_slot + n_slots - 1,",
+        old="(part < n_slots)[:, None]",
+        new="(part < n_slots - 1)[:, None]",
         case="decodes",
     ),
     Mutant(

@@ -73,6 +73,9 @@ class FakeEngine:
     changes: list[tuple] = field(default_factory=list)
     misfit: str = ""  # what is wrong with the next weights
     is_sleeping: bool = False
+    is_compiling: bool = False
+    n_programs: int = 10  # of 10
+    n_programs_failed: int = 0
 
     def __post_init__(self):
         self.config = SimpleNamespace(
@@ -183,7 +186,8 @@ class FakeEngine:
             steps_by_size=tuple(self.steps_by_size), n_prompt_tokens=self.n_prompt,
             n_generated_tokens=self.n_generated, n_preemptions=0, n_prefix_queries=0,
             n_prefix_hits=0, n_failed_steps=0, n_nonfinite=0,
-            nonfinite_share=self.nonfinite_share, last_step_time=self.last_step_time,
+            nonfinite_share=self.nonfinite_share, n_programs=self.n_programs, n_programs_wanted=10,
+            n_programs_failed=self.n_programs_failed, last_step_time=self.last_step_time,
         )  # fmt: skip
 
     def run(self, deliver) -> None:

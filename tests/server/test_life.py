@@ -1,6 +1,7 @@
 """Loading, ready, draining, stopped: what is served when."""
 
 import contextlib
+import re
 import threading
 
 import orjson
@@ -39,6 +40,24 @@ class TestLife:
             go_on.set()
             wait_until(lambda: up.get("/health").status_code == 200)
             assert up.post("/v1/completions", PATHS["completions"]).status_code == 200
+
+    def test_health_counts_the_programs_that_are_there(self, up):
+        for counts in ({"n_programs": 3}, {"n_programs": 9, "n_programs_failed": 1}):
+            vars(up.engine).update(counts)
+            told = {"compiled": counts["n_programs"], "of": 10}
+            told |= {"failed": 1} if "n_programs_failed" in counts else {}
+            assert up.get("/health").json() == {"phase": "ready", "programs": told}
+            shown = up.get("/metrics").text
+            assert re.search(rf"fastgen:engine_programs_compiled{{.*}} {told['compiled']}\n", shown)
+            assert re.search(
+                rf"fastgen:engine_programs_failed{{.*}} {told.get('failed', 0)}\n", shown
+            )
+        vars(up.engine).update(n_programs=10, n_programs_failed=0)
+
+    def test_a_stop_does_not_wait_for_a_compiler(self, tokenizer):
+        with serving(tokenizer) as up:
+            up.engine.is_compiling = True
+        assert not up.service.stop()
 
     def test_a_failed_load_ends_the_server(self, tokenizer):
         def load(on_phase):

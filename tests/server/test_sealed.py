@@ -22,6 +22,7 @@ from tests.server.running import wait_until
 
 ROOT = Path(__file__).parents[2]
 FLAGS = "--port 0 --max-model-len 256 --max-num-seqs 2 --max-num-batched-tokens 32 --block-size 16"
+FLAGS += " --compile all"  # a server that still compiles writes to the cache, and ends at once
 CACHE = str(ROOT / ".pytest_cache/xla")
 TRIAL = "'-m', 'fastgen_jax.server.trial']"
 LISTEN = "0A"  # a state in /proc/net/tcp

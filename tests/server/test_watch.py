@@ -14,6 +14,7 @@ from fastgen_jax.server import watch
 from fastgen_jax.server.watch import MAX_CELLS, MAX_WATCHERS, N_UNREAD, Watcher, cells, quantiles
 from tests.server.running import TEXT, read_all, serving, wait_until
 
+READY = {"phase": "ready", "programs": {"compiled": 10, "of": 10}}
 PROMPT = {"prompt": TEXT, "max_tokens": 20, "logprobs": 1}
 
 
@@ -56,7 +57,7 @@ def test_a_watcher_is_told_limits_history_and_then_each_new_step_once(up):
     with watching(up) as events:
         first = next(events)
         assert first["engine"]["max_num_batched_tokens"] == 512
-        assert first["health"] == {"phase": "ready"}
+        assert first["health"] == READY
         numbers = [step[0] for step in first["steps"]]
         up.post("/v1/completions", PROMPT)
         newest = up.engine.history.n_steps
@@ -124,7 +125,7 @@ def test_there_are_no_more_watchers_than_allowed_and_who_leaves_makes_room(up):
         assert refused.json()["error"]["code"] == "too_many_watchers"
     wait_until(lambda: not the_watch(up).watchers)
     with watching(up) as events:
-        assert next(events)["health"] == {"phase": "ready"}
+        assert next(events)["health"] == READY
 
 
 def test_a_watcher_delays_no_drain_and_its_stream_ends_well(tokenizer):

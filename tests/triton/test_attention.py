@@ -23,8 +23,9 @@ from fastgen_jax.errors import ConfigError
 from pallas_kernels.triton import attention
 from pallas_kernels.triton.attention import EXTRA, version_problem
 from tests import targets
+from tests.gpu.serving import Serving, compile_attention
 from tests.gpu.test_kernels import LONG, SPLIT, n_merged, plan
-from tests.gpu.test_targets import GPUS, Serving, compile_attention
+from tests.gpu.test_targets import GPUS
 from tests.pallas_kernels.attention_cases import (
     FEW_CASES,
     Batch,

@@ -1,0 +1,1 @@
+"""The attention of CPUs, in C++."""

@@ -1,0 +1,533 @@
+// Attention of one item of work: a flash loop over tiles of keys, for one kind of CPU.
+//
+// Compiled with -DATTEND=its name -DLANES=floats per vector. All sums are in float32; scores are in
+// units of log2. With few rows (decodes) keys and values are read where they are, once, and each
+// score is a dot product; with many a tile is unpacked first, keys transposed, and both products
+// are sums of rows times a broadcast weight.
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "tile.h"
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int W = LANES;
+constexpr int FEW_ROWS = 8;   // with more, unpacking a tile pays
+constexpr float LOG2E = 1.44269504f;
+
+typedef float Vector __attribute__((vector_size(4 * W)));
+typedef int32_t Integers __attribute__((vector_size(4 * W)));
+typedef float LooseVector __attribute__((vector_size(4 * W), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2)));
+typedef int8_t Bytes __attribute__((vector_size(W), aligned(1)));
+typedef uint8_t UnsignedBytes __attribute__((vector_size(W), aligned(1)));
+
+struct Bfloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+struct Float8 { uint8_t bits; };  // e4m3fn
+
+Vector splat(float x) { return x - Vector{}; }  // which compilers know to be x, bit for bit
+
+Vector load(const float* p) { return *reinterpret_cast<const LooseVector*>(p); }
+
+void store(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; }
+
+Vector load(const Bfloat16* p) {
+  const Halves bits = *reinterpret_cast<const Halves*>(p);
+  return (Vector)(__builtin_convertvector(bits, Integers) << 16);
+}
+
+Vector load(const int8_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vector);
+}
+
+// Floats of `exponent` and `mantissa` bits, with subnormals. Not by a float32 subnormal times a
+// power of two: XLA's threads flush those to zero.
+template <int exponent, int mantissa>
+Vector small_floats(Integers bits) {
+  constexpr int bias = (1 << (exponent - 1)) - 1;
+  const Integers size = bits & ((1 << (exponent + mantissa)) - 1);
+  const Integers sign = (bits >> (exponent + mantissa)) << 31;
+  const Vector normal = (Vector)((size << (23 - mantissa)) + ((127 - bias) << 23));
+  const Vector subnormal = __builtin_convertvector(size, Vector) *
+                           (1.0f / (int64_t{1} << (bias - 1 + mantissa)));
+  return (Vector)((Integers)(size < (1 << mantissa) ? subnormal : normal) | sign);
+}
+
+Vector load(const Float16* p) {
+  const Integers bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Integers);
+  const Integers special = ((bits & 0x3ff) << 13) | ((bits >> 15) << 31) | 0x7f800000;
+  return (bits & 0x7c00) == 0x7c00 ? (Vector)special : small_floats<5, 10>(bits);
+}
+
+Vector load(const Float8* p) {
+  const auto bits =
+      __builtin_convertvector(*reinterpret_cast<const UnsignedBytes*>(p), Integers);
+  const Vector nan = splat(NAN);
+  return (bits & 0x7f) == 0x7f ? nan : small_floats<4, 3>(bits);
+}
+
+// 2^x to 1e-7, and 0 below -127; NaN stays NaN. x <= 127.
+Vector exp2(Vector x) {
+  const Vector kept = x < -127.0f ? splat(-127.0f) : x;
+  const Vector magic = splat(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded
+  const Vector whole = (kept + magic) - magic;
+  const Vector f = kept - whole;  // -0.5 .. 0.5
+  Vector y = splat(1.54035304e-4f);
+  y = y * f + 1.33335581e-3f;
+  y = y * f + 9.61812911e-3f;
+  y = y * f + 5.55041087e-2f;
+  y = y * f + 2.40226507e-1f;
+  y = y * f + 6.93147181e-1f;
+  y = y * f + 1.0f;
+  const Integers power = (__builtin_convertvector(whole, Integers) + 127) << 23;  // 0 of -127
+  return y * (Vector)power;
+}
+
+Vector tanh(Vector x) {
+  x = x > 20.0f ? splat(20.0f) : x;
+  x = x < -20.0f ? splat(-20.0f) : x;
+  const Vector e = exp2(x * (2 * LOG2E));
+  return (e - 1.0f) / (e + 1.0f);
+}
+
+#if defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, Integers{__VA_ARGS__})
+#endif
+template <int... I> struct Lanes {};
+template <int n, int... I> struct Count : Count<n - 1, n - 1, I...> {};
+template <int... I> struct Count<0, I...> { using type = Lanes<I...>; };
+using AllLanes = typename Count<W>::type;
+
+// Lane i: a[i], but b[i ^ s] where bit s of i is set. With `other`, what is left over.
+template <int s, bool other, int... I>
+Vector swapped(Vector a, Vector b, Lanes<I...>) {
+  if constexpr (other) return PICK(a, b, ((I & s) ? W + I : I ^ s)...);
+  return PICK(a, b, ((I & s) ? W + (I ^ s) : I)...);
+}
+
+template <int s = W / 2>
+inline __attribute__((always_inline)) void transpose(Vector (&x)[W]) {
+  for (int i = 0; i < W; ++i) {
+    if (i & s) continue;
+    const Vector a = x[i], b = x[i | s];
+    x[i] = swapped<s, false>(a, b, AllLanes{});
+    x[i | s] = swapped<s, true>(a, b, AllLanes{});
+  }
+  if constexpr (s > 1) transpose<s / 2>(x);
+}
+
+// Lane i: the sum of the lanes of x[i].
+template <int s = W / 2>
+inline __attribute__((always_inline)) Vector sums(Vector (&x)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < s; ++i) {
+    const Vector a = x[i], b = x[i | s];
+    // Where bit s of the lane is set the sum is of b's lanes.
+    x[i] = swapped<s, false>(a, b, AllLanes{}) + swapped<s, true>(a, b, AllLanes{});
+  }
+  if constexpr (s > 1) return sums<s / 2>(x);
+  return x[0];
+}
+
+template <int s, int... I>
+Vector turned(Vector x, Lanes<I...>) {
+  return PICK(x, x, (I ^ s)...);
+}
+
+template <int s = W / 2>
+float total_of(Vector x) {
+  x += turned<s>(x, AllLanes{});
+  if constexpr (s > 1) return total_of<s / 2>(x);
+  return x[0];
+}
+
+template <int s = W / 2>
+float greatest_of(Vector x) {
+  const Vector y = turned<s>(x, AllLanes{});
+  x = x < y ? y : x;
+  if constexpr (s > 1) return greatest_of<s / 2>(x);
+  return x[0];
+}
+
+// The keys of one tile, or their values; row m is H cells at rows[m], unpacked or not.
+template <class T>
+struct Rows {
+  const T* const* rows;
+  Vector at(int m, int column) const { return load(rows[m] + column); }
+};
+
+struct Unpacked {
+  const float* data;
+  int stride;
+  Vector at(int m, int column) const { return load(data + int64_t{m} * stride + column); }
+};
+
+// Rows 2 m and 2 m + 1 of bfloat16 values as pairs, and zeros for a row that is not there.
+struct RowPairs {
+  const Bfloat16* const* rows;
+  int n_real;
+  static Integers bits(const Bfloat16* p) {
+    return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Integers);
+  }
+  Vector at(int m, int column) const {
+    const Integers even = bits(rows[2 * m] + column);
+    return (Vector)(2 * m + 1 < n_real ? even | bits(rows[2 * m + 1] + column) << 16 : even);
+  }
+};
+
+// What a lane of both factors is: a float, or two bfloat16 whose products are summed.
+struct Floats {
+  static Vector add(Vector sum, Vector a, Vector b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static Vector add(Vector sum, Vector a, Vector b) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  static Vector pack(Vector low, Vector high) {
+    return (Vector)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  }
+};
+constexpr bool has_pairs = true;
+#else
+struct Pairs : Floats {
+  static Vector pack(Vector low, Vector) { return low; }
+};
+constexpr bool has_pairs = false;
+#endif
+
+// c[r][column ..] += sum over m < depth of a[r][m] * b[m][column ..], for n_rows and n vectors.
+template <class Lane, int n_rows, int n, class B>
+void multiply_block(const float* a, int a_stride, const B& b, int depth, int column, float* c,
+                    int c_stride) {
+  Vector sum[n_rows][n];
+#pragma GCC unroll 8
+  for (int r = 0; r < n_rows; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) sum[r][j] = load(c + r * c_stride + column + j * W);
+  for (int m = 0; m < depth; ++m) {
+    Vector x[n];
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) x[j] = b.at(m, column + j * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < n_rows; ++r) {
+      const Vector weight = splat(a[r * a_stride + m]);
+#pragma GCC unroll 8
+      for (int j = 0; j < n; ++j) sum[r][j] = Lane::add(sum[r][j], weight, x[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < n_rows; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) store(c + r * c_stride + column + j * W, sum[r][j]);
+}
+
+template <class Lane, int n_rows, class B>
+void multiply_rows(const float* a, int a_stride, const B& b, int depth, int width, float* c,
+                   int c_stride) {
+  constexpr int n = W == 16 ? 4 : 2;  // as many sums as registers hold
+  int column = 0;
+  for (; column + n * W <= width; column += n * W)
+    multiply_block<Lane, n_rows, n>(a, a_stride, b, depth, column, c, c_stride);
+  for (; column < width; column += W)
+    multiply_block<Lane, n_rows, 1>(a, a_stride, b, depth, column, c, c_stride);
+}
+
+template <class Lane, int most, class B>
+void multiply(const float* a, int a_stride, int n_rows, const B& b, int depth, int width, float* c,
+              int c_stride) {
+  for (; n_rows >= most; n_rows -= most, a += most * a_stride, c += most * c_stride)
+    multiply_rows<Lane, most>(a, a_stride, b, depth, width, c, c_stride);
+  if constexpr (most > 1)
+    if (n_rows > 0) multiply<Lane, most - 1>(a, a_stride, n_rows, b, depth, width, c, c_stride);
+}
+
+// scores[r][m] = q[r] . key m, n_rows queries at once; `n_keys` is a multiple of W, but rows at and
+// behind `n_real` are not read.
+template <class Lane, int n_rows, class T>
+void dot_rows(const float* q, int q_stride, const T* const* keys, int n_real, int head_size,
+              float* scores) {
+  constexpr int n = W / n_rows >= 8 ? 8 : W / n_rows >= 4 ? 4 : W / n_rows >= 2 ? 2 : 1;
+  for (int m = 0; m < n_real; m += n) {
+    Vector sum[W] = {};
+    for (int column = 0; column < head_size; column += W)
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        const Vector key = load(keys[m + i < n_real ? m + i : n_real - 1] + column);
+#pragma GCC unroll 16
+        for (int r = 0; r < n_rows; ++r) sum[r * n + i] = Lane::add(sum[r * n + i], load(q + r * q_stride + column), key);
+      }
+    const Vector dots = sums(sum);
+    float lanes[W];
+    memcpy(lanes, &dots, sizeof lanes);
+    for (int r = 0; r < n_rows; ++r) memcpy(scores + r * KEYS + m, lanes + r * n, 4 * n);
+  }
+}
+
+template <class Lane, class T>
+void dot(const float* q, int q_stride, int n_rows, const T* const* keys, int n_real, int head_size,
+         float* scores) {
+  for (; n_rows >= 4; n_rows -= 4, q += 4 * q_stride, scores += 4 * KEYS)
+    dot_rows<Lane, 4>(q, q_stride, keys, n_real, head_size, scores);
+  if (n_rows == 3) dot_rows<Lane, 3>(q, q_stride, keys, n_real, head_size, scores);
+  if (n_rows == 2) dot_rows<Lane, 2>(q, q_stride, keys, n_real, head_size, scores);
+  if (n_rows == 1) dot_rows<Lane, 1>(q, q_stride, keys, n_real, head_size, scores);
+}
+
+// W cells of a row, or zeros behind its end.
+template <class T>
+Vector load_part(const T* row, int column, int size) {
+  if (column + W <= size) return load(row + column);
+  T part[W] = {};
+  if (column < size) memcpy(part, row + column, (size - column) * sizeof(T));
+  return load(part);
+}
+
+// Keys "H KEYS", and zeros for those that are not there.
+template <class T>
+void unpack_transposed(const T* const* rows, int n_real, int head_size, int width, float* out) {
+  for (int column = 0; column < width; column += W)
+    for (int m = 0; m < n_real; m += W) {
+      Vector x[W] = {};
+      for (int i = 0; i < W && m + i < n_real; ++i)
+        x[i] = load_part(rows[m + i], column, head_size);
+      transpose(x);
+      for (int i = 0; i < W; ++i) store(out + (column + i) * KEYS + m, x[i]);
+    }
+}
+
+template <class T>
+void unpack(const T* const* rows, int n_real, int head_size, int width, float* out) {
+  for (int m = 0; m < n_real; ++m)
+    for (int column = 0; column < width; column += W)
+      store(out + m * width + column, load_part(rows[m], column, head_size));
+}
+
+int round_up(int n) { return (n + W - 1) / W * W; }
+
+// One item's rows: queries, sums and softmax so far. All of it lies in the scratch.
+template <class T>
+struct Flash {
+  const Call& call;
+  const Item& item;
+  const int n_rows, width;  // width: H in whole vectors
+  float *q, *acc, *scores, *tops, *totals, *keys, *values;
+  const T *key_rows[KEYS], *value_rows[KEYS];
+  float key_scales[KEYS], value_scales[KEYS];
+
+  Flash(const Call& call, const Item& item, float* scratch)
+      : call(call), item(item), n_rows(item.n_tokens * call.group_size),
+        width(round_up(call.head_size)) {
+    q = scratch;
+    acc = q + n_rows * width;
+    scores = acc + n_rows * width;
+    tops = scores + n_rows * KEYS;
+    totals = tops + n_rows;
+    keys = totals + n_rows;
+    values = keys + width * KEYS;
+  }
+
+  // Row r is query head r % G of token r / G.
+  int head_of(int r) const { return item.head * call.group_size + r % call.group_size; }
+
+  int64_t place(int r) const {
+    const int64_t token = item.first_token + r / call.group_size;
+    return (token * call.n_kv_heads * call.group_size + head_of(r)) * call.head_size;
+  }
+
+  void run() {
+    start();
+    if constexpr (has_pairs && std::is_same_v<T, Bfloat16>)
+      if (call.head_size % 2 == 0) return run_paired();
+    const bool is_direct = n_rows <= FEW_ROWS && width == call.head_size;
+    for (int key = item.first_key; key < item.end_key; key += KEYS) {
+      const int n_keys = find(key);
+      if (is_direct) {
+        dot<Floats>(q, width, n_rows, key_rows, n_keys, width, scores);
+      } else {
+        unpack_transposed(key_rows, n_keys, call.head_size, width, keys);
+        multiply_keys<Floats>(width, width, n_keys);
+      }
+      for (int r = 0; r < n_rows; ++r) weigh(r, key, n_keys);
+      if (is_direct) {
+        multiply<Floats, 4>(scores, KEYS, n_rows, Rows<T>{value_rows}, n_keys, width, acc, width);
+      } else {
+        unpack(value_rows, n_keys, call.head_size, width, values);
+        const Unpacked rows{values, width};
+        multiply<Floats, 6>(scores, KEYS, n_rows, rows, n_keys, width, acc, width);
+      }
+    }
+    finish();
+  }
+
+  // The same with products of pairs of bfloat16: of a key's neighbours, and of neighbouring values.
+  void run_paired() {
+    const int n_pairs = call.head_size / 2, stride = round_up(n_pairs);
+    const bool is_direct = n_rows <= FEW_ROWS && stride == n_pairs;
+    const auto paired_keys = reinterpret_cast<const float* const*>(key_rows);
+    pack(q, width, stride, width);
+    for (int key = item.first_key; key < item.end_key; key += KEYS) {
+      const int n_keys = find(key);
+      if (is_direct) {
+        dot<Pairs>(q, stride, n_rows, paired_keys, n_keys, stride, scores);
+      } else {
+        unpack_transposed(paired_keys, n_keys, n_pairs, stride, keys);
+        multiply_keys<Pairs>(stride, stride, n_keys);
+      }
+      for (int r = 0; r < n_rows; ++r) weigh(r, key, n_keys);
+      pack(scores, KEYS, KEYS, round_up(n_keys));
+      const int depth = (n_keys + 1) / 2;
+      const RowPairs pairs{reinterpret_cast<const Bfloat16* const*>(value_rows), n_keys};
+      if (is_direct) {
+        multiply<Pairs, 4>(scores, KEYS, n_rows, pairs, depth, width, acc, width);
+      } else {
+        unpack_pairs(pairs, depth);
+        multiply<Pairs, 6>(scores, KEYS, n_rows, Unpacked{values, width}, depth, width, acc, width);
+      }
+    }
+    finish();
+  }
+
+  template <class Lane>
+  void multiply_keys(int stride, int depth, int n_keys) {
+    memset(scores, 0, sizeof(float) * n_rows * KEYS);
+    multiply<Lane, 6>(q, stride, n_rows, Unpacked{keys, KEYS}, depth, round_up(n_keys), scores, KEYS);
+  }
+
+  // Rows of `size` floats become rows of pairs, in place.
+  void pack(float* rows, int from_stride, int to_stride, int size) {
+    for (int r = 0; r < n_rows; ++r)
+      for (int i = 0; i < size; i += 2 * W) {
+        const float* from = rows + r * from_stride;
+        const Vector low = load_part(from, i, size), high = load_part(from, i + W, size);
+        store(rows + r * to_stride + i / 2, Pairs::pack(low, high));
+      }
+  }
+
+  void unpack_pairs(const RowPairs& pairs, int depth) {
+    for (int m = 0; m < depth; ++m)
+      for (int column = 0; column < width; column += W) {
+        if (column + W <= call.head_size) {
+          store(values + m * width + column, pairs.at(m, column));
+          continue;
+        }
+        Bfloat16 ends[2][W] = {};
+        const Bfloat16* const rows[2] = {ends[0], ends[1]};
+        for (int i = 0; i < 2 && 2 * m + i < pairs.n_real; ++i)
+          memcpy(ends[i], pairs.rows[2 * m + i] + column, 2 * (call.head_size - column));
+        store(values + m * width + column, RowPairs{rows, 2}.at(0, 0));
+      }
+  }
+
+  void start() {
+    const float factor = call.scale * (call.soft_cap > 0 ? 1 / call.soft_cap : LOG2E);
+    memset(acc, 0, sizeof(float) * n_rows * width);
+    for (int r = 0; r < n_rows; ++r) {
+      const float* row = call.q + place(r);
+      for (int h = 0; h < width; ++h) q[r * width + h] = h < call.head_size ? row[h] * factor : 0;
+      const bool has_sink = item.has_sinks;
+      tops[r] = has_sink ? call.sinks[head_of(r)] * LOG2E : -INFINITY;
+      totals[r] = has_sink ? 1 : 0;
+    }
+  }
+
+  // Where the keys and values of the tile at `first` are, and what they are to be multiplied by.
+  // How many there are.
+  int find(int first) {
+    const int n_keys = item.end_key - first < KEYS ? item.end_key - first : KEYS;
+    const int32_t* block = item.blocks + first / call.n_cells;
+    for (int m = 0, cell = first % call.n_cells; m < n_keys; ++m, ++cell) {
+      if (cell == call.n_cells) ++block, cell = 0;
+      const int64_t row = (int64_t{*block} * call.n_kv_heads + item.head) * 2 * call.n_cells + cell;
+      const T* cells = reinterpret_cast<const T*>(call.cache);
+      key_rows[m] = cells + row * call.head_size;
+      value_rows[m] = cells + (row + call.n_cells) * call.head_size;
+      if (!call.scales) continue;
+      key_scales[m] = call.scales[row];
+      value_scales[m] = call.scales[row + call.n_cells];
+    }
+    for (int m = n_keys; m < KEYS; ++m) key_scales[m] = value_scales[m] = 0;
+    return n_keys;
+  }
+
+  // Scores of row r become weights; its sums shrink to the new top.
+  void weigh(int r, int first, int n_keys) {
+    float* row = scores + r * KEYS;
+    const int position = item.position + r / call.group_size;
+    const int end = position + 1 - first < n_keys ? position + 1 - first : n_keys;
+    const int oldest = call.window ? position - call.window + 1 - first : 0;
+    const int begin = oldest > 0 ? oldest : 0;
+    if (begin >= end) {
+      memset(row, 0, sizeof(float) * KEYS);
+      return;
+    }
+    Integers lane;
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    const float slope = call.slopes ? call.slopes[head_of(r)] * LOG2E : 0;
+    const int n = round_up(n_keys);
+    const bool is_plain = !call.scales && !call.slopes && call.soft_cap == 0;
+    Vector tops_of_lanes = splat(tops[r]);
+    for (int m = 0; m < n; m += W) {
+      const Integers key = lane + m;
+      Vector s = load(row + m);
+      if (!is_plain) {
+        if (call.scales) s *= load(key_scales + m);
+        if (call.soft_cap > 0) s = tanh(s) * (call.soft_cap * LOG2E);
+        if (call.slopes) s += __builtin_convertvector(key + (first - position), Vector) * slope;
+        store(row + m, s);
+      }
+      if (m < begin || m + W > end) {
+        s = (key >= begin) & (key < end) ? s : splat(-INFINITY);
+        store(row + m, s);
+      }
+      tops_of_lanes = tops_of_lanes < s ? s : tops_of_lanes;
+    }
+    const float top = greatest_of(tops_of_lanes);
+    Vector total = {};
+    for (int m = 0; m < n; m += W) {
+      const Vector weight = exp2(load(row + m) - top);
+      total += weight;
+      store(row + m, call.scales ? weight * load(value_scales + m) : weight);
+    }
+    if (top != tops[r]) {
+      const float shrink = exp2(splat(tops[r] - top))[0];
+      totals[r] *= shrink;
+      for (int h = 0; h < width; h += W) store(acc + r * width + h, load(acc + r * width + h) * shrink);
+      tops[r] = top;
+    }
+    totals[r] += total_of(total);
+  }
+
+  void finish() {
+    const int size = call.head_size;
+    float* part = item.partial < 0 ? nullptr : call.partials + item.partial;
+    for (int r = 0; r < n_rows; ++r) {
+      float* to = part ? part + int64_t{r} * size : call.out + place(r);
+      const float factor = part || totals[r] == 0 ? 1 : 1 / totals[r];
+      for (int h = 0; h < size; ++h) to[h] = acc[r * width + h] * factor;
+    }
+    if (!part) return;
+    memcpy(part + n_rows * size, tops, sizeof(float) * n_rows);
+    memcpy(part + n_rows * (size + 1), totals, sizeof(float) * n_rows);
+  }
+};
+
+}  // namespace
+
+void ATTEND(const Call& call, const Item& item, float* scratch) {
+  switch (call.cell) {
+    case Cell::kFloat32: return Flash<float>(call, item, scratch).run();
+    case Cell::kBfloat16: return Flash<Bfloat16>(call, item, scratch).run();
+    case Cell::kFloat16: return Flash<Float16>(call, item, scratch).run();
+    case Cell::kInt8: return Flash<int8_t>(call, item, scratch).run();
+    case Cell::kFloat8: return Flash<Float8>(call, item, scratch).run();
+  }
+}
