@@ -369,7 +369,8 @@ def test_every_benchmark_has_one_command_that_it_and_the_readme_name():
     for path in FILES:
         is_run = wing(path) == "benchmarks" and '__name__ == "__main__"' in path.read_text()
         if is_run and not path.stem.endswith("_worker"):  # which a benchmark starts
-            command = f"python -m {short(path).removesuffix('.py').replace('/', '.')}"
+            module = short(path).removesuffix(".py").removesuffix("/__main__").replace("/", ".")
+            command = f"python -m {module}"
             assert command in (ast.get_docstring(parse(path)) or "")
             assert f"`{command}" in readme
             n_found += 1

@@ -1,20 +1,16 @@
-"""Offline throughput of the engine beside transformers on the same machine, weights and prompts.
+"""Offline throughput of the engine, and its host time per step. (Others beside: benchmarks.peers.)
 
-    python -m benchmarks.engine.throughput --hf-python /path/to/python-with-torch  # both, one table
-    python -m benchmarks.engine.throughput                                         # ours alone
-    python -m benchmarks.engine.throughput --host-time                             # host time
+    python -m benchmarks.engine.throughput
+    python -m benchmarks.engine.throughput --host-time
 
 Greedy, end-of-sequence ignored; lengths are normal with a standard deviation of 0.3 of the mean
-(--new-std 0: all outputs equally long). Repetitions alternate between the engines; each one's best
-counts, as other work on the machine only ever slows. Every repetition has new prompts, so that no
-prefix cache helps.
+(--new-std 0: all outputs equally long). The best repetition counts, as other work on the machine
+only ever slows. Every repetition has new prompts, so that no prefix cache helps.
 """
 
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -71,6 +67,10 @@ class Workload(NamedTuple):
     @property
     def n_new_tokens(self) -> int:
         return sum(self.n_new)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_prompt_tokens + self.n_new_tokens
 
 
 def make_workload(name: str, seed: int, new_std: float, vocab_size: int = 32000) -> Workload:
@@ -132,19 +132,28 @@ class Ours:
 
     def run(self, workload: Workload) -> float:
         """Seconds until every token is there."""
+        start = time.perf_counter()
+        tokens = self.generate(workload)
+        seconds = time.perf_counter() - start
+        n_tokens = sum(map(len, tokens))
+        assert n_tokens == workload.n_new_tokens, (n_tokens, workload.n_new_tokens)
+        return seconds
+
+    def generate(self, workload: Workload) -> list[list[int]]:
+        """Each prompt's new tokens."""
         requests = [
             Request(prompt, SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True))
             for prompt, n in zip(workload.prompts, workload.n_new, strict=True)
         ]
-        start, n_tokens = time.perf_counter(), 0
-        self.engine.submit_all(requests)
+        ids = self.engine.submit_all(requests)
+        tokens: dict[int, list[int]] = {request_id: [] for request_id in ids}
         while self.engine.has_work:
             before = dict(self.engine.timings)
-            n_tokens += sum(output.token_id is not None for output in self.engine.step())
+            for output in self.engine.step():
+                if output.token_id is not None:
+                    tokens[output.request_id].append(output.token_id)
             self.steps.append({k: v - before[k] for k, v in self.engine.timings.items()})
-        seconds = time.perf_counter() - start
-        assert n_tokens == workload.n_new_tokens, (n_tokens, workload.n_new_tokens)
-        return seconds
+        return list(tokens.values())
 
     def print_phases(self, title: str) -> None:
         """Milliseconds per step in the engine's thread; `wait` is the device's time left to it."""
@@ -160,99 +169,22 @@ class Ours:
         print(f"  {name:22} p10 {p10:8.3f}  median {median:8.3f}  p90 {p90:8.3f}")
 
 
-class Theirs:
-    """transformers in a process of its own."""
-
-    def __init__(self, python: str, model: Path, dtype: str):
-        worker = Path(__file__).with_name("transformers_worker.py")
-        self.process = subprocess.Popen(
-            [python, str(worker), str(model), dtype],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self.versions = self._answer()["versions"]
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(
-                "error: the transformers process ended; has its python torch and transformers?"
-            )
-        return json.loads(line)
-
-    def run(self, workload: Workload, strategy: str, batch_size: int) -> float:
-        """Seconds until every token is there; infinite, with a note, if transformers cannot."""
-        assert self.process.stdin
-        job = {"strategy": strategy, "batch_size": batch_size, **workload._asdict()}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        if "error" in answer:
-            print(f"  transformers {strategy} {batch_size}: {answer['error']}", file=sys.stderr)
-        return answer.get("seconds", float("inf"))
-
-    def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def compare(args: argparse.Namespace, model: Path, dtype: str) -> Iterator[str]:
-    """Table rows of one dtype."""
-    ours = None if args.skip_engine else Ours(model, dtype, **args.engine)
-    theirs = Theirs(args.hf_python, model, dtype) if args.hf_python else None
-    for name in args.workload:
-        seconds = measure(args, name, ours, theirs)
-        workload = make_workload(name, 0, args.new_std)
-        best = min((s for key, s in seconds.items() if key != "fastgen_jax"), default=None)
-        for key, s in sorted(seconds.items(), key=lambda item: item[1]):
-            ratio = f"{best / s:6.2f}" if best else "     -"
-            rate, total = workload.n_new_tokens / s, workload.n_prompt_tokens / s
-            yield f"{name:12} {dtype:9} {key:28} {rate:9.1f} {rate + total:9.1f} {s:8.2f} {ratio}"
-    if ours:
-        ours.print_phases(dtype)
-    if theirs:
-        print(f"compared with {theirs.versions}", file=sys.stderr)
-        theirs.close()
-
-
 def throughput(args: argparse.Namespace, folder: Path) -> None:
     if not args.model:
         write_checkpoint(folder, SHAPE)
-    rows = [row for dtype in args.dtype for row in compare(args, folder, dtype)]
-    columns = f"{'workload':12} {'dtype':9} {'engine':28} {'new tok/s':>9} {'all tok/s':>9}"
-    print(f"\n{columns} {'seconds':>8} {'ratio':>6}")
-    print("\n".join(rows))
-    print("ratio: generated tokens/s over transformers' best")
-
-
-def measure(
-    args: argparse.Namespace, name: str, ours: Ours | None, theirs: Theirs | None
-) -> dict[str, float]:
-    """Best seconds of each contender; transformers' slow strategies are tried once only."""
-    best: dict[str, float] = {}
-
-    def note(key: str, seconds: float) -> None:
-        print(f"  {name} {key}: {seconds:.2f} s", file=sys.stderr, flush=True)
-        best[key] = min(best.get(key, float("inf")), seconds)
-
-    n_requests = int(name.split("x")[0])
-    strategies = [("static", n_requests // part) for part in (1, 2, 4)]
-    strategies = [*strategies, ("continuous", n_requests)] if theirs else []
-    for repetition in range(args.repeats):
-        workload = make_workload(name, repetition + 1, args.new_std)
-        if ours:
-            note("fastgen_jax", ours.run(workload))
-        for strategy, batch_size in strategies:
-            assert theirs
-            key = f"transformers {strategy} {batch_size}"
-            note(key, theirs.run(workload, strategy, batch_size))
-        fastest = sorted(strategies, key=lambda s: best[f"transformers {s[0]} {s[1]}"])
-        strategies = fastest[:2]
-    return best
+    columns = f"{'workload':12} {'dtype':9} {'new tok/s':>9} {'all tok/s':>9} {'seconds':>8}"
+    rows = [columns]
+    for dtype in args.dtype:
+        ours = Ours(folder, dtype, **args.engine)
+        for name in args.workload:
+            workloads = [
+                make_workload(name, seed + 1, args.new_std) for seed in range(args.repeats)
+            ]
+            seconds, work = min(map(ours.run, workloads)), workloads[0]
+            new, all_ = work.n_new_tokens / seconds, work.n_tokens / seconds
+            rows.append(f"{name:12} {dtype:9} {new:9.1f} {all_:9.1f} {seconds:8.2f}")
+        ours.print_phases(dtype)
+    print("\n" + "\n".join(rows))
 
 
 def host_time(args: argparse.Namespace, folder: Path) -> None:
@@ -280,14 +212,12 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--hf-python", help="a python that has torch and transformers; runs their side too")
     add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     add("--workload", nargs="+", default=["32x256+64", "12x1024+64"], help="REQUESTSxPROMPT+NEW")
     add("--new-std", type=float, default=0.3, help="of output lengths, as a share of their mean")
     add("--repeats", type=int, default=3)
     add("--model", type=Path, help="a Llama checkpoint to measure instead of the random one")
     add("--engine", type=json.loads, default={}, help="EngineConfig options, in JSON")
-    add("--skip-engine", action="store_true", help="measure transformers alone")
     add("--host-time", action="store_true", help="only the host time per step")
     add("--host-sequences", type=int, default=256)
     return parser.parse_args()
