@@ -38,17 +38,21 @@ class Child:
     Args:
         flags: of fastgen_jax.serve, but for the port.
         is_leaky: whether each request leaves something behind.
-        worker: the module that runs the server and takes orders.
+        module: what runs the server; a worker takes orders too.
     """
 
     def __init__(
-        self, flags: Sequence[str], *, is_leaky: bool = False, worker: str = "faulty_worker"
+        self,
+        flags: Sequence[str],
+        *,
+        is_leaky: bool = False,
+        module: str = "benchmarks.server.faulty_worker",
     ):
         self._folder = tempfile.TemporaryDirectory(prefix="fastgen-soak-")
         self.log = Path(self._folder.name) / "log"
         self.address = ("127.0.0.1", free_port())
         port = ["--port", str(self.address[1])]
-        command = [sys.executable, "-m", f"benchmarks.server.{worker}"]
+        command = [sys.executable, "-m", module]
         flags = ["--compile", "all", *flags]  # what is measured is a server that has settled
         self._process = subprocess.Popen(
             [*command, *(["--leak"] if is_leaky else []), *port, *flags],
@@ -121,6 +125,12 @@ class Child:
         assert self._process.stdout is not None
         self.order("report")
         return json.loads(self._process.stdout.readline() or "{}")
+
+    def event_loop_seconds(self) -> float:
+        """CPU time of its first thread, which runs the event loop."""
+        pid = self._process.pid
+        fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def footprint(self) -> Footprint:
         """NOTHING once the process is gone."""

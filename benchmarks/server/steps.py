@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each turn")
     args = parser.parse_args()
-    with Child(FLAGS, worker="steps_worker") as child:
+    with Child(FLAGS, module="benchmarks.server.steps_worker") as child:
         show(asyncio.run(measure(child, args.rounds, args.seconds)))
     show_parts()
     return 0

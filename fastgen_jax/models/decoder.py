@@ -57,16 +57,20 @@ class Layer(nnx.Module):
         if self.residual == "post":
             attended, cache = self.attention(x, rotation, cache, attend)
             x = _apply(self.attention_norm, x + attended)
-            return _apply(self.mlp_norm, x + self.mlp(x)), cache
+            return _apply(self.mlp_norm, x + self._feed_forward(x)), cache
         normed = _apply(self.attention_norm, x)
         attended, cache = self.attention(normed, rotation, cache, attend)
         attended = self.scale * _apply(self.attention_out_norm, attended)
         if self.residual == "parallel":
             normed = normed if self.mlp_norm is None else self.mlp_norm(x)
-            return x + attended + self.scale * self.mlp(normed), cache
+            return x + attended + self.scale * self._feed_forward(normed), cache
         x = x + attended
-        out = _apply(self.mlp_out_norm, self.mlp(_apply(self.mlp_norm, x)))
+        out = _apply(self.mlp_out_norm, self._feed_forward(_apply(self.mlp_norm, x)))
         return x + self.scale * out, cache
+
+    def _feed_forward(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        with jax.named_scope("mlp"):
+            return self.mlp(x)
 
 
 def _mlp(config: ModelConfig, index: int, policy: Policy, rngs: nnx.Rngs) -> nnx.Module:

@@ -71,6 +71,9 @@ def create_app(service: Service, config: ServerConfig) -> Gate:
         for method, paths in (("GET", admin.OF_GET), ("POST", admin.OF_POST)):
             for path in paths:
                 app.add_api_route(path, getattr(changes, path[1:]), methods=[method])
+    if config.profile is not None:
+        app.add_api_route("/start_profile", service.profiler.start, methods=["POST"])
+        app.add_api_route("/stop_profile", service.profiler.stop, methods=["POST"])
     if config.web:
         app.add_api_route("/debug/steps", routes.steps, methods=["GET"])
         app.add_api_route(

@@ -112,6 +112,12 @@ class ServerConfig:
         "serve the page for people, /, and what it shows of the engine, /debug/steps",
         "server",
     )
+    profile: str | None = option(
+        None,
+        "directory for traces of the server at work, for XProf and Perfetto, which POST "
+        "/start_profile begins and /stop_profile ends (default: there are no such routes)",
+        "server",
+    )
     log_level: str = option("info", "debug, info, warning or error", "server")
     log_format: str = option(
         "text", "text, or json: one object a line, and a line for each request", "server"
@@ -245,6 +251,13 @@ class ServerConfig:
             raise ConfigError("admin_key is an api_key too; choose one that no client has")
         if self.weights_root is not None and self.admin_key is None:
             raise ConfigError("weights_root needs admin_key: who has it may change the weights")
+        if self.profile is not None:
+            try:
+                Path(self.profile).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"profile {self.profile!r} is no directory and cannot be made: {error}"
+                ) from None
         if self.weights_root is not None and not Path(self.weights_root).is_dir():
             raise ConfigError(f"weights_root {self.weights_root!r} is no directory; make it first")
         admin_keys = () if self.admin_key is None else (self.admin_key,)

@@ -94,6 +94,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self.rpc is not None:
             await self.rpc.stop()
+        await self.service.profiler.close()
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:

@@ -27,6 +27,7 @@ from fastgen_jax.server.generation import PLAIN, SILENT, Choice, Generation, Voi
 from fastgen_jax.server.journal import Journal, tracer_to
 from fastgen_jax.server.limits import Limits
 from fastgen_jax.server.metrics import Metrics, cache_labels
+from fastgen_jax.server.profiler import Profiler
 from fastgen_jax.server.trial import Trial
 from fastgen_jax.server.uploads import Uploads
 from fastgen_jax.tokenizer import Constrainer, Constraints, TextStream, Tokenizer, needs_words
@@ -108,6 +109,7 @@ class Service:
             self.metrics.n_limited,
         )
         self.uploads = Uploads(config.max_upload_bytes)
+        self.profiler = Profiler(config.profile)
         self.n_inflight = 0  # HTTP requests that may use the engine
         self.created = int(time.time())
         self._load = load
@@ -178,7 +180,7 @@ class Service:
 
     def _deliver(self, outputs: list[Output]):
         if outputs:
-            self._call(self._dispatch, outputs)
+            self._call(self._take, outputs)
 
     def _call(self, function: Callable, *args):
         """Runs `function` on the event loop; nothing if that is closed already."""
@@ -484,6 +486,10 @@ class Service:
         limits = [t for t in (timeout, self.config.request_timeout) if t is not None]
         if limits:
             generation.timers.append(fail_in(min(limits), "the request did not finish"))
+
+    def _take(self, outputs: list[Output]):
+        with self.profiler.event("text"):
+            self._dispatch(outputs)
 
     def _dispatch(self, outputs: list[Output]):
         """Takes in one step's outputs and wakes the readers, each once."""

@@ -1,0 +1,145 @@
+"""Where a step's time goes while a server serves: phase by phase, and what the device waits for.
+
+    python -m benchmarks.step_time
+    python -m benchmarks.step_time --sequences 32 --model PATH --flags "--dtype bfloat16"
+
+A real server (the demo model, unless --model says otherwise) streams to as many callers as
+sequences run, and records a profile of itself (--profile). Milliseconds are of a step: the phases
+of the engine's thread (dispatch includes the upload; download is what `wait` takes after the device
+has ended), text (ids to text, in the event loop) and HTTP (the rest of the event loop's CPU time).
+Then the device: the share of the time that it is busy, and what the engine's thread did while it
+was not. Callers are a process beside the server: on few cores they take their share of them.
+"""
+
+import argparse
+import asyncio
+import shlex
+import sys
+import tempfile
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.server import load
+from benchmarks.server.child import Child
+from benchmarks.server.client import Address, Call, perform
+from benchmarks.trace import Trace, gaps, length, overlap, read
+from fastgen_jax.engine.phases import PHASES
+
+BODY = {"prompt": "Once upon a time", "max_tokens": 256, "temperature": 0, "ignore_eos": True}
+SETTLE = 2.0  # seconds of load before what is recorded
+
+
+class Split(NamedTuple):
+    """Of what was recorded.
+
+    Attributes:
+        seconds: per step, by phase.
+        busy: share of the time in which the device is at work.
+        idle: share of the time in which it is not, by what the engine's thread does then; "" is
+            what lies between steps.
+    """
+
+    n_steps: int
+    step: float
+    seconds: dict[str, float]
+    busy: float
+    idle: dict[str, float]
+
+
+def split(trace: Trace, event_loop: float) -> Split:
+    """
+    Args:
+        event_loop: seconds of CPU time of its thread while the trace was recorded.
+    """
+    nothing = np.empty((0, 2))
+    steps = trace.events["step"]
+    n_steps = trace.counts["step"]
+    start, end = float(steps[0, 0]), float(steps[-1, 1])
+    at_rest = gaps(trace.device, start, end)
+    phases = {name: trace.events.get(name, nothing) for name in PHASES}
+    seconds = {name: length(intervals) / n_steps for name, intervals in phases.items()}
+    seconds["download"] = length(overlap(phases["wait"], at_rest)) / n_steps
+    text = length(trace.events.get("text", nothing))
+    seconds["text"] = text / n_steps
+    seconds["HTTP"] = max(event_loop - text, 0.0) / n_steps
+    idle = {name: length(overlap(at_rest, x)) / (end - start) for name, x in phases.items()}
+    busy = 1.0 - length(at_rest) / (end - start)
+    idle["other"] = max(1.0 - busy - sum(idle.values()), 0.0)
+    return Split(n_steps, (end - start) / n_steps, seconds, busy, idle)
+
+
+async def call_for_ever(address: Address) -> None:
+    call = Call(load.COMPLETIONS, load.encode(BODY | {"stream": True}), load.MAY_FAIL, True)
+    while True:
+        await perform(address, call, 600)
+
+
+async def record(child: Child, n_seqs: int, seconds: float) -> float:
+    """The event loop's CPU seconds while the server was profiled under load."""
+    callers = [asyncio.create_task(call_for_ever(child.address)) for _ in range(n_seqs)]
+    await asyncio.sleep(SETTLE)
+    await asyncio.to_thread(post, child.address, "/start_profile")
+    before = child.event_loop_seconds()
+    await asyncio.sleep(seconds)
+    event_loop = child.event_loop_seconds() - before
+    await asyncio.to_thread(post, child.address, "/stop_profile")
+    for caller in callers:
+        caller.cancel()
+    await asyncio.gather(*callers, return_exceptions=True)
+    return event_loop
+
+
+def post(address: Address, path: str) -> None:
+    url = f"http://{address[0]}:{address[1]}{path}"
+    with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=60):
+        pass
+
+
+def measure(args: argparse.Namespace, n_seqs: int) -> Split:
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [
+            *args.model,
+            "--profile",
+            folder,
+            "--log-level",
+            "warning",
+            *shlex.split(args.flags),
+        ]
+        flags += ["--max-num-seqs", str(n_seqs), "--max-queued-requests", str(2 * n_seqs)]
+        with Child(flags, module="fastgen_jax.serve") as child:
+            event_loop = asyncio.run(record(child, n_seqs, args.seconds))
+        return split(read(Path(folder)), event_loop)
+
+
+def show(splits: dict[int, Split]) -> None:
+    def line(name: str, values: list[str]) -> None:
+        print(f"{name:34}" + "".join(f"{value:>10}" for value in values))
+
+    line("sequences", [str(n) for n in splits])
+    line("steps", [str(s.n_steps) for s in splits.values()])
+    line("milliseconds of a step", [f"{1e3 * s.step:.2f}" for s in splits.values()])
+    for name in next(iter(splits.values())).seconds:
+        line(f"  {name}", [f"{1e3 * s.seconds[name]:.3f}" for s in splits.values()])
+    line("device busy", [f"{s.busy:.1%}" for s in splits.values()])
+    for name in next(iter(splits.values())).idle:
+        line(f"  idle, host in {name}", [f"{s.idle[name]:.1%}" for s in splits.values()])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32, 256])
+    parser.add_argument("--seconds", type=float, default=4.0, help="that are recorded")
+    parser.add_argument("--model", nargs=1, default=[], help="default: the demo")
+    parser.add_argument("--flags", default="--dtype float32", help="more, of fastgen_jax.serve")
+    args = parser.parse_args()
+    show({n_seqs: measure(args, n_seqs) for n_seqs in args.sequences})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
