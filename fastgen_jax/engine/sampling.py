@@ -8,6 +8,7 @@ recompilation. Nothing here sorts the vocabulary: thresholds are found by bisect
 float32, which is exact.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -205,38 +206,58 @@ def adjust(
     rows: Int[Array, "S"],
     n_tokens: Int[Array, "S"],
 ) -> Float[Array, "S V"]:
+    """adjust_row of each: on a TPU one after the other, as it would sort the tokens of all for the
+    scatters, and take longer to compile these sorts than the rest of a step.
+    """
+
+    def adjust_one(row):
+        return adjust_row(tables, *row)
+
+    return lax.platform_dependent(
+        (logits, params, rows, n_tokens),
+        tpu=partial(lax.map, adjust_one),
+        default=jax.vmap(adjust_one),
+    )
+
+
+def adjust_row(
+    tables: RowTables,
+    logits: Float[Array, "V"],
+    params: RowParams,
+    row: Int[Array, ""],
+    n_tokens: Int[Array, ""],
+) -> Float[Array, "V"]:
     """Penalties as OpenAI (presence, frequency: of output) and CTRL (repetition: of prompt and
     output) define them.
 
     Then logit_bias is added, and tokens that would end the sample too early are banned.
     """
-    vocab_size = logits.shape[1]
-    lines = jnp.arange(len(logits))[:, None]
-    said = tables.token_ids[rows]  # S M
-    columns = jnp.arange(said.shape[1])[None]
-    is_known = columns < n_tokens[:, None]
-    is_output = is_known & (columns >= params.n_prompt[:, None])
+    vocab_size = len(logits)
+    said = tables.token_ids[row]  # M
+    columns = jnp.arange(len(said))
+    is_known = columns < n_tokens
+    is_output = is_known & (columns >= params.n_prompt)
 
     def count(mask):
         ids = jnp.where(mask, said, vocab_size)
-        return jnp.zeros(logits.shape, jnp.int32).at[lines, ids].add(1, mode="drop")
+        return jnp.zeros(vocab_size, jnp.int32).at[ids].add(1, mode="drop")
 
     n_output = count(is_output)
-    penalty = jnp.where(count(is_known) > 0, params.repetition_penalty[:, None], 1.0)
+    penalty = jnp.where(count(is_known) > 0, params.repetition_penalty, 1.0)
     logits = jnp.where(logits > 0, logits / penalty, logits * penalty)
-    logits -= params.frequency_penalty[:, None] * n_output.astype(jnp.float32)
-    logits -= params.presence_penalty[:, None] * (n_output > 0).astype(jnp.float32)
+    logits -= params.frequency_penalty * n_output.astype(jnp.float32)
+    logits -= params.presence_penalty * (n_output > 0).astype(jnp.float32)
 
-    bias_ids = jnp.take(tables.bias_ids, rows, axis=0, mode="clip")
-    has_bias = (params.has_bias != 0)[:, None] & (bias_ids >= 0)
+    bias_ids = jnp.take(tables.bias_ids, row, axis=0, mode="clip")
+    has_bias = (params.has_bias != 0) & (bias_ids >= 0)
     bias_ids = jnp.where(has_bias, bias_ids, vocab_size)
-    bias = jnp.take(tables.bias, rows, axis=0, mode="clip")
-    logits = logits.at[lines, bias_ids].add(bias, mode="drop")
+    bias = jnp.take(tables.bias, row, axis=0, mode="clip")
+    logits = logits.at[bias_ids].add(bias, mode="drop")
 
-    banned_ids = jnp.take(tables.banned_ids, rows, axis=0, mode="clip")
-    is_banned = (n_tokens < params.min_total)[:, None] & (banned_ids >= 0)
+    banned_ids = jnp.take(tables.banned_ids, row, axis=0, mode="clip")
+    is_banned = (n_tokens < params.min_total) & (banned_ids >= 0)
     banned_ids = jnp.where(is_banned, banned_ids, vocab_size)
-    return logits.at[lines, banned_ids].set(-jnp.inf, mode="drop")
+    return logits.at[banned_ids].set(-jnp.inf, mode="drop")
 
 
 def draw(

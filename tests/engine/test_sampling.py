@@ -15,6 +15,7 @@ from fastgen_jax.engine.sampling import (
     RowParams,
     RowTables,
     adjust,
+    adjust_row,
     draw,
     keep_likely,
     likeliest,
@@ -171,6 +172,15 @@ def test_penalties_bias_and_bans_equal_a_plain_loop(params, seed):
     for i, p in enumerate(params):
         expected = plain_adjust(logits[i], p, *histories[i])
         np.testing.assert_allclose(adjusted[i], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_adjusted_one_after_the_other_as_on_a_tpu_are_those_adjusted_at_once():
+    logits, histories = jnp.asarray(random_logits()), random_histories()
+    params, tables, rows, n_tokens = arguments(MIXED, histories)
+    found = jax.lax.map(lambda row: adjust_row(tables, *row), (logits, params, rows, n_tokens))
+    expected = adjust(logits, params, tables, rows, n_tokens)
+    assert (np.asarray(expected) != np.asarray(logits)).any()
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_greedy_takes_the_best_of_the_adjusted_logits():

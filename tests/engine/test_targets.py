@@ -10,8 +10,10 @@ import pytest
 
 from benchmarks.gpu.launches import launches_of
 from fastgen_jax.checkpoints.loading import abstract_model
+from fastgen_jax.engine import batch
 from fastgen_jax.engine.batch import MaskedShape, packed_size
 from fastgen_jax.engine.constraint import mask_width
+from fastgen_jax.engine.sampling import RowParams, RowTables, adjust
 from fastgen_jax.engine.startup import BACKENDS
 from fastgen_jax.engine.step import Program, masked_step
 from fastgen_jax.models.layers import Policy
@@ -67,6 +69,24 @@ def test_drawing_with_masks_needs_little_memory_beside_the_logits(chip, n_device
     logits = N_SEQS * config.vocab_size * 4
     assert memory.alias_size_in_bytes >= (N_SEQS + 1) * config.max_position * 4
     assert memory.temp_size_in_bytes < 12 * logits
+
+
+def test_penalties_are_counted_on_a_tpu_without_sorting_what_was_said():
+    target, n_rows = make_target("v5e"), 64
+    n_params = len(batch.FLOAT_PARAMS) + len(batch.INT_PARAMS)
+    packed = jax.ShapeDtypeStruct((n_rows, n_params), jnp.int32)
+    int32 = jax.ShapeDtypeStruct((n_rows,), jnp.int32)
+    compiled = target.compile(
+        adjust,
+        jax.ShapeDtypeStruct((n_rows, LLAMA_3_8B.vocab_size), jnp.float32),
+        jax.eval_shape(RowParams.unpack, packed),
+        RowTables(jax.ShapeDtypeStruct((n_rows + 1, 512), jnp.int32), *ROW_TABLES),
+        int32,
+        int32,
+    )
+    text = compiled.as_text()
+    assert " while(" in text  # a row after the other: with all at once there are four sorts
+    assert " sort(" not in text  # which took a third of a step's compilation
 
 
 # Model, chip, devices, GiB of cache on each: as a user would serve it.
