@@ -45,6 +45,15 @@ PACKAGES = {
     "gpu": ("jax", "jaxlib", "jax-cuda12-pjrt", "jax-cuda13-pjrt"),
     "tpu": ("jax", "jaxlib", "libtpu"),
 }
+# What else compilers and tracing go by: variables of the environment, and jax's own options.
+FLAGS = {"cpu": ("XLA_FLAGS",), "gpu": ("XLA_FLAGS",), "tpu": ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
+IDLE_FLAGS = re.compile(r"--xla_(dump_|jf_dump_|force_host_platform_device_count)")
+OPTIONS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_disable_most_optimizations",
+)
 
 
 class Program(NamedTuple):
@@ -95,6 +104,8 @@ def purpose(config: EngineConfig, model: ModelConfig, devices: Iterable[Any]) ->
     for name in PACKAGES[chip.platform]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    found |= {name: _flags(name) for name in FLAGS[chip.platform]}
+    found |= {name: getattr(jax.config, name, None) for name in OPTIONS}
     found["source of fastgen_jax"] = _source()
     # Functions of a program have no name that others could know them by: no set is made for any.
     found["logits_processors"] = sorted(config.logits_processors or {})
@@ -104,6 +115,12 @@ def purpose(config: EngineConfig, model: ModelConfig, devices: Iterable[Any]) ->
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _flags(variable: str) -> str:
+    """Those that change what is compiled, in their order: the last of a name counts."""
+    flags = os.environ.get(variable, "").split()
+    return " ".join(flag for flag in flags if not IDLE_FLAGS.match(flag))
 
 
 def _cpu_features() -> str:

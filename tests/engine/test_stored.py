@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import shutil
 from unittest import mock
 
@@ -123,6 +124,37 @@ def test_other_sizes_are_told(made, caplog):
     assert not startup.is_for(programs, wanted)
     assert "max_num_seqs was 8 and is 5" in caplog.text
     assert "jax was" in caplog.text
+
+
+def test_other_flags_of_the_compiler_are_told(made, monkeypatch, caplog):
+    before = os.environ["XLA_FLAGS"]
+    monkeypatch.setenv("XLA_FLAGS", f"{before} --xla_cpu_enable_fast_math=true")
+    with start(made) as engine:
+        assert kinds(engine) == {jax.stages.Compiled}
+    assert "stored programs are not used: XLA_FLAGS was" in caplog.text
+    assert "--xla_cpu_enable_fast_math=true" in caplog.text
+
+
+def test_another_precision_of_products_is_told(made, caplog):
+    with jax.default_matmul_precision("float32"), start(made) as engine:
+        assert kinds(engine) == {jax.stages.Compiled}
+    assert "jax_default_matmul_precision was None and is float32" in caplog.text
+
+
+def test_flags_that_change_no_program_are_passed_over(made, monkeypatch):
+    before = os.environ["XLA_FLAGS"]
+    more = "--xla_dump_to=here --xla_force_host_platform_device_count=2"
+    monkeypatch.setenv("XLA_FLAGS", f"{before} {more}")
+    with start(made) as engine:
+        assert kinds(engine) == {stored.Loaded}
+
+
+def test_a_tpus_programs_know_libtpus_flags(monkeypatch):
+    monkeypatch.setenv(
+        "LIBTPU_INIT_ARGS", "--xla_jf_dump_to=here --xla_tpu_scoped_vmem_limit_kib=1"
+    )
+    assert "LIBTPU_INIT_ARGS" in stored.FLAGS["tpu"]
+    assert stored._flags("LIBTPU_INIT_ARGS") == "--xla_tpu_scoped_vmem_limit_kib=1"
 
 
 def test_programs_without_a_callers_logits_processor_are_not_used_with_it(made, caplog):
