@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AxisType, Mesh
 
 from convert.chips import Chips
 from fastgen_jax.checkpoints.directory import read_config
@@ -22,7 +20,7 @@ from fastgen_jax.engine.programs import Programs
 from fastgen_jax.engine.recipe import Recipe
 from fastgen_jax.errors import FastGenError
 from fastgen_jax.models.layers import Policy
-from fastgen_jax.models.sharding import AXIS, placed
+from fastgen_jax.models.sharding import mesh_over, placed
 
 OnProgress = Callable[[int, int], None]  # done, total
 
@@ -38,7 +36,7 @@ def compile_for(
     Raises:
         FastGenError: an engine would refuse them, or the compiler is not here.
     """
-    mesh = Mesh(np.array(chips.devices()), (AXIS,), axis_types=(AxisType.Auto,))
+    mesh = mesh_over(chips.devices())
     config = EngineConfig(model=str(directory), tensor_parallel_size=chips.n, **sizes)
     resolved, model_config, shapes = startup.design(config, read_config(directory), mesh)
     model = abstract_model(model_config, Policy.here(resolved.dtype, mesh))

@@ -91,8 +91,7 @@ def absent(reason: str) -> NoReturn:
 
 
 def _target(platform: str, name: str, n_devices: int) -> Target:
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from fastgen_jax.models.sharding import mesh_over, replicated
 
-    mesh = Mesh(np.array(chips.Chips(name, n_devices).devices()), ("tensor",))
-    return Target(platform, NamedSharding(mesh, PartitionSpec()), mesh)
+    mesh = mesh_over(chips.Chips(name, n_devices).devices())
+    return Target(platform, replicated(mesh), mesh)

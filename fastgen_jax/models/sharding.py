@@ -6,6 +6,7 @@ inputs, the cache by KV heads. A module is made with the parameters of one devic
 have them; `place` lays them out for several.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +72,12 @@ def make_mesh(n_devices: int) -> Mesh:
             f"tensor_parallel_size={n_devices} needs as many devices; {len(devices)} "
             f"{devices[0].platform} device(s) found"
         )
-    return Mesh(np.array(devices[:n_devices]), (AXIS,), axis_types=(AxisType.Auto,))
+    return mesh_over(devices[:n_devices])
+
+
+def mesh_over(devices: Sequence[Any]) -> Mesh:
+    """The mesh over these devices, which need not be here."""
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def check_mesh(mesh: Mesh) -> Mesh:
