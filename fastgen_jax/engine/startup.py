@@ -144,11 +144,10 @@ def design(
     """All that follows from a config on the devices of a mesh, which need not be here, but for what
     their memory holds.
     """
-    backend = BACKENDS[mesh.devices.flat[0].platform]
-    resolved = resolve(config, model, backend, mesh)
+    resolved = resolve(config, model, mesh)
     model = fit_rope(model, resolved.max_model_len)
     check_cache(resolved, model, config.num_kv_blocks or 2)
-    return resolved, model, _shapes(resolved, model, backend, mesh)
+    return resolved, model, _shapes(resolved, model, mesh)
 
 
 def maker(recipe: Recipe, stored: Stored | None) -> Callable[[Shape | MaskedShape], Any]:
@@ -198,12 +197,11 @@ def _stored_blocks(
     return n_blocks
 
 
-def resolve(
-    config: EngineConfig, model: ModelConfig, backend: Backend, mesh: Mesh | None = None
-) -> ResolvedConfig:
+def resolve(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> ResolvedConfig:
     """Fills in what the user left open; num_kv_blocks with the most that could ever be used."""
     longest = longest_context(model)
-    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+    platform = mesh.devices.flat[0].platform
+    backend = BACKENDS[platform]
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
             f"max_model_len={config.max_model_len} exceeds the {longest} positions of the model"
@@ -329,10 +327,9 @@ def check_cache(config: ResolvedConfig, model: ModelConfig, n_blocks: int) -> No
         raise ConfigError(str(error)) from None
 
 
-def _shapes(
-    config: ResolvedConfig, model: ModelConfig, backend: Backend, mesh: Mesh
-) -> list[Shape]:
+def _shapes(config: ResolvedConfig, model: ModelConfig, mesh: Mesh) -> list[Shape]:
     device = mesh.devices.flat[0]
+    backend = BACKENDS[device.platform]
     shapes = make_shapes(
         smallest=backend.smallest_batch,
         max_batched_tokens=config.max_num_batched_tokens,

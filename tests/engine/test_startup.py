@@ -6,11 +6,12 @@ from fastgen_jax.engine import startup
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.families import llama
+from fastgen_jax.models.sharding import make_mesh
 from tests.tiny import CONFIG
 
 
 def resolve(model, **options) -> startup.ResolvedConfig:
-    return startup.resolve(EngineConfig(**options), model, startup.BACKENDS["cpu"])
+    return startup.resolve(EngineConfig(**options), model, make_mesh(1))
 
 
 def of(original: int, kind: str, **fields) -> dict:

@@ -41,7 +41,7 @@ def read(hf: dict[str, Any]) -> ModelConfig:
 
 
 def resolve(model: ModelConfig, **options) -> startup.ResolvedConfig:
-    return startup.resolve(EngineConfig(**options), model, startup.BACKENDS["cpu"])
+    return startup.resolve(EngineConfig(**options), model, make_mesh(1))
 
 
 @pytest.mark.parametrize(
