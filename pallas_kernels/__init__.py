@@ -3,6 +3,7 @@
 Imports jax and numpy only, never fastgen_jax; one backend brings packages of its own, jax_triton.
 """
 
+import functools
 import importlib
 from typing import Any
 
@@ -47,6 +48,7 @@ BACKENDS = {  # name -> module
 # Where a backend runs, if not everywhere.
 PLATFORMS = {"cpu": "cpu", "pallas_tpu": "tpu", "pallas_gpu": "gpu", "jax_triton": "gpu"}
 PLANNED = ("pallas_gpu", "jax_triton")  # want the host's plan in their meta
+TUNED = ("pallas_gpu",)  # know the kind of GPU
 BUILT = ("cpu", "jax_triton")  # of packages or a library that may be missing
 FUTURE_BACKENDS = ("mosaic_gpu",)
 
@@ -65,8 +67,11 @@ def tiles_product(*arrays: Any, tile: int, interpret: bool = False) -> Any:
     return module.tiles_product(*arrays, tile=tile, interpret=interpret)
 
 
-def select(name: str) -> RaggedPagedAttention:
+def select(name: str, device: Any = None) -> RaggedPagedAttention:
     """The attention backend of that name; its module is imported only now.
+
+    device: whose kind it is compiled for, which may have a say in the sizes of tiles; jax's, or one
+        that is only described. None: any of the backend's platform.
 
     Raises:
         ImportError: the packages that the backend needs are missing, or do not work together.
@@ -77,6 +82,10 @@ def select(name: str) -> RaggedPagedAttention:
         module = importlib.import_module(f"pallas_kernels.{BACKENDS[name]}")
         if name in BUILT:
             module.check_installed()
+        capability = getattr(device, "compute_capability", None)  # of GPUs, as "9.0"
+        if name in TUNED and capability:
+            chip = int(capability.replace(".", ""))
+            return functools.partial(module.ragged_paged_attention, compute_capability=chip)
         return module.ragged_paged_attention
     known = ", ".join(BACKENDS)
     if name in FUTURE_BACKENDS:

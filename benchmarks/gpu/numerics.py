@@ -43,7 +43,8 @@ def missing(name: str, sizes: Sizes) -> str:
 
 def backends(sizes: Sizes) -> dict[str, Callable]:
     """The attention functions that run here."""
-    found = {name: select(name) for name in NAMES if not missing(name, sizes)}
+    device = jax.devices()[0]
+    found = {name: select(name, device) for name in NAMES if not missing(name, sizes)}
     if sizes.is_toy:
         found["pallas_gpu"] = functools.partial(attention.ragged_paged_attention, interpret=True)
     return found

@@ -44,6 +44,7 @@ class Kernel(NamedTuple):
     shared_size: int  # bytes
     n_registers: int
     spilled_size: int  # bytes that a thread stores and loads for want of registers
+    is_serialized: bool  # each product of a Hopper GPU waits for the one before
     loops: list[Counter[str]]  # instructions by kind of each innermost loop, in order
     whole: Counter[str]  # of all the kernel
 
@@ -85,8 +86,8 @@ def read_kernels(dump: Path, prefix: str) -> list[Kernel]:
     ]
 
 
-def _compiled(ptx: Path) -> tuple[int, int, list[Counter[str]], Counter[str]]:
-    """Registers, bytes spilled, loops, all instructions."""
+def _compiled(ptx: Path) -> tuple[int, int, bool, list[Counter[str]], Counter[str]]:
+    """What Kernel has from n_registers on."""
     chip = re.search(r"\.target (\w+)", ptx.read_text())
     assert chip, ptx
     cubin = ptx.with_suffix(".cubin")
@@ -95,7 +96,7 @@ def _compiled(ptx: Path) -> tuple[int, int, list[Counter[str]], Counter[str]]:
     assert registers, said
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
     code = parse(_run(find_tool("nvdisasm"), "-c", cubin).stdout)
-    return int(registers[1]), spilled, loops(code), count(code)
+    return int(registers[1]), spilled, "are serialized" in said, loops(code), count(code)
 
 
 def _run(*command) -> subprocess.CompletedProcess[str]:

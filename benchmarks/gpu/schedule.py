@@ -125,6 +125,7 @@ def make_tiles(case: Case, q_dtype: str) -> dict[str, Tile]:
     """Of the kernels that loop over cells, by the kernels' names."""
     import jax.numpy as jnp
 
+    from convert.chips import GPUS
     from pallas_kernels.contract import QUANTIZED, AttentionSpec
     from pallas_kernels.gpu import layout, plan
 
@@ -138,6 +139,7 @@ def make_tiles(case: Case, q_dtype: str) -> dict[str, Tile]:
         dtype=layout.operand_dtype(jnp.dtype(q_dtype), cell),
         cache_dtype=cell,
         spec=AttentionSpec(1.0),
+        compute_capability=10 * GPUS[case.chip]["major"],
     )
     rows = {
         "attention_decode": plan.decode_rows(case.group),

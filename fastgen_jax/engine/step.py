@@ -141,7 +141,8 @@ def step(
         n_single=n_single,
         plan=work_plan(part, shape),
     )
-    attention = shard_attention(select(program.attention_backend), program.mesh)
+    attention = select(program.attention_backend, program.mesh.devices.flat[0])
+    attention = shard_attention(attention, program.mesh)
     attention = jax.jit(partial(attention), static_argnames="spec")  # layers share one trace
 
     def attend(q, k, v, cache, **options):

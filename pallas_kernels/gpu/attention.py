@@ -71,10 +71,12 @@ def ragged_paged_attention(
     sinks: Float[Array, "N"] | None = None,
     kv_scales: Float[Array, "B K 2 C"] | None = None,
     interpret: bool = False,
+    compute_capability: int = 80,
 ) -> tuple[Array, ...]:
     """See contract.RaggedPagedAttention.
 
     interpret: runs the kernels on any platform, slowly.
+    compute_capability: of the GPU that tiles are chosen for, 90 for an H100; others run them too.
 
     Raises:
         ValueError: also for a meta without a plan, or one for other sizes.
@@ -83,7 +85,8 @@ def ragged_paged_attention(
     check_plan("pallas_gpu", q, kv_cache, meta)
     kv_cache, kv_scales = write(k, v, kv_cache, kv_scales, meta)
     inputs = make_inputs(q, as_words(kv_cache), kv_scales, meta, alibi_slopes, sinks)
-    layout = make_layout(q, kv_cache, meta, spec, interpret)
+    chip = {"interpret": interpret, "compute_capability": compute_capability}
+    layout = make_layout(q, kv_cache, meta, spec, **chip)
     out = jnp.zeros(q.size, q.dtype)
     out = _decode(out, inputs, meta.plan, layout)
     out = _chunks(out, inputs, meta.plan, layout)

@@ -65,12 +65,20 @@ class Layout:
     cache_dtype: Any
     spec: AttentionSpec
     interpret: bool = False
+    compute_capability: int = 80  # of the GPU, 90 for an H100
     block_m: int = 0  # rows of a query tile
     block_n: int = 0  # cells of a key tile
 
     @property
     def group_size(self) -> int:
         return self.n_heads // self.n_kv_heads
+
+    @property
+    def n_tile_blocks(self) -> int:
+        """Blocks of the cache that a tile of keys lies in: one or two; 0 stands for any number."""
+        if self.n_cells % self.block_n == 0:
+            return 1
+        return 2 if self.n_cells * 2 == self.block_n else 0
 
     @property
     def parts(self) -> list[tuple[int, int]]:
@@ -99,7 +107,9 @@ def make_layout(
     kv_cache: Num[Array, "B K 2 C H"],
     meta: RaggedMeta,
     spec: AttentionSpec,
+    *,
     interpret: bool = False,
+    compute_capability: int = 80,
 ) -> Layout:
     """Without tiles."""
     return Layout(
@@ -112,6 +122,7 @@ def make_layout(
         cache_dtype=kv_cache.dtype,
         spec=spec,
         interpret=interpret,
+        compute_capability=compute_capability,
     )
 
 
@@ -133,18 +144,32 @@ AnyLayout = TypeVar("AnyLayout", bound=Layout)
 
 def tiled(layout: AnyLayout, block_m: int) -> AnyLayout:
     """The layout with tiles of block_m rows and as many cells as registers and shared memory hold:
-    at most 32 KiB of keys and values, three of which an A100 has room for.
+    at most 32 KiB of keys and values, three of which an A100 has room for. A Hopper GPU reads the
+    operands of products from shared memory, so that its registers hold the scores of twice as many.
     """
     block_n = 64 if layout.head_size <= 128 else 32
     if layout.dtype == jnp.float32:  # products without matrix units, in registers
         block_n = block_n // 2 if block_m <= 16 else block_n // 4
+    elif is_hopper_chunk(layout, block_m):
+        block_n = 128
     return dataclasses.replace(layout, block_m=block_m, block_n=block_n)
+
+
+def is_hopper_chunk(layout: Layout, block_m: int) -> bool:
+    """Whether tiles of so many rows are multiplied from shared memory as they were loaded, which
+    compute capability 9 does; a soft cap takes the registers that this leaves.
+    """
+    is_plain = layout.cache_dtype not in QUANTIZED and layout.dtype != jnp.float32
+    is_hopper = layout.compute_capability // 10 == 9 and layout.spec.soft_cap is None
+    return is_hopper and is_plain and block_m >= 128 and layout.head_size <= 128
 
 
 def warps_and_stages(layout: Layout) -> dict[str, int]:
     """Of a kernel of these tiles, by the names that both compilers have for them."""
     is_large = layout.block_m > 64 or layout.block_m * layout.head_size > 64 * 128
     n_warps, n_stages = 8 if is_large else 4, 3
+    if is_hopper_chunk(layout, layout.block_m):
+        n_stages = 2
     if layout.dtype == jnp.float32:
         n_warps, n_stages = 2 * n_warps if layout.block_m > 16 else n_warps, 2
     return {"num_warps": n_warps, "num_stages": n_stages}

@@ -6,8 +6,8 @@ Layout and reasons:
   tile is a pair (token, query head of one KV head's group), so that a group shares its keys.
 - A head is in parts, powers of two as Triton demands: 80 = 64 + 16, 96 = 64 + 32. No byte and no
   product is spent on padding.
-- Tiles of keys start at multiples of block_n. Where block_n divides the block size a tile lies in
-  one block: its address is one scalar. Otherwise each cell looks up its block.
+- Tiles of keys start at multiples of block_n. Where a tile lies in one block its address is one
+  scalar, and two are those of a tile in two blocks. Otherwise each cell looks up its block.
 - Scores are in units of log2, so that weights are exp2, the GPU's own exponential.
 - Edge tiles mask loads (unused cells may be NaN, and NaN * 0 is NaN), interior ones nothing.
 """
@@ -140,7 +140,27 @@ class Loop(NamedTuple):
     """
 
     state: Softmax
-    blocks: Array  # of the next tile: one, or one for each cell
+    blocks: tuple[Array, ...]  # of the next tile, see `_blocks`
+
+
+class CellRows(NamedTuple):
+    """Rows of a tile's keys in the cache as "B * K * 2 * C, H". In two addends they make offsets of
+    which each iteration makes `first`'s alone.
+    """
+
+    first: Int[Array, "M"]
+    own: Int[Array, "M"] | None = None  # the same in all tiles
+
+    def values(self, layout: Layout) -> "CellRows":
+        if self.own is None:
+            return CellRows(self.first + layout.n_cells)
+        return CellRows(self.first, self.own + layout.n_cells)
+
+    def offsets(self, width: int, part: tuple[int, int]) -> Int[Array, "M _"]:
+        """Of a part of these rows in a flat array of rows of that width."""
+        if self.own is None:
+            return _offsets(self.first * width, *part)
+        return (self.first * width)[:, None] + _offsets(self.own * width, *part)
 
 
 def attend(
@@ -154,7 +174,7 @@ def attend(
         step = functools.partial(
             _tile_step, layout, inputs, item, kv_head, queries, is_edge=is_edge
         )
-        blocks = _blocks(layout, inputs.tables, item, first)
+        blocks = _blocks(layout, inputs.tables, item, kv_head, first)
         state = lax.fori_loop(first, last, step, Loop(state, blocks)).state
     return state
 
@@ -164,30 +184,27 @@ def _tile_step(
 ) -> Loop:
     spec, state = layout.spec, loop.state
     exp2 = functools.partial(ptx.exp2, interpret=layout.interpret)
-    blocks = _blocks(layout, inputs.tables, item, j + 1)
+    blocks = _blocks(layout, inputs.tables, item, kv_head, j + 1)
     cell = j * layout.block_n + jnp.arange(layout.block_n, dtype=jnp.int32)
     is_cached = None
     if is_edge:
         is_cached = (item.kv_start <= cell) & (cell < item.kv_end)
         if spec.window is not None:  # cells behind the first query's window may be freed
             is_cached &= cell > item.position - spec.window
-    row = _cache_rows(layout, loop.blocks, kv_head, j, cell)
-    keys, key_scales = _load_cells(layout, inputs, row, is_cached)
+    rows = _cell_rows(layout, loop.blocks, kv_head, j)
+    keys, key_scales = _load_cells(layout, inputs, rows, is_cached)
     distance = cell[None, :] - queries.position[:, None]
     scores, scale = _scores(layout, queries, keys, key_scales, distance)
-    visible = None
     if is_cached is not None:
         visible = is_cached[None, :] & (distance <= 0)
         if spec.window is not None:
             visible &= distance > -spec.window
-        scores = jnp.where(visible, scores, LOWEST)
+        scores = jnp.where(visible, scores, -jnp.inf)  # tops are finite: weights become zeros
     top = jnp.maximum(state.top, scores.max(1) * scale)
     weights = exp2(scores, scale[:, None], -top[:, None])
-    if visible is not None:  # a row that has seen nothing yet has top = LOWEST
-        weights = jnp.where(visible, weights, 0.0)
     shrink = exp2(state.top, jnp.ones_like(top), -top)
     total = state.total * shrink + weights.sum(1)
-    values, value_scales = _load_cells(layout, inputs, row + layout.n_cells, is_cached)
+    values, value_scales = _load_cells(layout, inputs, rows.values(layout), is_cached)
     if value_scales is not None:
         weights = weights * value_scales[None, :]
     weights = weights.astype(layout.dtype)
@@ -210,7 +227,8 @@ def store_rows(layout: Layout, ref, index, values, is_row) -> None:
 
 def load_parts(layout: Layout, ref, index, is_row) -> tuple[Array, ...]:
     """Loads rows `index` of a flat array of heads."""
-    return tuple(_load_rows(ref, index * layout.head_size, part, is_row) for part in layout.parts)
+    base = index * layout.head_size
+    return tuple(_load(ref, _offsets(base, *part), is_row) for part in layout.parts)
 
 
 def _offsets(base: Int[Array, "*M"], offset: int, width: int) -> Int[Array, "*M _"]:
@@ -218,25 +236,25 @@ def _offsets(base: Int[Array, "*M"], offset: int, width: int) -> Int[Array, "*M 
     return base[..., None] + (offset + column)
 
 
-def _load_rows(ref, base: Int[Array, "*M"], part: tuple[int, int], is_row) -> Num[Array, "*M _"]:
-    at = ref.at[_offsets(base, *part)]
+def _load(ref, at: Int[Array, "*M _"], is_row) -> Num[Array, "*M _"]:
     if is_row is None:
-        return pltriton.load(at)
-    return pltriton.load(at, mask=is_row[..., None], other=jnp.zeros((), ref.dtype))
+        return pltriton.load(ref.at[at])
+    return pltriton.load(ref.at[at], mask=is_row[..., None], other=jnp.zeros((), ref.dtype))
 
 
-def _load_cells(layout: Layout, inputs: Inputs, row: Int[Array, "M"], is_cached):
+def _load_cells(layout: Layout, inputs: Inputs, rows: CellRows, is_cached):
     """Keys or values of a tile in parts, and their scales, None if the cache has none."""
-    load = functools.partial(_load_rows, inputs.kv_cache, is_row=is_cached)
+    per_word = 1 if inputs.kv_scales is None else 2
+    parts = [(offset // per_word, width // per_word) for offset, width in layout.parts]
+    offsets = [rows.offsets(layout.head_size // per_word, part) for part in parts]
+    loaded = [_load(inputs.kv_cache, at, is_cached) for at in offsets]
     if inputs.kv_scales is None:
-        parts = tuple(load(row * layout.head_size, part) for part in layout.parts)
-        return tuple(decode(part, layout.dtype) for part in parts), None
-    base = row * (layout.head_size // 2)  # in words
-    words = (load(base, (offset // 2, width // 2)) for offset, width in layout.parts)
-    parts = tuple(part for word in words for part in _unpack(layout, word))
+        return tuple(decode(part, layout.dtype) for part in loaded), None
+    operands = tuple(operand for words in loaded for operand in _unpack(layout, words))
     mask = {} if is_cached is None else {"mask": is_cached, "other": 0}
+    row = rows.first if rows.own is None else rows.first + rows.own
     scales = pltriton.load(inputs.kv_scales.at[row], **mask).astype(jnp.float32)
-    return parts, scales * FACTORS[layout.cache_dtype]
+    return operands, scales * FACTORS[layout.cache_dtype]
 
 
 def _unpack(layout: Layout, words: Int[Array, "M _"]) -> list[Float[Array, "M _"]]:
@@ -273,28 +291,39 @@ def join(layout: Layout, operands: tuple[Array, ...]) -> tuple[Array, ...]:
     )
 
 
-def _blocks(layout: Layout, tables, item: Item, j) -> Array:
-    """The block of tile j's cells, or of each of them where a tile may lie in several.
+def _blocks(layout: Layout, tables, item: Item, kv_head, j) -> tuple[Array, ...]:
+    """The block of tile j's cells, or one for each of them, in one array. Of a tile in two blocks
+    the rows where these begin: so there is least to do in the loop.
 
     Past the item they are other entries of the table, which nothing is loaded from.
     """
-    table = item.seq * layout.table_width
-    last = layout.table_width - 1
-    if layout.n_cells % layout.block_n == 0:
-        column, _ = _divided(j * layout.block_n, layout.n_cells)
-        return tables[table + jnp.minimum(column, last)]
-    cell = j * layout.block_n + jnp.arange(layout.block_n, dtype=jnp.int32)
-    column, _ = _divided(cell, layout.n_cells)
-    return pltriton.load(tables.at[table + jnp.minimum(column, last)])
+    table, last = item.seq * layout.table_width, layout.table_width - 1
+    if layout.n_tile_blocks == 0:
+        cell = j * layout.block_n + jnp.arange(layout.block_n, dtype=jnp.int32)
+        column, _ = _divided(cell, layout.n_cells)
+        return (pltriton.load(tables.at[table + jnp.minimum(column, last)]),)
+    column, _ = _divided(j * layout.block_n, layout.n_cells)
+    if layout.n_tile_blocks == 1:
+        return (tables[table + jnp.minimum(column, last)],)
+    column = jnp.minimum(column, last - last % 2)  # even, as that of each tile
+    blocks = tables[table + column], tables[table + jnp.minimum(column + 1, last)]
+    return tuple(_first_row(layout, block, kv_head) for block in blocks)
 
 
-def _cache_rows(layout: Layout, blocks, kv_head, j, cell: Int[Array, "M"]) -> Int[Array, "M"]:
-    """Rows of the cells' keys in the cache as "B * K * 2 * C, H"; values are C rows further on."""
-    first = (blocks * layout.n_kv_heads + kv_head) * (2 * layout.n_cells)
-    if layout.n_cells % layout.block_n == 0:
+def _first_row(layout: Layout, block, kv_head):
+    return (block * layout.n_kv_heads + kv_head) * (2 * layout.n_cells)
+
+
+def _cell_rows(layout: Layout, blocks: tuple[Array, ...], kv_head, j) -> CellRows:
+    cell = jnp.arange(layout.block_n, dtype=jnp.int32)
+    if layout.n_tile_blocks == 2:
+        first = jnp.where(cell < layout.n_cells, *blocks)
+        return CellRows(first, _divided(cell, layout.n_cells)[1])
+    first = _first_row(layout, blocks[0], kv_head)
+    if layout.n_tile_blocks == 1:
         _, in_block = _divided(j * layout.block_n, layout.n_cells)
-        return first + in_block + jnp.arange(layout.block_n, dtype=jnp.int32)
-    return first + _divided(cell, layout.n_cells)[1]
+        return CellRows(first + in_block + cell)
+    return CellRows(first + _divided(j * layout.block_n + cell, layout.n_cells)[1])
 
 
 def _divided(x: Int[Array, "*dims"], n: int) -> tuple[Int[Array, "*dims"], Int[Array, "*dims"]]:

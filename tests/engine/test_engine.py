@@ -396,7 +396,7 @@ def test_engine_with_interpreted_kernels_on_two_devices_makes_the_same_tokens(
     assert [tokens(o) for o in run(one_program(options), requests)] == expected
 
 
-def interpreted(name):
+def interpreted(name, _device):
     small = {"tiles": Tiles(decode_blocks=1, chunk_blocks=1)} if name == "pallas_tpu" else {}
     return functools.partial(pallas_kernels.select(name), interpret=True, **small)
 

@@ -40,6 +40,9 @@ class Serving:
 
 SHAPES = [
     Serving(),
+    Serving(n_cells=128),
+    Serving(max_context=8128, window=4096),  # a table of odd width
+    Serving(soft_cap=30.0),
     Serving(n_tokens=16, n_seqs=16),
     Serving(n_tokens=2048, n_seqs=512, cache_dtype="float8_e4m3fn"),
     Serving(cache_dtype="int8", window=4096, sinks=True),
@@ -69,7 +72,8 @@ def compile_attention(
     attention: a backend's `ragged_paged_attention`, pallas_gpu's if None.
     dump: a directory for all that the compiler dumps.
     """
-    attention = attention or pallas_kernels.select("pallas_gpu")
+    device = target.mesh.devices.flat[0]
+    attention = attention or pallas_kernels.select("pallas_gpu", device)
     attention = shard_attention(attention, target.mesh)
     (n_heads, n_kv_heads), head_size = serving.heads, serving.head_size
     t, s = serving.n_tokens, serving.n_seqs

@@ -5,11 +5,13 @@ Which features work together is tested with the other implementations in test_at
 
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
 import pytest
 
+import pallas_kernels
 from pallas_kernels.gpu import attention as gpu_attention
 from pallas_kernels.gpu.attention import ragged_paged_attention
 from pallas_kernels.gpu.plan import MERGE_N_SLOTS, PlanSizes, make_plan
@@ -19,11 +21,11 @@ PLAIN = Case()
 SPLIT = Case(n_tokens=16, longest=1200, n_cells=64)
 LONG = [(1111, 1), (1000, 7), (3, 2)]
 ALL_FEATURES = {"soft_cap": 2.0, "alibi": True, "sinks": True}
-attention = jax.jit(
-    functools.partial(ragged_paged_attention, interpret=True),
-    static_argnames="spec",
-    donate_argnames=("kv_cache", "kv_scales"),
+interpreted = functools.partial(ragged_paged_attention, interpret=True)
+compiled = functools.partial(
+    jax.jit, static_argnames="spec", donate_argnames=("kv_cache", "kv_scales")
 )
+attention = compiled(interpreted)
 
 
 def plan(meta, case: Case, *, knows_window=True, **sizes):
@@ -69,8 +71,7 @@ def test_more_parts_than_are_merged_at_once_match(monkeypatch):
     monkeypatch.setattr(gpu_attention, "MERGE_PARTS", 2)
     batch, make = make_batch(SPLIT, LONG), functools.partial(plan, n_ctas=64)
     assert make(batch.meta, SPLIT).merges[:, MERGE_N_SLOTS].max() > 2
-    apart = functools.partial(ragged_paged_attention, interpret=True)
-    check(SPLIT, batch, Implementation("pallas_gpu", apart, plan=make)(SPLIT, batch))
+    check(SPLIT, batch, Implementation("pallas_gpu", interpreted, plan=make)(SPLIT, batch))
 
 
 def test_split_contexts_of_a_quantised_cache_and_a_large_group_match():
@@ -85,6 +86,46 @@ def test_split_contexts_of_a_quantised_cache_and_a_large_group_match():
 def test_chunks_of_many_tiles_match(n_cells, window):
     case = Case(n_tokens=256, longest=1024, n_cells=n_cells, window=window)
     attend(case, make_batch(case, [(3, 1), (1000, 150), (90, 90)]))
+
+
+@pytest.mark.parametrize(
+    ("n_cells", "longest", "features"),
+    [
+        (16, 1024, {}),
+        (64, 1024, {"window": 130}),
+        (64, 1080, ALL_FEATURES),
+        (128, 1024, {"head_size": 80}),
+        (256, 1024, {"window": 700}),
+    ],
+)
+def test_chunks_match_in_the_tiles_of_a_hopper_gpu(n_cells, longest, features):
+    sizes = {"dtypes": ("bfloat16", "bfloat16"), "n_cells": n_cells, "longest": longest}
+    case = Case(n_tokens=256, heads=(8, 2), **sizes | features)
+    hopper = compiled(functools.partial(interpreted, compute_capability=90))
+    batch = make_batch(case, [(3, 1), (1000, 150), (90, 90)])
+    check(case, batch, Implementation("pallas_gpu", hopper, plan=plan)(case, batch))
+
+
+@pytest.mark.parametrize(
+    ("chip", "features", "block_n"),
+    [
+        ("9.0", {}, 128),
+        ("8.0", {}, 64),
+        ("10.0", {}, 64),
+        (None, {}, 64),
+        ("9.0", {"soft_cap": 2.0}, 64),
+        ("9.0", {"dtypes": ("bfloat16", "int8")}, 64),
+        ("9.0", {"head_size": 160}, 32),
+    ],
+)
+def test_chunks_have_large_tiles_on_a_hopper_gpu_alone(monkeypatch, chip, features, block_n):
+    found = []
+    monkeypatch.setattr(gpu_attention, "_chunk_kernel", lambda *_, layout: found.append(layout))
+    device = types.SimpleNamespace(compute_capability=chip)
+    chosen = functools.partial(pallas_kernels.select("pallas_gpu", device), interpret=True)
+    case = Case(**{"dtypes": ("bfloat16", "bfloat16")} | features)
+    Implementation("pallas_gpu", chosen, plan=plan)(case, make_batch(case))
+    assert found[0].block_n == block_n
 
 
 @pytest.mark.parametrize("n_cells", [1, 8, 32, 256])

@@ -26,7 +26,7 @@ CODE = """
 
 def kernel(**changed) -> sass.Kernel:
     code = sass.parse(CODE)
-    made = sass.Kernel("attention", 128, 36_864, 89, 0, sass.loops(code), sass.count(code))
+    made = sass.Kernel("attention", 128, 36_864, 89, 0, False, sass.loops(code), sass.count(code))
     return made._replace(**changed)
 
 

@@ -283,8 +283,8 @@ GPU_MUTANTS = [
     TILE(
         "a tile is loaded from the tile before",
         kind="place",
-        old="blocks = _blocks(layout, inputs.tables, item, j + 1)",
-        new="blocks = _blocks(layout, inputs.tables, item, j)",
+        old="blocks = _blocks(layout, inputs.tables, item, kv_head, j + 1)",
+        new="blocks = _blocks(layout, inputs.tables, item, kv_head, j)",
         case="long",
     ),
     TILE(
