@@ -9,6 +9,7 @@ from fastgen_jax.config import option
 from fastgen_jax.dialects import DIALECTS, THINKING
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.sampling_params import POOLINGS
+from fastgen_jax.server.attainment import PROMPT_RATE, SLA, TOKEN_RATES, WINDOW
 
 HOST, PORT = "127.0.0.1", 8000
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9.-]+|\[[0-9a-f:]+\])(?::[0-9]{1,5})?")
@@ -98,6 +99,22 @@ class ServerConfig:
         "what names of metrics begin with: fastgen, vllm (as vLLM's dashboards ask) or both",
         "server",
     )
+    sla_token_rate: tuple[float, ...] = option(
+        TOKEN_RATES,
+        "tokens/s that an answer must come at to meet the service level of sla_attainment_ratio in "
+        "/metrics: the moving average (span 16) of the times between tokens stays below 1 / rate; "
+        "may be repeated",
+        "server",
+    )
+    sla_prompt_rate: float = option(
+        PROMPT_RATE, "prompt tokens/s: its first token must come within prompt tokens / this",
+        "server",
+    )  # fmt: skip
+    sla_ttft_ms: float | None = option(
+        None, "milliseconds for the first token of any prompt, in place of --sla-prompt-rate",
+        "server",
+    )  # fmt: skip
+    sla_window: int = option(WINDOW, "seconds that sla_attainment_ratio looks back", "server")
     tool_call_parser: str | None = option(
         None, "how the model writes calls of tools (default: as its chat template tells)", "server"
     )
@@ -239,6 +256,7 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be a number of seconds, got {value}")
             if value == 0 and name != "drain_timeout":
                 raise ConfigError(f"{name} must be more than 0 seconds: no request could be served")
+        self._check_sla()
         for origin in self.allowed_origin:
             if origin != "*" and not is_origin(origin):
                 raise ConfigError(
@@ -269,3 +287,19 @@ class ServerConfig:
                     f"{name} may hold only visible ASCII characters, since nothing else can be "
                     "sent in a header as it is; choose another key"
                 )
+
+    @property
+    def sla(self) -> SLA:
+        """The service level that /metrics tells the attainment of."""
+        first_token = None if self.sla_ttft_ms is None else self.sla_ttft_ms / 1000
+        return SLA(self.sla_token_rate, self.sla_prompt_rate, first_token)
+
+    def _check_sla(self):
+        rates, ttft = self.sla_token_rate, self.sla_ttft_ms
+        numbers = [*rates, self.sla_prompt_rate, *([] if ttft is None else [ttft])]
+        if not all(0 < number < math.inf for number in numbers):
+            raise ConfigError(f"rates and times of --sla-... must be more than 0, got {numbers}")
+        if len({f"{rate:g}" for rate in rates}) < len(rates):
+            raise ConfigError(f"sla_token_rate must name each rate once, got {list(rates)}")
+        if not 1 <= self.sla_window <= 3600:
+            raise ConfigError(f"sla_window must be from 1 to 3600 seconds, got {self.sla_window}")

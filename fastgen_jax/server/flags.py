@@ -135,7 +135,9 @@ def _fields(config_classes: Sequence[type]) -> list[tuple[Field, Any]]:
 
 
 def _default_text(field: Field) -> str:
-    return "" if field.default in (None, (), "") else str(field.default)
+    if isinstance(field.default, tuple):
+        return " ".join(map(str, field.default))
+    return "" if field.default in (None, "") else str(field.default)
 
 
 def _help_text(field: Field) -> str:
@@ -147,10 +149,13 @@ def _kind(field: Field, annotation: Any) -> dict[str, Any]:
     """What argparse must know to read a value of type `annotation`."""
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(annotation) is tuple:
-        return {"action": "append", "metavar": field.name.upper().split("_")[-1]}
+    is_list = typing.get_origin(annotation) is tuple
+    if is_list:
+        annotation = typing.get_args(annotation)[0]
     (kind,) = [t for t in typing.get_args(annotation) or (annotation,) if t is not type(None)]
     readers = {int: (whole_number, "N"), float: (float, "X"), str: (str, "TEXT")}
     readers[Mapping] = (json_object, "JSON")
     reader, metavar = readers[typing.get_origin(kind) or kind]
+    if is_list:
+        return {"action": "append", "type": reader, "metavar": field.name.upper().split("_")[-1]}
     return {"type": reader, "metavar": metavar}

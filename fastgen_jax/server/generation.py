@@ -14,6 +14,7 @@ import numpy as np
 
 from fastgen_jax.dialects import CallPart, CallStart, Event, Reader, Text, Thought
 from fastgen_jax.engine.types import Output, TokenLogprobs
+from fastgen_jax.server.attainment import Pace
 from fastgen_jax.server.errors import ApiError
 from fastgen_jax.server.limits import Account
 from fastgen_jax.tokenizer import TextDelta, TextStream
@@ -62,7 +63,6 @@ class Choice:
     """One sample: what it says, and tokens not taken yet. Finished once finish_reason is set."""
 
     __slots__ = (
-        "_is_silent",
         "_max_calls",
         "_n_prompt_left",
         "_n_unassigned",
@@ -74,11 +74,13 @@ class Choice:
         "finish_reason",
         "first_time",
         "index",
+        "is_silent",
         "last_time",
         "n_calls",
         "n_reused",
         "n_thought_tokens",
         "n_tokens",
+        "pace",
         "pending_events",
         "pending_ids",
         "pending_logprobs",
@@ -99,6 +101,7 @@ class Choice:
         self.n_reused = 0  # prompt tokens that came from the prefix cache
         self.start_time = 0.0  # time.monotonic() of its first step, its first and its newest token
         self.first_time = self.last_time = 0.0
+        self.pace = Pace()
         self.pending_events: list[Event] = []
         self.pending_ids: list[int] = []
         self.pending_logprobs: list[Scored] = []
@@ -106,14 +109,14 @@ class Choice:
         self.stop_reason: int | str | None = None
         self._reader = voice.make_reader() if voice.make_reader else None
         self._max_calls, self._tells_text = voice.max_calls, voice.tells_text
-        self._is_silent, self._tells_prompt = voice.is_silent, voice.tells_prompt
+        self.is_silent, self._tells_prompt = voice.is_silent, voice.tells_prompt
         self._prompt_left: Iterator[Scored] = iter(())
         self._n_prompt_left = 0
         self._n_unassigned = 0  # newest tokens that may yet turn out to be of a thought
 
     def push(self, output: Output):
         """Takes in one event of the engine. INVARIANT: never called after finish_reason is set."""
-        if self._is_silent:
+        if self.is_silent:
             self.n_reused, self.embedding = output.n_reused, output.embedding
             reason = "length" if output.embedding is None else "stop"
             self.finish_reason = output.finish_reason and reason

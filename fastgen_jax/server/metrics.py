@@ -6,6 +6,8 @@ The text is written here: prometheus_client's objects take the event loop ten ti
 """
 
 import itertools
+import math
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 from prometheus_client import CONTENT_TYPE_LATEST, ProcessCollector, generate_latest
 
 from fastgen_jax.engine.types import STEP_SIZES, Stats
+from fastgen_jax.server.attainment import Attainment
 from fastgen_jax.server.generation import Choice, Generation
 from fastgen_jax.server.limits import KINDS
 
@@ -112,9 +115,13 @@ class Metrics:
 
     Args:
         prefixes: under which every family is shown.
+        attainment: of the service level.
     """
 
-    def __init__(self, model_name: str, prefixes: tuple[str, ...]):
+    def __init__(
+        self, model_name: str, prefixes: tuple[str, ...], attainment: Attainment | None = None
+    ):
+        self.attainment = Attainment() if attainment is None else attainment
         self.finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         self.n_limited: dict[str, int] = dict.fromkeys(KINDS, 0)  # refused by a client's limits
         self.histograms = {
@@ -161,6 +168,22 @@ class Metrics:
         self.observe("request_inference_time_seconds", choice.last_time - choice.start_time)
         n_times = max(choice.n_tokens - 1, 1)
         self.observe("request_time_per_output_token_seconds", decoding / n_times)
+        first = choice.first_time - generation.arrival
+        self.attainment.ended(n_prompt, first, choice.pace.slowest)
+
+    def observe_failure(self, generation: Generation, *, is_fault: bool):
+        """What the open samples of a generation met, which ends by a fault, or whose client left
+        or was sent away.
+        """
+        for choice in generation.choices:
+            if choice.finish_reason is not None or choice.is_silent:
+                continue
+            if is_fault:
+                self.attainment.failed()
+                continue
+            n_prompt = len(generation.prompts[generation.prompt_of(choice)])
+            first = (choice.first_time or time.monotonic()) - generation.arrival
+            self.attainment.ended(n_prompt, first, choice.pace.slowest, is_whole=False)
 
     def observe_requests(self, generation: Generation):
         """What was asked for each prompt of a generation, which has ended."""
@@ -206,12 +229,23 @@ class Metrics:
         yield self._family("counter", "prompt_tokens_by_source_total", text, sources)
         if self.cache:
             yield self._family("gauge", "cache_config_info", "The KV cache", {self.cache: 1})
+        yield from self._service_levels()
         for name, text, _ in HISTOGRAMS:
             histogram = self.histograms[name]
             yield self._histogram(name, text, histogram.edges, histogram.counts, histogram.sum)
         n_steps = stats.steps_by_size if stats else [0] * len(STEP_EDGES)
         name, text = "iteration_tokens_total", "Tokens of a step"
         yield self._histogram(name, text, STEP_EDGES, n_steps, value("n_step_tokens"))
+
+    def _service_levels(self) -> Iterator[Family]:
+        attainment = self.attainment
+        labels = [f',token_rate="{rate:g}"' for rate in attainment.sla.token_rates]
+        shares = dict(zip(labels, attainment.shares(), strict=True))
+        text = "Share of the newest samples that meet the service level, from 0 to 1"
+        yield self._family("gauge", "sla_attainment_ratio", text, shares)
+        throughputs = dict(zip(labels, attainment.throughputs(), strict=True))
+        text = "Samples a second that meet the service level"
+        yield self._family("gauge", "effective_throughput_per_second", text, throughputs)
 
     def _http_families(self) -> Iterator[Family]:
         """Without a prefix, as the middleware that vLLM uses names them."""
@@ -232,7 +266,7 @@ class Metrics:
 
     def _family(self, kind: str, name: str, text: str, values: Mapping[str, float]) -> Family:
         """Gauges or counters by their further labels."""
-        rows = [f"{{{self._labels}{more}}} {value}" for more, value in values.items()]
+        rows = [f"{{{self._labels}{more}}} {spelled(value)}" for more, value in values.items()]
         return Family(kind, name, text, rows)
 
     def _histogram(
@@ -253,6 +287,11 @@ def cache_labels(config: Any) -> str:
         "enable_prefix_caching": config.enable_prefix_caching,
     }
     return "".join(f',{name}="{value}"' for name, value in values.items())
+
+
+def spelled(value: float) -> str:
+    """As the exposition format spells it."""
+    return "NaN" if math.isnan(value) else str(value)
 
 
 def edges_of(buckets: Sequence[float]) -> tuple[str, ...]:

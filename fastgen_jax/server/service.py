@@ -21,6 +21,7 @@ from fastgen_jax.engine.types import Output, Request, Stats
 from fastgen_jax.errors import ContextLengthExceeded, QueueFull, RequestError
 from fastgen_jax.sampling_params import Pooling, SamplingParams
 from fastgen_jax.server import origin
+from fastgen_jax.server.attainment import Attainment
 from fastgen_jax.server.config import METRICS_PREFIXES, ServerConfig
 from fastgen_jax.server.errors import CLIENT_GONE, ApiError, from_engine, internal, unavailable
 from fastgen_jax.server.generation import PLAIN, SILENT, Choice, Generation, Voice
@@ -92,7 +93,11 @@ class Service:
         self.model_names = list(model_names)
         self.hub_id = hub_id
         self.accepted_models = frozenset((*model_names, *model_aliases))
-        self.metrics = Metrics(self.model_names[0], METRICS_PREFIXES[config.metrics_prefix])
+        self.metrics = Metrics(
+            self.model_names[0],
+            METRICS_PREFIXES[config.metrics_prefix],
+            Attainment(config.sla, config.sla_window),
+        )
         self.journal = Journal(
             self.metrics,
             tells_requests=config.log_format == "json",
@@ -456,6 +461,7 @@ class Service:
             generation.error = error
             reason = "abort" if error.status in (CLIENT_GONE, 503) else "error"
             self.metrics.finished[reason] += generation.n_open
+            self.metrics.observe_failure(generation, is_fault=reason == "error")
             generation.notify()
         self.release(generation)
 
@@ -540,7 +546,9 @@ class Service:
             choice.first_time = now
             self.metrics.observe("time_to_first_token_seconds", now - generation.arrival)
         else:
-            self.metrics.observe("inter_token_latency_seconds", now - choice.last_time)
+            seconds = now - choice.last_time
+            self.metrics.observe("inter_token_latency_seconds", seconds)
+            choice.pace.add(seconds)
         choice.last_time = now
 
     def _finish(self, generation: Generation, choice: Choice, output: Output, now: float):
