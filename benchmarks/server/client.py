@@ -9,12 +9,10 @@ import contextlib
 import hashlib
 import json
 import socket
-import struct
 import time
-from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-Address = tuple[str, int]
+from benchmarks.wire import Address, close, post, read_body, read_head, reset
 
 # How a request may end. The last four break the server's promise.
 ANSWER, REFUSED, FAILED, CANCELLED, CUT = "answer", "refused", "failed", "cancelled", "cut unread"
@@ -78,9 +76,7 @@ async def _perform(address: Address, call: Call) -> Outcome:
     finally:
         if call.behaviour == "resets":
             reset(writer)
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
+        await close(writer)
 
 
 async def connect(
@@ -93,18 +89,6 @@ async def connect(
     connection.setblocking(False)
     await asyncio.get_running_loop().sock_connect(connection, address)
     return await asyncio.open_connection(sock=connection, limit=SMALL_BUFFER)
-
-
-def reset(writer: asyncio.StreamWriter) -> None:
-    """Makes the close an RST."""
-    connection: socket.socket = writer.get_extra_info("socket")
-    with contextlib.suppress(OSError):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-def post(path: str, body: bytes, kind: str = "application/json") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 async def read_answer(reader: asyncio.StreamReader, call: Call) -> Outcome:
@@ -147,25 +131,6 @@ def _judge_cut(body: bytes, status: int, call: Call, error: Exception) -> Outcom
     if call.behaviour == "stalls" and status == 200:
         return Outcome(CUT, status)
     return Outcome(LOST, status, note=f"{call.path} {type(error).__name__} after {body[-100:]!r}")
-
-
-async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    """Status and headers, whose names are lower case."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-    first, *lines = head.rstrip().split("\r\n")
-    pairs = (line.partition(":") for line in lines)
-    headers = {name.lower(): value.strip() for name, _, value in pairs}
-    return int(first.split()[1]), headers
-
-
-async def read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
-    """Pieces as they come; raises IncompleteReadError where the response has no end."""
-    if headers.get("transfer-encoding") != "chunked":
-        yield await reader.readexactly(int(headers["content-length"]))
-        return
-    while size := int(await reader.readuntil(b"\r\n"), 16):
-        yield (await reader.readexactly(size + 2))[:-2]
-    await reader.readexactly(2)
 
 
 def digest(body: bytes, is_stream: bool) -> str:

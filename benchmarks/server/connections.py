@@ -18,13 +18,14 @@ from collections import Counter
 from benchmarks.server import load
 from benchmarks.server.checks import MAX_LIVEZ_P99, quantile, verdict
 from benchmarks.server.child import Child
-from benchmarks.server.client import ANSWER, Address, Call, connect, perform, read_body, read_head
+from benchmarks.server.client import ANSWER, Call, connect, perform
 from benchmarks.server.probe import Probe
+from benchmarks.wire import Address, get, read_body, read_head
 
 MAX_KIB = 40.0  # of memory for an idle connection
 DEADLINE = 300.0
 AT_ONCE = 100  # connections that are opened together
-GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+GET = get("/livez")
 FLAGS = (
     *("--dtype", "float32", "--max-model-len", "512", "--num-kv-blocks", "400"),
     *("--max-num-seqs", "64", "--max-queued-requests", "400", "--log-level", "warning"),

@@ -4,7 +4,7 @@ import http.client
 import threading
 import time
 
-from benchmarks.server.client import Address
+from benchmarks.wire import Address
 
 PAUSE = 0.05  # seconds
 PATIENCE = 10.0

@@ -37,10 +37,9 @@ from benchmarks.server.client import (
     Outcome,
     connect,
     perform,
-    post,
-    reset,
 )
 from benchmarks.server.probe import Probe
+from benchmarks.wire import post, reset
 
 N_CALLERS = 14
 DEADLINE = 60.0  # seconds that any request may take

@@ -24,7 +24,8 @@ import orjson
 
 from benchmarks.server import load
 from benchmarks.server.child import Child
-from benchmarks.server.client import Address, Call, perform
+from benchmarks.server.client import Call, perform
+from benchmarks.wire import Address, get
 from fastgen_jax.engine.blocks import BlockPool
 from fastgen_jax.engine.history import History
 from fastgen_jax.engine.types import Chunk, Plan
@@ -34,7 +35,7 @@ N_CALLERS = 32
 FLAGS = ("--dtype", "float32", "--max-num-seqs", str(N_CALLERS), "--log-level", "warning")
 BODY = {"prompt": "Once upon a time", "max_tokens": 128, "temperature": 0, "ignore_eos": True}
 SETTLE = 0.3  # seconds at the start of a turn that do not count
-GET = b"GET /debug/steps HTTP/1.1\r\nHost: localhost\r\n\r\n"
+GET = get("/debug/steps")
 
 
 class Mode(NamedTuple):
