@@ -11,27 +11,22 @@ get the same requests, in turns. Goodput counts the answers whose first token ca
 
 import argparse
 import asyncio
-import json
 import random
-import time
 from typing import NamedTuple
 
-import httpx
 import numpy as np
 
+from benchmarks.load.client import Asker
+from benchmarks.load.drive import Run, opened
+from benchmarks.load.measures import elapsed
+from benchmarks.load.workloads import Conversation, Turn
 from benchmarks.simulated_replicas import print_table
+from benchmarks.wire import Target
+from fastgen_jax.built_in import DEMO_NAME
 
 N_DOCUMENTS, DOCUMENT = 8, "Tom and Anna went to the market to buy apples and a red ball. " * 12
 SHORT, LONG, LONG_SHARE = 12, 240, 0.1  # tokens of answers
 PORT = 8199
-
-
-class Asked(NamedTuple):
-    """A request: seconds from the start, prompt, tokens."""
-
-    time: float
-    prompt: str
-    n_tokens: int
 
 
 class Seen(NamedTuple):
@@ -41,40 +36,26 @@ class Seen(NamedTuple):
     n_cached: int
 
 
-def workload(n: int, rate: float, seed: int) -> list[Asked]:
-    rng, now, asked = random.Random(seed), 0.0, []
+def workload(n: int, rate: float, seed: int) -> tuple[list[Conversation], list[float]]:
+    """Requests, and the seconds before each."""
+    rng, gaps, asked = random.Random(seed), [], []
     for i in range(n):
-        now += rng.expovariate(rate)
+        gaps.append(rng.expovariate(rate))
         document = f"Story {rng.randrange(N_DOCUMENTS)}. {DOCUMENT}" if rng.random() < 0.5 else ""
         n_tokens = LONG if rng.random() < LONG_SHARE else SHORT
-        asked.append(Asked(now, f"{document}{i} Once upon a time", n_tokens))
-    return asked
+        asked.append([Turn(f"{document}{i} Once upon a time", 0, n_tokens)])
+    return asked, gaps
 
 
-async def ask(client: httpx.AsyncClient, name: str, asked: Asked, start: float) -> Seen:
-    await asyncio.sleep(max(0.0, start + asked.time - time.monotonic()))
-    body = {"prompt": asked.prompt, "max_tokens": asked.n_tokens, "ignore_eos": True,
-            "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
-    sent, first, usage = time.monotonic(), None, {}
-    async with client.stream("POST", f"/{name}/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            first = first or time.monotonic() - sent
-            if line.startswith("data: {"):
-                usage = json.loads(line[6:]).get("usage") or usage
-    assert first is not None
-    return Seen(first, usage["prompt_tokens_details"]["cached_tokens"])
-
-
-async def measure(name: str, asked: list[Asked]) -> tuple[list[Seen], float]:
+def measure(name: str, asked: list[Conversation], gaps: list[float]) -> tuple[list[Seen], float]:
     """The answers, and the seconds until the last one."""
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{PORT}", timeout=600, limits=limits, trust_env=False
-    ) as client:
-        start = time.monotonic()
-        seen = await asyncio.gather(*(ask(client, name, each, start) for each in asked))
-        return list(seen), time.monotonic() - start
+    target = Target(("127.0.0.1", PORT), f"/{name}")
+    fields = {"ignore_eos": True}
+    run = Run(Asker(target, "openai", DEMO_NAME, fields, {}, asks_ids=False))
+    asyncio.run(opened(run, asked, gaps))
+    failed = [record for record in run.records if record.error]
+    assert not failed, failed[0]
+    return [Seen(record.first, record.n_cached) for record in run.records], elapsed(run.records)
 
 
 def deploy(n_replicas: int):
@@ -129,8 +110,7 @@ def measure_real(args: argparse.Namespace):
         deploy(args.replicas)
         for turn in range(-1, args.rounds):  # the first one warms up
             for name in found:
-                asked = workload(args.requests, args.rate, seed=turn)
-                seen, took = asyncio.run(measure(name, asked))
+                seen, took = measure(name, *workload(args.requests, args.rate, seed=turn))
                 print(row(f"{name}, round {turn}", seen, took, args.in_time), flush=True)
                 if turn >= 0:
                     found[name] += seen
