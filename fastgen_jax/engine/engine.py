@@ -26,6 +26,7 @@ from fastgen_jax.engine.lives import Lives
 from fastgen_jax.engine.pipeline import Pipeline
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.requests import default_params, eos_token_ids, known_eos, make_sequences
+from fastgen_jax.engine.scheduler import Policy
 from fastgen_jax.engine.types import FinishReason, Output, Request, Stats
 from fastgen_jax.errors import EngineStopped
 
@@ -47,6 +48,7 @@ class Engine:
         config: what to load and its limits; `self.config` is the same with nothing left None.
         on_phase: called with (phase, done, total) while loading and compiling.
         module: of fastgen_jax.models, in place of the config's model; its arrays are shared.
+        policy: plans steps in place of `schedule`, for experiments.
 
     Raises:
         ConfigError, CheckpointError, WeightsError: the model cannot be served so; the message says
@@ -58,6 +60,7 @@ class Engine:
         config: EngineConfig,
         on_phase: startup.OnPhase | None = None,
         module: nnx.Module | None = None,
+        policy: Policy | None = None,
     ):
         on_phase = on_phase or (lambda phase, done, total: None)
         started = startup.start(config, on_phase, module)
@@ -70,7 +73,7 @@ class Engine:
         self._exchange = Exchange(
             started.runner, started.config, started.model_config, started.reload
         )
-        self._placement = Placement(c, self.model_config.longest_window)
+        self._placement = Placement(c, self.model_config.longest_window, policy)
         self._admission = Admission(
             max_requests=c.max_queued_requests,
             max_model_len=c.max_model_len,

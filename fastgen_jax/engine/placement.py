@@ -5,12 +5,12 @@ gives way or is lost gives back here what it held.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fastgen_jax.engine.batch import Batch, HostTables, Shape, pack
 from fastgen_jax.engine.prefix import SequenceBlocks
 from fastgen_jax.engine.runner import shape_for
-from fastgen_jax.engine.scheduler import Limits, schedule
+from fastgen_jax.engine.scheduler import Limits, Policy, schedule
 from fastgen_jax.engine.startup import ResolvedConfig
 from fastgen_jax.engine.types import Plan, Sequence
 
@@ -25,10 +25,19 @@ class Placement:
 
     Args:
         window: no layer sees a token that is so many positions back; None: some layer sees all.
+        policy: plans steps in place of `schedule`, for experiments.
+        make_tables: for who plans without a device.
     """
 
-    def __init__(self, config: ResolvedConfig, window: int | None):
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        window: int | None,
+        policy: Policy | None = None,
+        make_tables: Callable[..., HostTables] = HostTables,
+    ):
         self._config, self._window = config, window
+        self._policy, self._make_tables = policy, make_tables
         self.limits = Limits(config.max_num_batched_tokens, config.max_num_seqs, config.block_size)
         self.n_preemptions = 0
         self.lose(())
@@ -36,7 +45,9 @@ class Placement:
     def lose(self, sequences: Iterable[Sequence]) -> None:
         """Starts anew: the device has lost its cache, and with it all that these sequences had."""
         c = self._config
-        self.tables = HostTables(c.max_num_seqs, c.max_model_len, c.table_width, c.processors)
+        self.tables = self._make_tables(
+            c.max_num_seqs, c.max_model_len, c.table_width, c.processors
+        )
         self.blocks = SequenceBlocks(
             c.num_kv_blocks, c.block_size, is_sharing=c.enable_prefix_caching, window=self._window
         )
@@ -75,14 +86,18 @@ class Placement:
         return plan
 
     def prepare(self, plan: Plan, shapes: Iterable[Shape]) -> Batch | None:
-        """Gives the plan's sequences their rows and blocks, and packs what they do; None if that is
-        nothing.
-        """
+        """Applies a plan, and packs what its sequences do; None if that is nothing."""
+        self.apply(plan)
+        if not plan.chunks:
+            return None
+        shape = shape_for(sum(chunk.n_new for chunk in plan.chunks), shapes)
+        return pack(plan.chunks, self.tables, shape, self.limits.block_size)
+
+    def apply(self, plan: Plan) -> None:
+        """Gives the plan's sequences their rows and blocks."""
         self.preempt(plan.preempted)
         for sequence in plan.bypassed:
             sequence.n_bypassed += 1
-        if not plan.chunks:
-            return None
         if sum(chunk.n_blocks for chunk in plan.chunks) > self.blocks.pool.n_free:
             for sequence in self.retired.values():
                 self.blocks.forget(sequence)
@@ -91,8 +106,6 @@ class Placement:
                 self.tables.enter(sequence)
             if n_blocks:
                 self.tables.extend(sequence, self.blocks.pool.allocate(n_blocks))
-        shape = shape_for(sum(chunk.n_new for chunk in plan.chunks), shapes)
-        return pack(plan.chunks, self.tables, shape, self.limits.block_size)
 
     def preempt(self, sequences: Iterable[Sequence]) -> None:
         """Takes all that they hold; they wait again."""
@@ -116,7 +129,8 @@ class Placement:
     def _schedule(self, sequences: list[Sequence]) -> Plan:
         retiring = sum(map(self.blocks.n_exclusive, self.retired.values()))
         n_free = self.blocks.pool.n_free + retiring
-        return schedule(sequences, n_free, self.limits, self.blocks.n_exclusive)
+        policy = self._policy or schedule
+        return policy(sequences, n_free, self.limits, self.blocks.n_exclusive)
 
     def _drop_unseen(self, sequences: list[Sequence]) -> None:
         """Gives back blocks behind the windows of all layers."""

@@ -25,6 +25,10 @@ class Limits(NamedTuple):
     block_size: int
 
 
+Reclaimable = Callable[[types.Sequence], int]
+Policy = Callable[[Sequence[types.Sequence], int, Limits, Reclaimable], Plan]  # as `schedule`
+
+
 def servable_tokens(max_model_len: int, n_blocks: int, block_size: int) -> int:
     """The longest sequence, prompt and output together, that can ever be served: the one admission
     bound.
@@ -39,7 +43,7 @@ def schedule(
     sequences: Sequence[types.Sequence],
     n_free: int,
     limits: Limits,
-    reclaimable: Callable[[types.Sequence], int] = lambda s: len(s.block_ids),
+    reclaimable: Reclaimable = lambda s: len(s.block_ids),
 ) -> Plan:
     """Plans one step; changes nothing.
 

@@ -25,6 +25,7 @@ from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.programs import Programs
 from fastgen_jax.engine.requests import sample_seeds
 from fastgen_jax.engine.runner import make_shapes
+from fastgen_jax.engine.scheduler import Policy
 from fastgen_jax.engine.scoring import Scores
 from fastgen_jax.engine.step import StepResult
 from fastgen_jax.engine.types import Output, Request, Sequence
@@ -388,7 +389,7 @@ class FakeRunner:
         )  # fmt: skip
 
 
-def fake_engine(*, window: int | None = None, **changes) -> Engine:
+def fake_engine(*, window: int | None = None, policy: Policy | None = None, **changes) -> Engine:
     """An Engine on a FakeRunner, small unless told otherwise."""
     sizes = {"max_model_len": 24, "block_size": 2, "num_kv_blocks": 9, "max_num_batched_tokens": 8}
     sizes |= {"max_num_seqs": 4, "max_queued_requests": 1000, "return_hidden_states": (1,)}
@@ -405,7 +406,7 @@ def fake_engine(*, window: int | None = None, **changes) -> Engine:
     # Whoever wants smaller programs later asks for them.
     no_thread = mock.patch.object(Programs, "go_on")
     with mock.patch.object(startup, "start", return_value=started), no_thread:
-        return Engine(config)
+        return Engine(config, policy=policy)
 
 
 class Sample:
