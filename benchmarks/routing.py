@@ -20,7 +20,7 @@ from benchmarks.load.client import Asker
 from benchmarks.load.drive import Run, opened
 from benchmarks.load.measures import elapsed
 from benchmarks.load.workloads import Conversation, Turn
-from benchmarks.simulated_replicas import print_table
+from benchmarks.simulation import prefixes
 from benchmarks.wire import Target
 from fastgen_jax.built_in import DEMO_NAME
 
@@ -87,10 +87,10 @@ def main():
     parser.add_argument("--requests", type=int, default=80, help="in each round")
     parser.add_argument("--rounds", type=int, default=5, help="for each router")
     parser.add_argument("--in-time", type=float, default=1.0, help="seconds to the first token")
-    parser.add_argument("--simulate", action="store_true", help="see simulated_replicas.py")
+    parser.add_argument("--simulate", action="store_true", help="see simulation/prefixes.py")
     args = parser.parse_args()
     if args.simulate:
-        print_table(4000, n_replicas=8, rates=(60, 110))
+        print(prefixes.compare(4000, n_replicas=8, rates=(60, 110)))
     else:
         measure_real(args)
 
