@@ -12,21 +12,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.simulation.replica import Job
+from fastgen_jax.server.attainment import PROMPT_RATE, Pace
 
-PROMPT_RATE = 512  # tokens/s that a first token may take
-SPAN = 16  # of the moving average, as pandas' ewm(span=16).mean()
-KEEP = 1 - 2 / (SPAN + 1)
 LEVELS = (2, 4, 6)  # tokens/s
 
 
 def worst_average(gaps: Sequence[float]) -> float:
     """The highest value of the exponentially weighted mean; 0 of no gaps."""
-    worst = total = weight = 0.0
+    pace = Pace()
     for gap in gaps:
-        total = gap + KEEP * total
-        weight = 1 + KEEP * weight
-        worst = max(worst, total / weight)
-    return worst
+        pace.add(gap)
+    return pace.slowest
 
 
 class Record:
