@@ -21,6 +21,7 @@ from pallas_kernels.gpu.plan import PlanSizes
 
 __all__ = [
     "BACKENDS",
+    "COMPUTE_CAPABILITIES",
     "MAX_CACHE_SIZE",
     "PLATFORMS",
     "AttentionSpec",
@@ -44,13 +45,20 @@ BACKENDS = {  # name -> module
     "pallas_tpu": "tpu.attention",
     "pallas_gpu": "gpu.attention",
     "jax_triton": "triton.attention",
+    "mosaic_gpu": "mosaic_gpu.attention",
 }
 # Where a backend runs, if not everywhere.
-PLATFORMS = {"cpu": "cpu", "pallas_tpu": "tpu", "pallas_gpu": "gpu", "jax_triton": "gpu"}
-PLANNED = ("pallas_gpu", "jax_triton")  # want the host's plan in their meta
+PLATFORMS = {
+    "cpu": "cpu",
+    "pallas_tpu": "tpu",
+    "pallas_gpu": "gpu",
+    "jax_triton": "gpu",
+    "mosaic_gpu": "gpu",
+}
+COMPUTE_CAPABILITIES = {"mosaic_gpu": "9.0"}  # of GPUs, if not all from 8.0 on
+PLANNED = ("pallas_gpu", "jax_triton", "mosaic_gpu")  # want the host's plan in their meta
 TUNED = ("pallas_gpu",)  # know the kind of GPU
 BUILT = ("cpu", "jax_triton")  # of packages or a library that may be missing
-FUTURE_BACKENDS = ("mosaic_gpu",)
 
 
 def plan_sizes(name: str, **sizes: int) -> PlanSizes | None:
@@ -75,8 +83,7 @@ def select(name: str, device: Any = None) -> RaggedPagedAttention:
 
     Raises:
         ImportError: the packages that the backend needs are missing, or do not work together.
-        NotImplementedError: a backend that does not exist yet. Nothing falls back to another one.
-        ValueError: no such backend.
+        ValueError: no such backend. Nothing falls back to another one.
     """
     if name in BACKENDS:
         module = importlib.import_module(f"pallas_kernels.{BACKENDS[name]}")
@@ -88,6 +95,4 @@ def select(name: str, device: Any = None) -> RaggedPagedAttention:
             return functools.partial(module.ragged_paged_attention, compute_capability=chip)
         return module.ragged_paged_attention
     known = ", ".join(BACKENDS)
-    if name in FUTURE_BACKENDS:
-        raise NotImplementedError(f"attention backend {name!r} is not there yet; known: {known}")
     raise ValueError(f"unknown attention backend {name!r}; known: {known}")

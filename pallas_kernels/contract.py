@@ -101,10 +101,7 @@ def cache_shape(
     Raises:
         ValueError: the cache is too large, or a block size that the backend does not take.
     """
-    if backend == "pallas_tpu" and block_size != 128:
-        raise ValueError(
-            f"pallas_tpu has blocks of 128 cells, not {block_size}; use block_size=128"
-        )
+    check_block_size(backend, block_size)
     tile = (head_size, block_size) if backend == "pallas_tpu" else (block_size, head_size)
     shape = (n_blocks, n_kv_heads, 2, *tile)
     if math.prod(shape) > MAX_CACHE_SIZE:
@@ -113,6 +110,17 @@ def cache_shape(
             f"{MAX_CACHE_SIZE} fit: use {MAX_CACHE_SIZE // math.prod(shape[1:])} blocks"
         )
     return shape
+
+
+def check_block_size(backend: str, n_cells: int) -> None:
+    """Raises ValueError for blocks that the backend does not take."""
+    if backend == "pallas_tpu" and n_cells != 128:
+        raise ValueError(f"pallas_tpu has blocks of 128 cells, not {n_cells}; use block_size=128")
+    if backend == "mosaic_gpu" and (n_cells % 8 or (n_cells % 128 and 128 % n_cells)):
+        raise ValueError(
+            f"mosaic_gpu has blocks of 8, 16, 32, 64 or n * 128 cells, not {n_cells}; "
+            "use block_size=64"
+        )
 
 
 def check_heads(backend: str, *, head_size: int, group_size: int, dtype: Any) -> None:
@@ -125,8 +133,20 @@ def check_heads(backend: str, *, head_size: int, group_size: int, dtype: Any) ->
             f"head size {head_size} with {group_size} query heads per KV head: {backend} has head "
             f"sizes that 16 divides and at most {MAX_GROUP_SIZE} query heads per KV head"
         )
+    if backend == "mosaic_gpu":
+        _check_wgmma(head_size, group_size, dtype)
     if backend == "pallas_tpu" and dtype == jnp.float16:
         raise ValueError("pallas_tpu: TPUs have no float16; use bfloat16")
+
+
+def _check_wgmma(head_size: int, group_size: int, dtype: Any) -> None:
+    if head_size not in (64, 128) or group_size not in (1, 2, 4, 8, 16):
+        raise ValueError(
+            f"head size {head_size} with {group_size} query heads per KV head: mosaic_gpu has head "
+            "sizes 64 and 128, and 1, 2, 4, 8 or 16 query heads per KV head; use pallas_gpu"
+        )
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        raise ValueError(f"mosaic_gpu has bfloat16 and float16, not {dtype}; use pallas_gpu")
 
 
 def quantize(

@@ -67,6 +67,7 @@ WINGS = {
     ),
     "pallas_kernels": Wing("attention, by name", ("pallas_kernels/__init__.py",)),
     "triton": Wing("GPU kernels in Triton", ("pallas_kernels/triton",)),
+    "mosaic_gpu": Wing("chunk kernel for Hopper", ("pallas_kernels/mosaic_gpu",)),
     "gpu": Wing("GPU kernels, and the host's plan", ("pallas_kernels/gpu",)),
     "tpu": Wing("TPU kernels", ("pallas_kernels/tpu",)),
     "cpu": Wing("CPU kernel in C++", ("pallas_kernels/cpu",)),
@@ -78,7 +79,7 @@ WINGS = {
     ),
 }
 # What the others reach through the front door alone, pallas_kernels/__init__.py.
-KERNELS = {"triton", "gpu", "tpu", "cpu", "contract"}
+KERNELS = {"triton", "mosaic_gpu", "gpu", "tpu", "cpu", "contract"}
 PACKAGES = ("fastgen_jax", "pallas_kernels", "convert", "benchmarks")
 TOP_LEVEL = {*PACKAGES, "tests", "pyproject.toml", "README.md", "Makefile"}
 TOP_LEVEL |= {".ci", ".gitignore", ".gitattributes", "LICENSE"}

@@ -101,8 +101,8 @@ class EngineConfig:
     tensor_parallel_size: int = option(1, "devices over which the model is sharded", "parallelism")
     attention_backend: str = option(
         "auto",
-        "attention implementation: auto, pallas_tpu, pallas_gpu, jax_triton, cpu, xla, invariant, "
-        "reference",
+        "attention implementation: auto, pallas_tpu, pallas_gpu, jax_triton, mosaic_gpu, cpu, xla, "
+        "invariant, reference",
         "parallelism",
     )
 

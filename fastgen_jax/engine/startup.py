@@ -39,6 +39,7 @@ from fastgen_jax.models.row_tiles import row_tile
 from fastgen_jax.models.sharding import make_mesh
 from pallas_kernels import BACKENDS as BACKENDS_BY_NAME
 from pallas_kernels import (
+    COMPUTE_CAPABILITIES,
     MAX_CACHE_SIZE,
     PLATFORMS,
     PlanSizes,
@@ -200,8 +201,8 @@ def _stored_blocks(
 def resolve(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> ResolvedConfig:
     """Fills in what the user left open; num_kv_blocks with the most that could ever be used."""
     longest = longest_context(model)
-    platform = mesh.devices.flat[0].platform
-    backend = BACKENDS[platform]
+    device = mesh.devices.flat[0]
+    backend = BACKENDS[device.platform]
     if config.max_model_len is not None and config.max_model_len > longest:
         raise ConfigError(
             f"max_model_len={config.max_model_len} exceeds the {longest} positions of the model"
@@ -214,7 +215,7 @@ def resolve(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> ResolvedCon
     if attention == "auto":
         attention = INVARIANT if config.deterministic else available(backend.attention)
     else:
-        check_attention(attention, platform)
+        check_attention(attention, device.platform, getattr(device, "compute_capability", None))
     if config.deterministic and attention != INVARIANT:
         raise ConfigError(
             f"deterministic needs attention_backend={INVARIANT!r}: {attention} orders its "
@@ -286,8 +287,10 @@ def available(attention: str) -> str:
     return attention
 
 
-def check_attention(name: str, platform: str) -> None:
-    """Raises ConfigError unless that attention backend exists and runs here, on the platform."""
+def check_attention(name: str, platform: str, compute_capability: str | None = None) -> None:
+    """Raises ConfigError unless that attention backend exists and runs here, on the platform, and
+    on a GPU of that compute capability.
+    """
     if name not in BACKENDS_BY_NAME:
         raise ConfigError(
             f"attention_backend must be one of auto, {', '.join(BACKENDS_BY_NAME)}, got {name!r}"
@@ -297,6 +300,12 @@ def check_attention(name: str, platform: str) -> None:
         raise ConfigError(
             f"attention_backend={name!r} runs on {needed}, and this is {platform}; "
             "leave it out, and the right one is chosen"
+        )
+    wanted = COMPUTE_CAPABILITIES.get(name, compute_capability)
+    if wanted != compute_capability:
+        raise ConfigError(
+            f"attention_backend={name!r} is for GPUs of compute capability {wanted}, and this one "
+            f"has {compute_capability}; leave it out, and the right one is chosen"
         )
     try:
         select(name)

@@ -88,13 +88,13 @@ def ragged_paged_attention(
     chip = {"interpret": interpret, "compute_capability": compute_capability}
     layout = make_layout(q, kv_cache, meta, spec, **chip)
     out = jnp.zeros(q.size, q.dtype)
-    out = _decode(out, inputs, meta.plan, layout)
+    out = decode(out, inputs, meta.plan, layout)
     out = _chunks(out, inputs, meta.plan, layout)
     out = out.reshape(q.shape)
     return (out, kv_cache) if kv_scales is None else (out, kv_cache, kv_scales)
 
 
-def _decode(out: Float[Array, "T*N*H"], inputs: Inputs, work: plan.WorkPlan, layout: Layout):
+def decode(out: Float[Array, "T*N*H"], inputs: Inputs, work: plan.WorkPlan, layout: Layout):
     """`out` with the decode items' tokens."""
     if not len(work.decode):
         return out

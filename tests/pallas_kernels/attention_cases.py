@@ -3,7 +3,8 @@
 The oracle is written from the contract's definitions, one sequence and head after the other, in
 numpy; of the implementations it shares only the rule by which values are quantised.
 
-TPU kernels run in jax's simulator, whose complaints about races and semaphores are faults too.
+TPU kernels and the Mosaic GPU one run in jax's simulators, whose complaints about races,
+semaphores and barriers are faults too.
 
 Every case of one implementation, also on its own hardware:
     python -m tests.pallas_kernels.attention_cases pallas_gpu [--compiled] [--cases REGEX]
@@ -16,6 +17,7 @@ import functools
 import io
 import itertools
 import math
+import os
 import random
 import re
 import time
@@ -27,6 +29,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
@@ -292,7 +295,7 @@ class Mismatch(AssertionError):
 
 
 class Complaint(AssertionError):
-    """TPU's simulator saw a race, or a semaphore that does not end at zero."""
+    """A simulator saw a race, or TPU's a semaphore that does not end at zero."""
 
 
 def check(case: Case, batch: Batch, got: Result, want: Result | None = None) -> None:
@@ -390,9 +393,12 @@ class Implementation:
     is_bfloat16_in_bits: bool = False  # a bfloat16 cache is given as uint16
     plan: Callable[[Any, Case], Any] | None = None
     is_for_tpu: bool = False  # the cache is "B K 2 H C" with C = 128; no float16
+    is_for_hopper: bool = False  # see pallas_kernels/mosaic_gpu/attention.py
 
     def fit(self, case: Case) -> Case:
         """The nearest case that the implementation takes."""
+        if self.is_for_hopper:
+            return fit_hopper(case)
         if not self.is_for_tpu:
             return case
         dtypes = tuple("bfloat16" if dtype == "float16" else dtype for dtype in case.dtypes)
@@ -412,13 +418,26 @@ class Implementation:
         with contextlib.redirect_stdout(io.StringIO()) as printed, clock_entries_in_turn():
             results = self.function(*arguments, spec=case.spec, **extras, **scales)
             out, cache, *rest = map(np.asarray, results)
+        if printed.getvalue():  # the simulators print nothing else
+            raise Complaint(printed.getvalue())
         if self.is_for_tpu:
-            if printed.getvalue():  # the simulator prints nothing else
-                raise Complaint(printed.getvalue())
             cache = cache.swapaxes(-1, -2)
         if cache.dtype != batch.cache.dtype and cache.dtype == np.uint16:
             cache = cache.view(batch.cache.dtype)
         return Result(out, np.ascontiguousarray(cache), *(rest or [None]))
+
+
+def fit_hopper(case: Case) -> Case:
+    """Matrix units' dtypes, one for all, groups of a power of two and two head sizes."""
+    dtype = "float16" if "float16" in case.dtypes else "bfloat16"
+    n_heads, n_kv_heads = case.heads
+    group_size = min(1 << (n_heads // n_kv_heads - 1).bit_length(), 16)
+    return dataclasses.replace(
+        case,
+        dtypes=(dtype, dtype),
+        heads=(group_size * n_kv_heads, n_kv_heads),
+        head_size=64 if case.head_size <= 64 else 128,
+    )
 
 
 def implementation(
@@ -443,6 +462,10 @@ def implementation(
         case "pallas_gpu":
             function = functools.partial(function, interpret=interpret)
             return Implementation(name, _jit(function), plan=gpu_plan)
+        case "mosaic_gpu":
+            simulator = plgpu.InterpretGPUParams(detect_races=True) if interpret else False
+            function = functools.partial(function, interpret=simulator)
+            return Implementation(name, _jit(function), plan=hopper_plan, is_for_hopper=True)
         case "pallas_tpu":
             simulator = pltpu.InterpretParams(
                 detect_races=True,
@@ -473,7 +496,12 @@ def small_tpu_tiles(**sizes: int):
     return dataclasses.replace(small, **sizes)
 
 
-def gpu_plan(meta: Any, case: Case):
+def hopper_plan(meta: Any, case: Case):
+    """Chunks of two tokens already, and where there are none, of one."""
+    return gpu_plan(meta, case, max_short=0 if case.kind == "decodes" else 1)
+
+
+def gpu_plan(meta: Any, case: Case, **sizes_of: int):
     from pallas_kernels.gpu.plan import PlanSizes, make_plan
 
     sizes = PlanSizes(
@@ -483,6 +511,7 @@ def gpu_plan(meta: Any, case: Case):
         n_kv_heads=case.heads[1],
         head_size=case.head_size,
         max_context=case.blocks_per_row * case.n_cells,
+        **sizes_of,
     )
     batch = meta.seq_lens, meta.cu_q_lens, int(meta.n_seqs)
     return make_plan(*batch, sizes=sizes, window=case.window)
@@ -495,7 +524,9 @@ MODULES = {
     "cpu": "pallas_kernels.cpu.attention",
     "pallas_gpu": "pallas_kernels.gpu.attention",
     "pallas_tpu": "pallas_kernels.tpu.attention",
+    "mosaic_gpu": "pallas_kernels.mosaic_gpu.attention",
 }
+HAS_SIMULATOR = hasattr(plgpu, "InterpretGPUParams")  # of Mosaic GPU kernels; jax 0.10 has none
 
 
 @functools.cache
@@ -513,6 +544,9 @@ def run(name: str, case: Case, **options: bool) -> None:
 
 
 def main() -> None:
+    # Each warpgroup that the simulator of Mosaic GPU has waiting takes one of XLA's threads, of
+    # which there are as many as processors or devices.
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     parser = argparse.ArgumentParser(description="Runs every attention case of an implementation.")
     parser.add_argument("name", choices=MODULES)
     parser.add_argument("--compiled", action="store_true", help="on this machine's accelerator")

@@ -20,6 +20,7 @@ from tests.pallas_kernels.attention_cases import (
     CASES,
     FEATURES,
     FEW_CASES,
+    HAS_SIMULATOR,
     MODULES,
     Batch,
     Case,
@@ -37,14 +38,21 @@ IS_BUILT = pytest.mark.skipif(
     not library().exists(), reason="pallas_kernels.cpu is not built: `make setup`, with a compiler"
 )
 
+IS_SIMULATED = pytest.mark.skipif(
+    not HAS_SIMULATOR, reason="jax 0.10 has no simulator of Mosaic GPU kernels; jax 0.11 has"
+)
+# The simulator multiplies in numpy, which warns of scores of unused cells before they are masked.
+HAS_INF = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+MARKS = {"cpu": [IS_BUILT], "mosaic_gpu": [IS_SIMULATED, pytest.mark.newer_jax, HAS_INF]}
+
 
 def marked(name: str, *arguments, marks: tuple = ()):
     """Parameters of a test of that implementation."""
-    return pytest.param(name, *arguments, marks=[*marks, *([IS_BUILT] * (name == "cpu"))])
+    return pytest.param(name, *arguments, marks=[*marks, *MARKS.get(name, [])])
 
 
-EVERY, ON_CPU, EVERY_COMPILED = (
-    [marked(name) for name in names] for names in (MODULES, ("xla", "cpu"), COMPILED)
+EVERY, EVERY_INTERPRETED, ON_CPU, EVERY_COMPILED = (
+    [marked(name) for name in names] for names in (MODULES, INTERPRETED, ("xla", "cpu"), COMPILED)
 )
 
 
@@ -56,7 +64,7 @@ def is_sampled(name: str, case: Case) -> bool:
 EVERY_CASE = [
     marked(name, case, marks=() if is_sampled(name, case) else (pytest.mark.exhaustive,))
     for name in MODULES
-    for case in CASES
+    for case in (FEW_CASES if name == "mosaic_gpu" else CASES)
 ]
 
 
@@ -176,7 +184,7 @@ def test_random_ragged_batches_match_the_oracle(name, singles, chunks, seed, cas
     assert_matches_the_oracle(name, case, make_batch(case, singles + chunks, seed=seed))
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize("name", EVERY_INTERPRETED)
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(**RAGGED)
 def test_random_ragged_batches_match_the_oracle_interpreted(name, singles, chunks, seed):
@@ -273,12 +281,6 @@ def test_no_intermediate_grows_with_the_longest_possible_context(dtype):
 def test_unknown_backend_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'cuda'.*reference, xla"):
         pallas_kernels.select("cuda")
-
-
-@pytest.mark.parametrize("name", pallas_kernels.FUTURE_BACKENDS)
-def test_backend_that_is_not_there_yet_is_refused(name):
-    with pytest.raises(NotImplementedError, match=f"'{name}' is not there yet.*reference, xla"):
-        pallas_kernels.select(name)
 
 
 def test_shapes_that_do_not_fit_are_refused():

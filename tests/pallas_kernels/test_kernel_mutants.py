@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
 from tests.pallas_kernels.attention_cases import (
+    HAS_SIMULATOR,
     MODULES,
     Case,
     Complaint,
@@ -51,6 +52,9 @@ CASES = {
     "tpu heads": Case(heads=(4, 2), alibi=True),
     "tpu scales": Case(QUANTIZED, (2, 1), window=40, sinks=True),
     "decodes": Case(QUANTIZED, (6, 2), 64, alibi=True, sinks=True, kind="decodes"),
+    # More tiles of keys than stages, and few heads: each program is simulated, one after the other.
+    "hopper": Case(heads=(2, 1), head_size=128, alibi=True, kind="multi-token decodes"),
+    "hopper window": Case(heads=(2, 1), head_size=128, window=40, sinks=True, kind="chunks"),
 }
 
 
@@ -79,7 +83,8 @@ class Mutant:
 
     @property
     def implementation(self) -> str:
-        return {"xla": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}[self.file[:3]]
+        names = {"xla": "xla", "gpu": "pallas_gpu", "tpu": "pallas_tpu", "mos": "mosaic_gpu"}
+        return names[self.file[:3]]
 
     def source(self) -> str:
         text = (SOURCES / self.file).read_text()
@@ -472,6 +477,73 @@ TPU_MUTANTS = [
     ),
 ]
 MUTANTS = XLA_MUTANTS + GPU_MUTANTS + TPU_MUTANTS
+MOSAIC = functools.partial(Mutant, file="mosaic_gpu/chunk.py", case="hopper")
+MOSAIC_MUTANTS = [
+    MOSAIC("no bug", old="def chunks(", new="def chunks(", error=()),
+    MOSAIC(
+        "no bug in windows", old="def chunks(", new="def chunks(", error=(), case="hopper window"
+    ),
+    MOSAIC("a token sees the next one", old="cell <= query", new="cell <= query + 1"),
+    MOSAIC(
+        "the window is one too wide",
+        old="cell > query - spec.window",
+        new="cell >= query - spec.window",
+        case="hopper window",
+    ),
+    MOSAIC(
+        "cells that nobody cached are not cleared",
+        old="jnp.where(row < end - i, values, jnp.zeros_like(values))",
+        new="values",
+    ),
+    MOSAIC(
+        "the sum is not rescaled",
+        old="acc = state.acc * _of_columns(shrink, state.acc)",
+        new="acc = state.acc",
+    ),
+    MOSAIC(
+        "sinks are not in the sum",
+        old="jnp.where(top > LOWEST, zeros + 1.0, zeros)",
+        new="zeros",
+        case="hopper window",
+    ),
+    MOSAIC(
+        "a tile stores rows of other tokens",
+        old="lax.fori_loop(0, own.n_tokens, store, None)",
+        new="lax.fori_loop(0, tiles.own_tokens, store, None)",
+        case="hopper window",
+    ),
+    MOSAIC(
+        "keys are overwritten while they are read",
+        old="""    found = scores(q, k, lambda: _turn(job), interpret=interpret)
+    plgpu.barrier_arrive(scratch.k_free.at[slot])
+""",
+        new="""    plgpu.barrier_arrive(scratch.k_free.at[slot])
+    found = scores(q, k, lambda: _turn(job), interpret=interpret)
+""",
+        error=Complaint,
+        message="RACE DETECTED",
+    ),
+    MOSAIC(
+        "the last values are read while they are cleared",
+        old="""    _clear(job, end - 1, scratch.v.at[lax.rem(end - 1, n_stages)])
+    plgpu.barrier_arrive(scratch.last_clean)
+""",
+        new="""    plgpu.barrier_arrive(scratch.last_clean)
+    _clear(job, end - 1, scratch.v.at[lax.rem(end - 1, n_stages)])
+""",
+        error=Complaint,
+        message="RACE DETECTED",
+    ),
+    MOSAIC(
+        "rows are copied before they are written",
+        old="""        _put(scratch.rows.at[own.index], values)
+        plgpu.commit_smem()
+""",
+        new="        _put(scratch.rows.at[own.index], values)\n",
+        error=Complaint,
+        message="RACE DETECTED",
+    ),
+]
 
 
 def sample(mutants: list[Mutant]) -> list[Mutant]:
@@ -507,6 +579,18 @@ def test_sample_has_every_race_and_every_kind_of_bug_of_each_implementation():
 @pytest.mark.parametrize("mutant", parameters(MUTANTS, SAMPLE))
 def test_mutant_does_not_match_the_oracle(mutant: Mutant):
     tested = breed(mutant)
+    with pytest.raises(mutant.error, match=mutant.message):
+        run(tested, mutant.case)
+
+
+@pytest.mark.newer_jax
+@pytest.mark.skipif(not HAS_SIMULATOR, reason="jax 0.10 has no simulator of Mosaic GPU kernels")
+@pytest.mark.parametrize("mutant", MOSAIC_MUTANTS, ids=str)
+def test_mutant_of_the_mosaic_kernel_is_found(mutant: Mutant):
+    tested = breed(mutant)
+    if not mutant.error:
+        run(tested, mutant.case)
+        return
     with pytest.raises(mutant.error, match=mutant.message):
         run(tested, mutant.case)
 

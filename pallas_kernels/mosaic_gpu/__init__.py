@@ -1,0 +1,1 @@
+"""The chunk kernel for NVIDIA Hopper, in Pallas' Mosaic GPU."""
