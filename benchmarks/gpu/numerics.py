@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks.gpu.table import BLOCK, Row, Sizes
-from pallas_kernels import PLATFORMS, select
+from pallas_kernels import COMPUTE_CAPABILITIES, PLATFORMS, select
 from pallas_kernels.gpu import attention
 from tests.pallas_kernels.attention_cases import (
     CASES,
@@ -26,6 +26,7 @@ from tests.pallas_kernels.attention_cases import (
     check,
     expected,
     gpu_plan,
+    hopper_plan,
     make_batch,
 )
 
@@ -38,7 +39,11 @@ def missing(name: str, sizes: Sizes) -> str:
         select(name)
     except ImportError as error:
         return str(error)
-    return "it is not interpreted" if sizes.is_toy and name != "pallas_gpu" else ""
+    if sizes.is_toy:
+        return "" if name == "pallas_gpu" else "it is not interpreted"
+    found = getattr(jax.devices()[0], "compute_capability", None)
+    wanted = COMPUTE_CAPABILITIES.get(name, found)
+    return "" if wanted == found else f"it is for compute capability {wanted}, this is {found}"
 
 
 def backends(sizes: Sizes) -> dict[str, Callable]:
@@ -77,7 +82,9 @@ def numerics(sizes: Sizes) -> Iterator[Row]:
         if reason := missing(name, sizes):
             yield Row(f"{name}, every feature", note=f"skipped: {reason}")
     for name, function in backends(sizes).items():
-        tested = Implementation(name, jit(function), plan=gpu_plan)
+        is_for_hopper = name == "mosaic_gpu"
+        make_plan = hopper_plan if is_for_hopper else gpu_plan
+        tested = Implementation(name, jit(function), plan=make_plan, is_for_hopper=is_for_hopper)
         with ThreadPoolExecutor(sizes.n_threads) as pool:
             problems = list(pool.map(functools.partial(problem, tested), trials))
         wrong = [(trial, text) for trial, text in zip(trials, problems, strict=True) if text]
@@ -102,8 +109,9 @@ def problem(tested: Implementation, trial: Trial) -> str:
     """What is wrong with the results; empty if nothing is."""
     try:
         contexts = None if trial.contexts is None else tuple(trial.contexts)
-        batch, want = _prepared(trial.case, contexts)
-        check(trial.case, batch, tested(trial.case, batch), want)
+        case = tested.fit(trial.case)
+        batch, want = _prepared(case, contexts)
+        check(case, batch, tested(case, batch), want)
     except Exception as error:  # the other cases are to be seen as well
         return first_line(error)
     return ""
@@ -124,7 +132,8 @@ def far_blocks(sizes: Sizes) -> Iterator[Row]:
     block_size = 2 * case.heads[1] * BLOCK * case.head_size
     n_blocks = sizes.pool_size // block_size
     for name, function in backends(sizes).items():
-        for dtype in ("float8_e4m3fn", "int8", "bfloat16"):
+        dtypes = "float8_e4m3fn", "int8", "bfloat16"
+        for dtype in dtypes[2:] if name == "mosaic_gpu" else dtypes:
             tested = dataclasses.replace(case, dtypes=("bfloat16", dtype))
             try:
                 _check_far(function, tested, contexts, n_blocks)

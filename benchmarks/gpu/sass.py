@@ -67,6 +67,22 @@ def find_tool(name: str) -> Path:
     return Path(found)
 
 
+def read_mosaic_kernel(dump: Path, name: str, shared_size: int) -> Kernel:
+    """The one kernel in Mosaic GPU of what was compiled; jax 0.10 gives it no name.
+
+    dump: what a compilation with MOSAIC_GPU_DUMP_TO left, a process's first one of that kernel: the
+        compiler remembers those that it has made.
+    """
+    texts = {ptx: ptx.read_text() for ptx in dump.glob("*.ptx")}
+    ((ptx, text),) = (x for x in texts.items() if "_mosaic_gpu_kernel(" in x[1])
+    n_threads = re.search(r"\.maxntid (\d+)", text)
+    assert n_threads, ptx
+    # Mosaic names the newest version that its own ptxas knows; this is the first with wgmma.
+    ptx = ptx.with_stem(name)
+    ptx.write_text(re.sub(r"^\.version 9\.\d+", ".version 8.0", text, flags=re.MULTILINE))
+    return Kernel(name, int(n_threads[1]), shared_size, *_compiled(ptx))
+
+
 def read_kernels(dump: Path, prefix: str) -> list[Kernel]:
     """The kernels whose names begin with `prefix`, in the order of their launches.
 

@@ -5,7 +5,8 @@
     python -m benchmarks.gpu.schedule --csv FILE      # one row for each kernel, as Markdown and CSV
     python -m benchmarks.gpu.schedule --chips a100 --head-size 80 --dtype int8
 
-Columns:
+The kernels are those of pallas_gpu, and of mosaic_gpu, which has its own for chunks, where it takes
+the case. Columns:
     registers, spilled   of a thread, and bytes that it stores and loads for want of registers
     shared               bytes of a program
     CTAs (warps)         programs and warps that a multiprocessor holds at once
@@ -31,7 +32,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.gpu.sass import ALL_KINDS, PACKAGES, Kernel, find_tool, read_kernels
+from benchmarks.gpu.sass import (
+    ALL_KINDS,
+    PACKAGES,
+    Kernel,
+    find_tool,
+    read_kernels,
+    read_mosaic_kernel,
+)
 
 CELLS = 64  # what the figures are given for
 SCHEDULERS = 4  # of a multiprocessor, each issues one instruction a cycle
@@ -60,6 +68,19 @@ class Case:
     head_size: int
     dtype: str  # of the cache
     group: int = 4  # query heads per KV head
+
+    @property
+    def has_mosaic(self) -> bool:
+        """Whether mosaic_gpu takes it."""
+        from pallas_kernels.contract import check_heads
+
+        try:
+            check_heads(
+                "mosaic_gpu", head_size=self.head_size, group_size=self.group, dtype=self.dtype
+            )
+        except ValueError:
+            return False
+        return self.chip == "h100"
 
 
 class Figures(NamedTuple):
@@ -90,6 +111,7 @@ class Tile(NamedTuple):
     cells: int
     head_size: int
     cell_size: int  # bytes from memory, of a key and a value with their scales
+    n_copying: int = 0  # warps that do nothing else
 
     def floors(self, chip: Chip, n_issued: float) -> dict[str, float]:
         """Cycles for CELLS cells.
@@ -110,15 +132,44 @@ def measure(case: Case) -> dict[str, Figures]:
         FileNotFoundError: a tool is not installed.
     """
     from tests import targets
-    from tests.gpu.serving import Serving, compile_attention
+    from tests.gpu.serving import compile_attention
 
-    heads = 8 * case.group, 8
-    serving = Serving(heads=heads, head_size=case.head_size, cache_dtype=case.dtype)
+    serving = _serving(case)
     with tempfile.TemporaryDirectory() as dump:
         compile_attention(targets.gpu_target(case.chip), serving, dump=Path(dump))
         kernels = read_kernels(Path(dump), "attention_")
     tiles = make_tiles(case, serving.dtype)
     return {x.name: figures(x, CHIPS[case.chip], tiles.get(x.name)) for x in kernels}
+
+
+def measure_mosaic(case: Case) -> dict[str, Figures]:
+    """As `measure`, the kernel of mosaic_gpu.
+
+    Raises:
+        FileNotFoundError: a tool is not installed.
+    """
+    import pallas_kernels
+    from pallas_kernels.mosaic_gpu.chunk import CELLS as N_CELLS
+    from pallas_kernels.mosaic_gpu.chunk import ROWS, make_tiles
+    from tests import targets
+    from tests.gpu.serving import compile_attention
+
+    serving, name = _serving(case), "chunks_mosaic"
+    tiles = make_tiles(*serving.heads, case.head_size, serving.n_cells, case.dtype)
+    with tempfile.TemporaryDirectory() as dump:
+        attention = pallas_kernels.select("mosaic_gpu")
+        target = targets.gpu_target(case.chip)
+        compile_attention(target, serving, attention, dump=Path(dump))
+        kernel = read_mosaic_kernel(Path(dump), name, tiles.shared_size)
+    tile = Tile(2 * ROWS, N_CELLS, case.head_size, 0, n_copying=4)
+    return {name: figures(kernel, CHIPS[case.chip], tile)}
+
+
+def _serving(case: Case):
+    from tests.gpu.serving import Serving
+
+    heads = 8 * case.group, 8
+    return Serving(heads=heads, head_size=case.head_size, cache_dtype=case.dtype)
 
 
 def make_tiles(case: Case, q_dtype: str) -> dict[str, Tile]:
@@ -169,7 +220,7 @@ def figures(kernel: Kernel, chip: Chip, tile: Tile | None) -> Figures:
         interior=interior,
         edge=edge,
         kinds={kind: scale * bodies[0][kind] for kind in ALL_KINDS},
-        floors=tile.floors(chip, n_warps * interior) if tile else {},
+        floors=tile.floors(chip, (n_warps - tile.n_copying) * interior) if tile else {},
     )
 
 
@@ -210,7 +261,8 @@ def rows(cases: list[Case]) -> Iterator[list[str]]:
     """Of all kernels of all cases, printed as they come."""
     print(markdown(HEADER), markdown(["---"] * len(HEADER)), sep="\n")
     for case in cases:
-        for name, found in measure(case).items():
+        mosaic = measure_mosaic(case) if case.has_mosaic else {}
+        for name, found in (measure(case) | mosaic).items():
             row = table_row(name, case, found)
             print(markdown(row), flush=True)
             yield row

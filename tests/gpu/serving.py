@@ -1,7 +1,9 @@
 """One attention call at serving shapes, compiled for absent GPUs."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -115,10 +117,12 @@ def compile_attention(
     def call(cache, scales, extras, q, k, v, meta):
         return attention(q, k, v, cache, meta, spec=spec, **scales, **extras)
 
-    options = {"donate_argnums": (0, 1)}
+    options, environment = {"donate_argnums": (0, 1)}, {}
     if dump:
+        environment = {"MOSAIC_GPU_DUMP_TO": str(dump)}
         # The machine code of a user's program, which the tests' other programs are not.
         flags = {"xla_dump_to": str(dump), "xla_backend_optimization_level": 3}
         options["compiler_options"] = flags
-    compiled = target.compile(call, cache, scales, extras, q, k, k, meta, **options)
+    with mock.patch.dict(os.environ, environment):
+        compiled = target.compile(call, cache, scales, extras, q, k, k, meta, **options)
     return compiled, sum(x.size * x.dtype.itemsize for x in (cache, *scales.values()))

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.gpu.sass import PACKAGES, find_tool, read_kernels
-from benchmarks.gpu.schedule import Case, measure
+import pallas_kernels
+from benchmarks.gpu.sass import PACKAGES, find_tool, read_kernels, read_mosaic_kernel
+from benchmarks.gpu.schedule import Case, measure, measure_mosaic
 from fastgen_jax.models.moe import grouped_product
+from pallas_kernels.mosaic_gpu.chunk import GIVEN
 from tests import targets
 from tests.gpu.serving import SHAPES, Serving, compile_attention
 
@@ -20,6 +22,13 @@ pytestmark = [
 ]
 
 GPUS = ("h100", "a100")
+MOSAIC_SHAPES = [  # not those of BOUNDS: a process dumps each kernel once
+    Serving(head_size=64, sinks=True, window=128, n_cells=128),
+    Serving(heads=(32, 32), dtype="float16", cache_dtype="float16", n_cells=16),
+    Serving(heads=(16, 8), soft_cap=50.0, window=4096),
+    Serving(heads=(64, 8), alibi=True, sinks=True),
+    Serving(heads=(64, 4)),
+]
 # Instructions of a warp for 64 cells without masks: GPU, kernel, head size, dtype of the cache.
 BOUNDS = {
     ("h100", "decode", 128, "bfloat16"): 270,
@@ -27,6 +36,8 @@ BOUNDS = {
     ("h100", "decode", 128, "int8"): 500,
     ("h100", "chunks", 128, "bfloat16"): 270,
     ("h100", "chunks", 64, "bfloat16"): 240,
+    ("h100", "chunks_mosaic", 128, "bfloat16"): 270,
+    ("h100", "chunks_mosaic", 64, "bfloat16"): 240,
     ("a100", "decode", 128, "float8_e4m3fn"): 505,
     ("a100", "chunks", 128, "bfloat16"): 535,
 }
@@ -55,6 +66,19 @@ def test_kernels_compile_in_place_with_small_temporaries_and_no_spill(
     spilled = {x.name: x.spilled_size for x in kernels}
     if serving.dtype != "float32":  # whose products have no matrix unit: in registers, and slow
         assert len(spilled) >= 2 and not any(spilled.values()), spilled
+
+
+@pytest.mark.parametrize("serving", MOSAIC_SHAPES, ids=str)
+def test_mosaic_kernel_compiles_in_place_without_a_spill(serving, tmp_path, tools):
+    target, attention = targets.gpu_target("h100"), pallas_kernels.select("mosaic_gpu")
+    compiled, cache_bytes = compile_attention(target, serving, attention, dump=tmp_path)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < 64 * 2**20
+    assert len(re.findall(r"custom_call_target=.*mosaic_gpu", compiled.as_text())) == 1
+    kernel = read_mosaic_kernel(tmp_path, "chunks_mosaic", 0)
+    assert (kernel.spilled_size, kernel.n_registers, kernel.n_threads) == (0, GIVEN, 384)
+    assert len(kernel.tile_loops) == (3 if serving.window else 2)
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "float8_e4m3fn"])
@@ -88,7 +112,9 @@ def test_eight_gpus_attend_to_their_own_heads_without_a_word_to_each_other():
     ("chip", "head_size", "dtype"), sorted({(c, h, d) for c, _, h, d in BOUNDS})
 )
 def test_kernels_take_few_instructions(chip, head_size, dtype, tools):
-    found = measure(Case(chip, head_size, dtype))
+    case = Case(chip, head_size, dtype)
+    found = measure(case) | (measure_mosaic(case) if case.has_mosaic else {})
+    assert not any(x.spilled for x in found.values())
     taken = {name.removeprefix("attention_"): x.interior for name, x in found.items()}
     bounds = {k: n for (c, k, h, d), n in BOUNDS.items() if (c, h, d) == (chip, head_size, dtype)}
     assert not {k: taken[k] for k, bound in bounds.items() if not 0 < taken[k] <= bound}
