@@ -9,6 +9,7 @@ from typing import Any
 
 from pallas_kernels.contract import (
     MAX_CACHE_SIZE,
+    QUANTIZED,
     AttentionSpec,
     RaggedMeta,
     RaggedPagedAttention,
@@ -24,6 +25,7 @@ __all__ = [
     "COMPUTE_CAPABILITIES",
     "MAX_CACHE_SIZE",
     "PLATFORMS",
+    "QUANTIZED",
     "AttentionSpec",
     "PlanSizes",
     "RaggedMeta",

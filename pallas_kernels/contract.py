@@ -53,9 +53,9 @@ class RaggedPagedAttention(Protocol):
         q: queries, rotary applied.
         k, v: this step's new tokens, rotary applied to k.
         kv_cache: one layer's pool "B K 2 C H" ("B K 2 H C" for pallas_tpu: see `cache_shape`);
-            donated by the jitted caller and returned updated. Its dtype is `cache_dtype(...)`, or
-            int8 or float8_e4m3fn with `kv_scales`. Cells that hold no cached token may hold
-            anything, NaN included. At most MAX_CACHE_SIZE elements.
+            donated by the jitted caller and returned updated. Its dtype is `cache_dtype(...)`, of
+            a quantised cache, int8 or float8_e4m3fn, with `kv_scales`. Cells that hold no cached
+            token may hold anything, NaN included. At most MAX_CACHE_SIZE elements.
         meta: see RaggedMeta.
         spec: see AttentionSpec.
         alibi_slopes: per query head; adds slope * (key position - query position) to the scores,
@@ -90,7 +90,12 @@ class RaggedPagedAttention(Protocol):
 MAX_CACHE_SIZE = 2**31 - 1  # elements of one layer's cache: kernels address cells with 32 bits
 TINY = 1e-30  # keys and values that are smaller throughout become zeros: their scale would too
 MAX_GROUP_SIZE = 128  # query heads per KV head on GPUs: rows of one tile
-QUANTIZED = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}  # largest cell
+QUANTIZED = {  # largest cell
+    jnp.dtype(jnp.int8): 127.0,
+    jnp.dtype(jnp.float8_e4m3fn): 448.0,
+    jnp.dtype(jnp.uint8): 448.0,  # float8_e4m3fn in bits, see cache_dtype
+}
+IN_BITS = {jnp.dtype(jnp.uint16): jnp.bfloat16, jnp.dtype(jnp.uint8): jnp.float8_e4m3fn}
 
 
 def cache_shape(
@@ -152,36 +157,42 @@ def _check_wgmma(head_size: int, group_size: int, dtype: Any) -> None:
 def quantize(
     x: Float[Array, "*dims H"], dtype
 ) -> tuple[Num[Array, "*dims H"], Float[Array, "*dims"]]:
-    """Cells and scales of keys or values: one scale per token and head, x = cell * scale."""
-    largest = QUANTIZED[jnp.dtype(dtype)]
+    """Cells and scales of keys or values: one scale per token and head, x = cell * scale.
+
+    No scale is finite where x is not, so that what is read again is not finite either.
+    """
+    dtype = jnp.dtype(dtype)
     x = x.astype(jnp.float32)
     top = jnp.abs(x).max(-1)
-    scale = jnp.where(top > TINY, top / largest, 1.0)
+    scale = jnp.where(top > TINY, top / QUANTIZED[dtype], 1.0)
+    scale = jnp.where(jnp.isfinite(x).all(-1), scale, jnp.nan)  # XLA:CPU's max may lose a NaN
     cells = x / scale[..., None]
-    if jnp.issubdtype(dtype, jnp.integer):
+    if dtype == jnp.int8:
         cells = jnp.round(cells)
-    return cells.astype(dtype), scale
+    return encode(cells, dtype), scale
 
 
 def cache_dtype(dtype: str, platform: str) -> str:
-    """How a KV cache of `dtype` is stored: bfloat16 as its bits in uint16 on CPU.
+    """How a KV cache of `dtype` is stored: on CPU those of IN_BITS as their bits.
 
-    XLA:CPU has no scatter of bfloat16: it would convert the whole pool to float32 and back.
+    XLA:CPU has no scatter of them: it would convert the whole pool to float32 and back.
     """
-    return "uint16" if platform == "cpu" and dtype == "bfloat16" else dtype
+    in_bits = {jnp.dtype(dtype).name: bits.name for bits, dtype in IN_BITS.items()}
+    return in_bits.get(dtype, dtype) if platform == "cpu" else dtype
 
 
 def encode(x: Float[Array, "*dims"], dtype) -> Num[Array, "*dims"]:
     """Keys or values as a cache of `dtype` stores them."""
-    if dtype == jnp.uint16:
-        return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    dtype = jnp.dtype(dtype)
+    if dtype in IN_BITS:
+        return lax.bitcast_convert_type(x.astype(IN_BITS[dtype]), dtype)
     return x.astype(dtype)
 
 
 def decode(cells: Num[Array, "*dims"]) -> Float[Array, "*dims"]:
-    """Keys or values that a cache stores as `cells`."""
-    if cells.dtype == jnp.uint16:
-        return lax.bitcast_convert_type(cells, jnp.bfloat16)
+    """Keys or values that a cache stores as `cells`; if it is quantised, without their scales."""
+    if cells.dtype in IN_BITS:
+        return lax.bitcast_convert_type(cells, IN_BITS[cells.dtype])
     return cells
 
 

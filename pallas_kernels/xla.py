@@ -8,8 +8,8 @@ What XLA:CPU is good at decides the form (jax 0.10.2, measured):
   arithmetic on its indices or with a mask it is 3 to 6 times slower. So indices are computed one
   iteration ahead and carried by the loop, and each gather is a branch of a `cond`, which nothing
   fuses with.
-- Scatters of bfloat16 convert the whole array to float32 and back. So a bfloat16 cache is stored
-  as uint16 (contract.cache_dtype). One of float8 does pay for it: prefer int8 on CPU.
+- Scatters of bfloat16 and float8 convert the whole array to float32 and back. So caches of them are
+  stored as uint16 and uint8 (contract.cache_dtype).
 - Cells of a quantised cache are cast as they are loaded; their scales are applied to scores and
   weights, one per key instead of one per element.
 - Gathers and large elementwise steps use all cores and run beside what does not need them: the

@@ -239,6 +239,7 @@ bool find_cell(ffi::DataType type, Cell& cell) {
     case ffi::BF16: cell = Cell::kBfloat16; return true;
     case ffi::F16: cell = Cell::kFloat16; return true;
     case ffi::S8: cell = Cell::kInt8; return true;
+    case ffi::U8:
     case ffi::F8E4M3FN: cell = Cell::kFloat8; return true;
     default: return false;
   }

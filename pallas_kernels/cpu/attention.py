@@ -23,7 +23,7 @@ from pallas_kernels.contract import (
 from pallas_kernels.cpu.build import KINDS, library
 
 TARGET = "fastgen_ragged_paged_attention"
-CELLS = ("float32", "uint16", "bfloat16", "float16", "int8", "float8_e4m3fn")
+CELLS = ("float32", "uint16", "bfloat16", "float16", "int8", "uint8", "float8_e4m3fn")
 
 
 @functools.cache

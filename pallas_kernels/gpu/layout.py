@@ -23,7 +23,9 @@ from pallas_kernels.gpu import plan
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # below every score; finite, so that differences are never NaN
 # What cells of a quantised cache are, divided by what the kernels make of them.
-FACTORS = {jnp.dtype(jnp.int8): 128.0, jnp.dtype(jnp.float8_e4m3fn): 256.0}
+FACTORS = {jnp.dtype(jnp.int8): 128.0} | {
+    jnp.dtype(float8): 256.0 for float8 in (jnp.float8_e4m3fn, jnp.uint8)
+}
 MERGE_ROWS = 4  # of a program of a merge
 
 

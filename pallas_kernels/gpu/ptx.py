@@ -52,7 +52,7 @@ def unpack(
       the mantissa are 9 + x / 128.
     """
     if interpret:
-        plain = _float8 if cache_dtype == jnp.float8_e4m3fn else _int8
+        plain = _int8 if cache_dtype == jnp.int8 else _float8
         return plain(words << 8), plain(words)
     shape = jax.ShapeDtypeStruct(words.shape, jnp.float16)
     low, high = (

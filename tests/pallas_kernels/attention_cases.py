@@ -33,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 import pallas_kernels
-from pallas_kernels import AttentionSpec, RaggedMeta, quantize
+from pallas_kernels import AttentionSpec, RaggedMeta, cache_dtype, quantize
 from pallas_kernels.contract import QUANTIZED
 
 CONTEXTS = {  # C cells per block -> (context with its new tokens, new tokens), singles first
@@ -390,7 +390,7 @@ class Implementation:
 
     name: str
     function: Callable[..., tuple]
-    is_bfloat16_in_bits: bool = False  # a bfloat16 cache is given as uint16
+    is_on_cpu: bool = False  # caches are given as the CPU stores them
     plan: Callable[[Any, Case], Any] | None = None
     is_for_tpu: bool = False  # the cache is "B K 2 H C" with C = 128; no float16
     is_for_hopper: bool = False  # see pallas_kernels/mosaic_gpu/attention.py
@@ -406,8 +406,8 @@ class Implementation:
 
     def __call__(self, case: Case, batch: Batch) -> Result:
         cache, meta = batch.cache, batch.meta
-        if self.is_bfloat16_in_bits and cache.dtype == jnp.bfloat16:
-            cache = cache.view(np.uint16)
+        if self.is_on_cpu:
+            cache = cache.view(cache_dtype(cache.dtype.name, "cpu"))
         if self.is_for_tpu:
             cache = cache.swapaxes(-1, -2)
         if self.plan is not None:
@@ -422,7 +422,7 @@ class Implementation:
             raise Complaint(printed.getvalue())
         if self.is_for_tpu:
             cache = cache.swapaxes(-1, -2)
-        if cache.dtype != batch.cache.dtype and cache.dtype == np.uint16:
+        if self.is_on_cpu and cache.dtype == cache_dtype(batch.cache.dtype.name, "cpu"):
             cache = cache.view(batch.cache.dtype)
         return Result(out, np.ascontiguousarray(cache), *(rest or [None]))
 
@@ -480,7 +480,7 @@ def implementation(
                 function = functools.partial(function, tiles=small_tpu_tiles(**tiles))
             return Implementation(name, _jit(function) if is_joined else function, is_for_tpu=True)
         case "xla" | "invariant" | "cpu":
-            return Implementation(name, _jit(function), is_bfloat16_in_bits=True)
+            return Implementation(name, _jit(function), is_on_cpu=True)
     return Implementation(name, _jit(function))
 
 

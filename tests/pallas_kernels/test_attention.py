@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 import pallas_kernels
-from pallas_kernels import AttentionSpec, quantize
-from pallas_kernels.contract import QUANTIZED
+from pallas_kernels import AttentionSpec, cache_dtype, quantize
+from pallas_kernels.contract import QUANTIZED, decode
 from pallas_kernels.cpu.build import library
 from tests.pallas_kernels.attention_cases import (
     CASES,
@@ -223,22 +223,33 @@ def test_quantised_values_differ_by_half_a_step_at_most(dtype):
     x = np.random.default_rng(0).standard_normal((200, 64), np.float32)
     x[7] = 0.0
     cells, scales = jax.jit(quantize, static_argnums=1)(x, dtype)
-    assert (np.asarray(scales)[7], np.asarray(cells)[7].any()) == (1.0, False)
-    error = np.abs(np.asarray(cells, np.float32) * np.asarray(scales)[:, None] - x)
+    cells = np.asarray(decode(cells), np.float32)
+    assert (np.asarray(scales)[7], cells[7].any()) == (1.0, False)
+    error = np.abs(cells * np.asarray(scales)[:, None] - x)
     step = np.asarray(scales)[:, None] if dtype == jnp.int8 else np.abs(x) / 8
     assert (error <= 0.5001 * step + 1e-2 * np.asarray(scales)[:, None] * (dtype != jnp.int8)).all()
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_quantised_values_that_are_not_finite_stay_so(dtype, bad):
+    x = np.ones((3, 64), np.float32)
+    x[1, 5] = bad
+    cells, scales = quantize(jnp.asarray(x), dtype)
+    read = np.asarray(decode(cells).astype(jnp.float32) * scales[:, None])
+    assert np.isfinite(read).all(axis=1).tolist() == [True, False, True]
 
 
 def xla_arguments(case: Case) -> tuple[tuple, dict]:
     """Of a call of the CPU's backend."""
     q, k, v, cache, scales, meta = make_batch(case)
-    cache = cache.view(np.uint16) if cache.dtype == jnp.bfloat16 else cache
+    cache = cache.view(cache_dtype(cache.dtype.name, "cpu"))
     arguments = jax.tree.map(jnp.asarray, (q, k, v, cache, meta))
     return arguments, {} if scales is None else {"kv_scales": jnp.asarray(scales)}
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
 def test_compiled_call_updates_the_cache_in_place(name, dtype):
     case = Case(
         dtypes=("float32" if dtype == "float32" else "bfloat16", dtype),
