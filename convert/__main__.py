@@ -9,6 +9,7 @@ from pathlib import Path
 from convert.chips import ENVIRONMENT, Chips
 from convert.destination import new_directory
 from fastgen_jax.config import json_object
+from fastgen_jax.engine.config import KV_CACHE_DTYPES
 from fastgen_jax.errors import FastGenError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -65,6 +66,9 @@ def make_parser() -> argparse.ArgumentParser:
             "--" + name.replace("_", "-"), type=int, metavar="N",
             help="as the engine will be started with it (default: what it chooses)",
         )  # fmt: skip
+    programs.add_argument(
+        "--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="as the engine will be started with it"
+    )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
         "--to-hf", action="store_true", help="SRC is converted; DST is to be safetensors"
@@ -140,7 +144,8 @@ def compile_programs(args: argparse.Namespace, directory: Path) -> None:
 
     from convert import programs
 
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    names = [name for name in (*SIZES, "kv_cache_dtype") if getattr(args, name) is not None]
+    sizes = {name: getattr(args, name) for name in names}
     for chips in args.compile:
         with tqdm(unit="program", disable=None) as bar:
 

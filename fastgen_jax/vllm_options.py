@@ -43,7 +43,6 @@ LOADING: dict[str, Idle] = {
     # memory
     "gpu_memory_utilization": (0.9,),
     "kv_cache_memory_bytes": (None,),
-    "kv_cache_dtype": ("auto",),
     "cpu_offload_gb": (0,),
     "swap_space": int | float,  # what is preempted is computed again
     "enable_sleep_mode": (False,),

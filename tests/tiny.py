@@ -115,12 +115,26 @@ def dense_attend(q, k, v, cache, *, spec, alibi_slopes=None, sinks=None):
     return jnp.einsum("nts,snh->tnh", weights, v), cache
 
 
+LARGEST = {"int8": 127, "float8_e4m3fn": 448}  # cells of a quantised KV cache
+
+
+def rounded(x, dtype: str):
+    """Keys or values "T K H" as a quantised cache gives them back."""
+    top = jnp.abs(x).max(axis=-1, keepdims=True)
+    scale = jnp.where(top == 0, 1, top / LARGEST[dtype])
+    cells = jnp.round(x / scale) if dtype == "int8" else (x / scale).astype(dtype).astype(x.dtype)
+    return cells * scale
+
+
 class Naive:
-    """The slow obvious twin: for each token the whole sequence again, densely, alone."""
+    """The slow obvious twin: for each token the whole sequence again, densely, alone. Keys and
+    values are rounded as the engine's cache does it.
+    """
 
     def __init__(self, engine: Engine, length: int = 96):
-        program = engine._runner.program
-        self._prepare(program.model, engine._runner.leaves, engine.model_config.n_layers, length)
+        program, dtype = engine._runner.program, engine.config.cache_dtype
+        n_layers = engine.model_config.n_layers
+        self._prepare(program.model, engine._runner.leaves, n_layers, length, dtype)
 
     @classmethod
     def of_model(cls, model: nnx.Module, n_layers: int, length: int) -> "Naive":
@@ -130,13 +144,20 @@ class Naive:
         naive._prepare(lambda leaves: nnx.merge(graphdef, leaves), params, n_layers, length)
         return naive
 
-    def _prepare(self, make_model, leaves, n_layers: int, length: int) -> None:
+    def _prepare(
+        self, make_model, leaves, n_layers: int, length: int, cache_dtype: str = "float32"
+    ) -> None:
         self.leaves, self.length = leaves, length
+
+        def attend(q, k, v, cache, **options):
+            if cache_dtype in LARGEST:
+                k, v = rounded(k, cache_dtype), rounded(v, cache_dtype)
+            return dense_attend(q, k, v, cache, **options)
 
         def hidden(leaves, token_ids):
             positions = jnp.arange(length, dtype=jnp.int32)
             model, caches = make_model(leaves), (None,) * n_layers
-            return model.hidden_states(token_ids, positions, caches, dense_attend)[0]
+            return model.hidden_states(token_ids, positions, caches, attend)[0]
 
         def logits(leaves, token_ids):
             return make_model(leaves).unembed(hidden(leaves, token_ids))

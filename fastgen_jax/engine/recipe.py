@@ -25,10 +25,8 @@ from fastgen_jax.engine.step import (
     step,
 )
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.layout import HeadLayout
-from fastgen_jax.models.sharding import cache_sharding, replicated
-from pallas_kernels import cache_dtype as stored_dtype
-from pallas_kernels import cache_shape
+from fastgen_jax.models.kv_cache import CacheLayout
+from fastgen_jax.models.sharding import replicated
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +90,7 @@ class Recipe:
         everywhere: Any = replicated(mesh)
         if isinstance(shape, MaskedShape):
             return everywhere, everywhere
-        caches: Any = tuple(cache.sharding for cache in self.state.caches)
+        caches: Any = jax.tree.map(lambda array: array.sharding, self.state.caches)
         states = everywhere if self.program.layers else None
         launched = Launched(everywhere, everywhere, everywhere, states, everywhere)
         return DeviceState(caches, everywhere), launched
@@ -108,12 +106,10 @@ def make_recipe(
     config: ModelConfig,
     *,
     mesh: Mesh,
-    attention_backend: str,
+    cache: CacheLayout,
     n_rows: int,
     max_tokens: int,
     n_blocks: int,
-    block_size: int,
-    cache_dtype: str,
     hidden_dtype: str,
     sample_tile: int,
     row_tile: int | None,
@@ -124,32 +120,19 @@ def make_recipe(
 
     Args:
         n_rows, max_tokens: size of the table of known tokens.
-        n_blocks, block_size, cache_dtype: size of the KV cache.
+        cache, n_blocks: the KV cache and its size.
         hidden_dtype: of the model's final hidden states.
         layers: whose hidden states every step leaves, to be fetched where they are wanted.
         sample_tile, row_tile: see Program.
         processors: compiled into each program.
     """
     leaves, treedef = jax.tree.flatten(model)
-    heads = HeadLayout.of(config, mesh.size)
-    own = cache_shape(  # of one device
-        attention_backend,
-        n_blocks=n_blocks,
-        n_kv_heads=heads.n_own_kv_slots,
-        block_size=block_size,
-        head_size=config.head_dim,
-    )
-    cache: Any = jax.ShapeDtypeStruct(
-        (n_blocks, heads.n_kv_slots, *own[2:]),
-        stored_dtype(cache_dtype, mesh.devices.flat[0].platform),
-        sharding=cache_sharding(mesh),
-    )
     known: Any = absent((n_rows + 1, max_tokens), jnp.int32, mesh)
     tables = HostTables(n_rows, 1, 1, processors).of_device
     return Recipe(
-        Program(treedef, attention_backend, mesh, sample_tile, row_tile, layers, processors),
+        Program(treedef, cache.backend, mesh, sample_tile, row_tile, layers, processors),
         tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves),
-        DeviceState((cache,) * config.n_layers, known),
+        DeviceState((cache.absent(n_blocks, mesh),) * config.n_layers, known),
         jax.tree.map(lambda x: absent(x.shape, x.dtype, mesh), tables),
         absent((config.hidden_size,), hidden_dtype, mesh),
         mask_width(config.vocab_size),

@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Sharding
-from jaxtyping import Array
 
 from fastgen_jax.engine.batch import Batch, HostTables, MaskedShape, Shape, pack_masked
 from fastgen_jax.engine.programs import Programs, return_freed_memory
@@ -24,9 +22,14 @@ from fastgen_jax.engine.step import DeviceState, Launched, StepResult
 from fastgen_jax.models.sharding import replicated
 
 
-def zeros(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> Callable[[], Array]:
-    """A compiled program that makes an array of zeros."""
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding).lower().compile()
+def zeros(like: Any) -> Callable[[], Any]:
+    """A compiled program that makes arrays of zeros where a tree has jax.ShapeDtypeStruct."""
+    places = jax.tree.map(lambda array: array.sharding, like)
+
+    def make():
+        return jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), like)
+
+    return jax.jit(make, out_shardings=places).lower().compile()
 
 
 def buckets(smallest: int, largest: int) -> list[int]:
@@ -59,9 +62,8 @@ class Runner:
         self.program, self.mesh = recipe.program, recipe.program.mesh
         self.recipe = recipe
         self.programs = Programs(make or recipe.compile, shapes, recipe.masked)
-        cache, known = recipe.state.caches[0], recipe.state.token_ids
-        self._empty_cache = zeros(cache.shape, cache.dtype, cache.sharding)
-        self._no_tokens = zeros(known.shape, known.dtype, known.sharding)
+        self._empty_cache = zeros(recipe.state.caches[0])
+        self._no_tokens = zeros(recipe.state.token_ids)
         self.state = self._fresh_state()
         self._row_tables: tuple[Any, ...] = ()
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from fastgen_jax.config import is_integer
 from fastgen_jax.engine.batch import MaskedShape, Shape
 from fastgen_jax.engine.compiled import keep_compiled
-from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.config import KV_CACHE_DTYPES, EngineConfig
 from fastgen_jax.engine.processors import Processor, read_processors
 from fastgen_jax.engine.recipe import Recipe, make_recipe
 from fastgen_jax.engine.runner import Runner, make_shapes
@@ -32,6 +32,7 @@ from fastgen_jax.engine.stored import Loaded, Stored, differences, find, load, p
 from fastgen_jax.engine.stored import Program as StoredProgram
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.kv_cache import CacheLayout
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.layout import HeadLayout
 from fastgen_jax.models.row_tiles import BACKEND as INVARIANT
@@ -43,7 +44,6 @@ from pallas_kernels import (
     MAX_CACHE_SIZE,
     PLATFORMS,
     PlanSizes,
-    cache_shape,
     check_heads,
     plan_sizes,
     select,
@@ -91,6 +91,11 @@ class ResolvedConfig(EngineConfig):
     processors: tuple[Processor, ...] = field(default=(), hash=False, compare=False)
 
     @property
+    def cache_dtype(self) -> str:
+        """Of the KV cache's cells."""
+        return KV_CACHE_DTYPES[self.kv_cache_dtype] or self.dtype
+
+    @property
     def table_width(self) -> int:
         """Blocks of the longest sequence."""
         return math.ceil(self.max_model_len / self.block_size)
@@ -128,7 +133,7 @@ def start(config: EngineConfig, on_phase: OnPhase, module: nnx.Module | None = N
     model = source.load(model_config, policy, mesh, partial(on_phase, "loading"))
     if config.num_kv_blocks is None:
         free = free_memory(devices[0])
-        n_blocks = _stored_blocks(stored, resolved, model_config, free)
+        n_blocks = _stored_blocks(stored, resolved, model_config, devices, free)
         n_blocks = n_blocks or fit_blocks(resolved, model_config, model, shapes, mesh, free)
         resolved = dataclasses.replace(resolved, num_kv_blocks=n_blocks)
     recipe = recipe_of(model, model_config, resolved, mesh)
@@ -189,13 +194,17 @@ def is_for(stored: Stored, wanted: Mapping[str, Any]) -> bool:
 
 
 def _stored_blocks(
-    stored: Stored | None, config: ResolvedConfig, model: ModelConfig, free: int
+    stored: Stored | None, config: ResolvedConfig, model: ModelConfig, devices: list, free: int
 ) -> int | None:
-    """The size of the cache that stored programs are made for, if there is room for it."""
+    """The size of the cache that stored programs are made for, if all else fits and there is room
+    for it.
+    """
     n_blocks = stored.made_for.get("num_kv_blocks") if stored else None
-    if not is_integer(n_blocks) or not 2 <= n_blocks * block_bytes(config, model) <= free:
+    size = model.n_layers * layout_of(config, model).block_bytes
+    if not stored or not is_integer(n_blocks) or not 2 <= n_blocks * size <= free:
         return None
-    return n_blocks
+    sized = dataclasses.replace(config, num_kv_blocks=n_blocks)
+    return None if differences(stored, purpose(sized, model, devices)) else n_blocks
 
 
 def resolve(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> ResolvedConfig:
@@ -224,6 +233,7 @@ def resolve(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> ResolvedCon
     chosen = {
         "compile": config.compile or "all",
         "dtype": Policy.here(config.dtype, mesh).weights,
+        "kv_cache_dtype": first_name(config.kv_cache_dtype),
         "attention_backend": attention,
         "max_model_len": length,
         "block_size": block_size,
@@ -235,6 +245,12 @@ def resolve(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> ResolvedCon
         "num_kv_blocks": config.num_kv_blocks or max_seqs * math.ceil(length / block_size) + 1,
     }
     return ResolvedConfig(**{f.name: getattr(config, f.name) for f in fields(config)} | chosen)
+
+
+def first_name(kv_cache_dtype: str) -> str:
+    """Of those that mean the same."""
+    dtypes = {dtype: name for name, dtype in reversed(KV_CACHE_DTYPES.items())}
+    return dtypes[KV_CACHE_DTYPES[kv_cache_dtype]]
 
 
 def layer_numbers(given: Iterable[int], n_layers: int) -> tuple[int, ...]:
@@ -325,13 +341,7 @@ def check_cache(config: ResolvedConfig, model: ModelConfig, n_blocks: int) -> No
             group_size=heads.group_size,
             dtype=jnp.dtype(config.dtype),
         )
-        cache_shape(
-            config.attention_backend,
-            n_blocks=n_blocks,
-            n_kv_heads=heads.n_own_kv_slots,
-            block_size=config.block_size,
-            head_size=model.head_dim,
-        )
+        layout_of(config, model).shape(n_blocks)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -390,12 +400,10 @@ def recipe_of(
         model,
         model_config,
         mesh=mesh,
-        attention_backend=config.attention_backend,
+        cache=layout_of(config, model_config),
         n_rows=config.max_num_seqs,
         max_tokens=config.max_model_len,
         n_blocks=config.num_kv_blocks,
-        block_size=config.block_size,
-        cache_dtype=config.dtype,
         hidden_dtype=Policy.here(config.dtype, mesh).activations,
         sample_tile=tile if config.deterministic else BACKENDS[platform].sample_tile,
         row_tile=tile if config.deterministic else None,
@@ -404,15 +412,14 @@ def recipe_of(
     )
 
 
-def block_elements(config: ResolvedConfig, model: ModelConfig) -> int:
-    """Elements of one block in one layer on one device."""
-    heads = HeadLayout.of(model, config.tensor_parallel_size)
-    return 2 * heads.n_own_kv_slots * config.block_size * model.head_dim
-
-
-def block_bytes(config: ResolvedConfig, model: ModelConfig) -> int:
-    """Bytes of one block in all layers on one device."""
-    return model.n_layers * block_elements(config, model) * jnp.dtype(config.dtype).itemsize
+def layout_of(config: ResolvedConfig, model: ModelConfig) -> CacheLayout:
+    return CacheLayout.of(
+        model,
+        backend=config.attention_backend,
+        dtype=config.cache_dtype,
+        block_size=config.block_size,
+        n_shards=config.tensor_parallel_size,
+    )
 
 
 def fit_blocks(
@@ -434,9 +441,10 @@ def fit_blocks(
         analysis = step.memory_analysis()
         assert analysis is not None
         free -= analysis.temp_size_in_bytes
-    size = block_bytes(config, model_config)
+    layout = layout_of(config, model_config)
+    size = model_config.n_layers * layout.block_bytes
     n_blocks = min(config.num_kv_blocks, int(free * config.memory_fraction) // size)
-    n_blocks = min(n_blocks, MAX_CACHE_SIZE // block_elements(config, model_config))
+    n_blocks = min(n_blocks, MAX_CACHE_SIZE // layout.block_elements)
     if n_blocks < 2:
         raise ConfigError(
             f"no room for a KV cache: a block takes {size} bytes and {free} bytes are free; use a "

@@ -21,6 +21,7 @@ from fastgen_jax.engine.batch import UNKNOWN, MaskedShape, Shape, unpack, work_p
 from fastgen_jax.engine.processors import Processor
 from fastgen_jax.engine.sampling import RowParams, RowTables, Sampled, Scored, sample, score
 from fastgen_jax.engine.scoring import SCORE_SIZE
+from fastgen_jax.models.kv_cache import KVCache, attend
 from fastgen_jax.models.row_tiles import by_tiles
 from fastgen_jax.models.sharding import replicated, shard_attention
 from fastgen_jax.sampling_params import MAX_LOGPROBS
@@ -43,7 +44,7 @@ COMPILER_OPTIONS = {
 class DeviceState(NamedTuple):
     """What a step reads and replaces on the device."""
 
-    caches: tuple[Array, ...]  # per layer "B K 2 C H"
+    caches: tuple[KVCache, ...]  # of each layer
     token_ids: Int[Array, "R+1 M"]  # every token known so far; the last line is scratch
 
 
@@ -144,15 +145,11 @@ def step(
     attention = select(program.attention_backend, program.mesh.devices.flat[0])
     attention = shard_attention(attention, program.mesh)
     attention = jax.jit(partial(attention), static_argnames="spec")  # layers share one trace
-
-    def attend(q, k, v, cache, **options):
-        with jax.named_scope("attention"):
-            return attention(q, k, v, cache, meta, **options)
-
     model = program.model(leaves)
     if program.row_tile is None:
+        attending = partial(attend, attention, meta)
         hidden, caches = model.hidden_states(
-            token_ids, positions, state.caches, attend, program.layers
+            token_ids, positions, state.caches, attending, program.layers
         )
     else:
         tiled = partial(by_tiles, n_rows=program.row_tile, layers=program.layers)

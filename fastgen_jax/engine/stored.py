@@ -37,8 +37,8 @@ KEY_FILE = Path("~/.cache/fastgen_jax/programs.key")
 MAX_BYTES = 2**31  # of one program
 MAX_MANIFEST_BYTES = 2**24
 # Fields of a config that shape programs.
-SHAPING = ("dtype", "attention_backend", "max_model_len", "block_size", "num_kv_blocks",
-           "max_num_batched_tokens", "max_num_seqs", "deterministic",
+SHAPING = ("dtype", "kv_cache_dtype", "attention_backend", "max_model_len", "block_size",
+           "num_kv_blocks", "max_num_batched_tokens", "max_num_seqs", "deterministic",
            "return_hidden_states")  # fmt: skip
 PACKAGES = {
     "cpu": ("jax", "jaxlib"),

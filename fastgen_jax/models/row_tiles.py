@@ -15,8 +15,10 @@ from jaxtyping import Array, Float, Int
 
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
+from fastgen_jax.models.kv_cache import CacheLayout, attend
 from fastgen_jax.models.layers import Cache
-from pallas_kernels import RaggedMeta, RaggedPagedAttention, cache_dtype, cache_shape, select
+from fastgen_jax.models.sharding import make_mesh
+from pallas_kernels import RaggedMeta, RaggedPagedAttention, select
 
 BACKEND = "invariant"  # the attention backend whose rows do not depend on each other
 BLOCK_SIZE = 64  # cells; any that divides the backend's tile of keys gives the same bits
@@ -49,8 +51,8 @@ def by_tiles(
     assert n_tokens % n_rows == 0, (n_tokens, n_rows)
 
     def run(ids: Int[Array, "R"], caches: tuple[Cache, ...], meta: RaggedMeta):
-        attend = partial(_attend, attention, meta)
-        return model.hidden_states(ids, meta.positions, caches, attend, layers)
+        attending = partial(attend, attention, meta)
+        return model.hidden_states(ids, meta.positions, caches, attending, layers)
 
     def body(i, carry):
         hidden, caches = carry
@@ -63,11 +65,6 @@ def by_tiles(
     hidden = jnp.zeros((n_tokens, *row.shape[1:]), row.dtype)
     n_tiles = (meta.cu_q_lens[-1] + n_rows - 1) // n_rows
     return lax.fori_loop(0, n_tiles, body, (hidden, caches))
-
-
-def _attend(attention: RaggedPagedAttention, meta: RaggedMeta, q, k, v, cache, **options):
-    with jax.named_scope("attention"):
-        return attention(q, k, v, cache, meta, **options)
 
 
 def cut(meta: RaggedMeta, start: Int[Array, ""] | int, n_tokens: int) -> RaggedMeta:
@@ -86,7 +83,7 @@ def cut(meta: RaggedMeta, start: Int[Array, ""] | int, n_tokens: int) -> RaggedM
 @jax.custom_vjp
 def logprobs_by_tiles(model: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T-1"]:
     """Of each token but the first, after those before it in its row: what a deterministic engine
-    says, bit for bit. The gradient is that of the dense forward.
+    says, bit for bit, unless its KV cache is quantised. The gradient is that of the dense forward.
 
     Raises:
         ConfigError: the model is on several devices.
@@ -114,15 +111,11 @@ def logprobs_by_tiles(model: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B 
     return found.reshape(tokens.shape)[:, :-1]
 
 
-def _empty_caches(config: ModelConfig, dtype: str, n_blocks: int) -> tuple[Array, ...]:
-    shape = cache_shape(
-        BACKEND,
-        n_blocks=n_blocks,
-        n_kv_heads=config.n_kv_heads,
-        block_size=BLOCK_SIZE,
-        head_size=config.head_dim,
-    )
-    return (jnp.zeros(shape, cache_dtype(dtype, jax.default_backend())),) * config.n_layers
+def _empty_caches(config: ModelConfig, dtype: str, n_blocks: int) -> tuple[Cache, ...]:
+    layout = CacheLayout.of(config, backend=BACKEND, dtype=dtype, block_size=BLOCK_SIZE)
+    arrays = layout.absent(n_blocks, make_mesh(1))
+    empty = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), arrays)
+    return (empty,) * config.n_layers
 
 
 def whole_rows(n_seqs: int, length: int, n_rows: int) -> RaggedMeta:

@@ -60,7 +60,7 @@ HEAD_NORMS = {
     "attention.q_norm.weight": Split(0, "queries"),
     "attention.k_norm.weight": Split(0, "keys"),
 }
-CACHE = PartitionSpec(None, AXIS)  # "B K 2 C H" by KV heads
+CACHE = PartitionSpec(None, AXIS)  # "B K 2 C H" and its scales "B K 2 C" by KV heads
 HEADS = PartitionSpec(None, AXIS)  # "T N H" by heads
 
 
@@ -237,13 +237,17 @@ def shard_attention(attention, mesh: Mesh):
     if mesh.size == 1:
         return attention
 
-    def sharded(q, k, v, cache, meta, *, spec, **per_head):
+    def sharded(q, k, v, cache, meta, *, spec, kv_scales=None, **per_head):
+        def own(*arrays):
+            return attention(*arrays[:5], spec=spec, kv_scales=arrays[5], **arrays[6])
+
+        n_pools = 1 if kv_scales is None else 2
         return jax.shard_map(
-            lambda *arrays: attention(*arrays[:-1], spec=spec, **arrays[-1]),
+            own,
             mesh=mesh,
-            in_specs=(HEADS, HEADS, HEADS, CACHE, PartitionSpec(), PartitionSpec(AXIS)),
-            out_specs=(HEADS, CACHE),
+            in_specs=(HEADS, HEADS, HEADS, CACHE, PartitionSpec(), CACHE, PartitionSpec(AXIS)),
+            out_specs=(HEADS, *(CACHE,) * n_pools),
             check_vma=False,
-        )(q, k, v, cache, meta, per_head)
+        )(q, k, v, cache, meta, kv_scales, per_head)
 
     return sharded

@@ -283,7 +283,7 @@ def cache_labels(config: Any) -> str:
     values = {
         "block_size": config.block_size,
         "num_gpu_blocks": config.num_kv_blocks,
-        "cache_dtype": config.dtype,
+        "cache_dtype": config.cache_dtype,
         "enable_prefix_caching": config.enable_prefix_caching,
     }
     return "".join(f',{name}="{value}"' for name, value in values.items())

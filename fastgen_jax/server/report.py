@@ -80,8 +80,9 @@ class StartupReport:
         assert config.max_model_len
         n_tokens = config.num_kv_blocks * config.block_size
         log.info(
-            "KV cache %d blocks of %d = %d tokens: %.1f requests of full length at once",
-            config.num_kv_blocks, config.block_size, n_tokens, n_tokens / config.max_model_len,
+            "KV cache %d blocks of %d = %d tokens in %s: %.1f requests of full length at once",
+            config.num_kv_blocks, config.block_size, n_tokens, config.cache_dtype,
+            n_tokens / config.max_model_len,
         )  # fmt: skip
         line = f"; try:\n{curl(self.url, self.model_name, self.uds)}" if self.url else ""
         log.info("ready    in %.1f s%s", now - self.started, line)

@@ -52,6 +52,11 @@ def test_engine_seed_has_32_bits(value):
             "dtype must be one of auto, float32, bfloat16, float16, got 'float8'",
         ),
         ({"load_format": "pickle"}, "load_format must be one of auto, dummy, got 'pickle'"),
+        (
+            {"kv_cache_dtype": "fp8_e5m2"},
+            "kv_cache_dtype must be one of auto, int8, fp8, fp8_e4m3, got 'fp8_e5m2'",
+        ),
+        ({"kv_cache_dtype": ["int8"]}, r"kv_cache_dtype must be one of .*, got \['int8'\]"),
     ],
 )
 def test_engine_choices_name_what_is_known(given, message):

@@ -130,7 +130,7 @@ def test_nothing_compiles_after_warm_up(engine, forbid_compile):
 def test_step_aliases_the_cache_and_needs_little_memory_beside_it(folder):
     engine = make_engine(folder, num_kv_blocks=4096)
     runner = engine._runner
-    cache_bytes = sum(cache.nbytes for cache in runner.state.caches)
+    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(runner.state.caches))
     for shape in runner.shapes:
         memory = runner.programs.made[shape].memory_analysis()
         assert memory.alias_size_in_bytes >= cache_bytes
@@ -370,7 +370,7 @@ def test_tensor_parallel_engine_makes_the_same_tokens():
     sharded = one_program(dataclasses.replace(options, tensor_parallel_size=2))
     expected = [tokens(o) for o in run(single, requests)]
     assert [tokens(o) for o in run(sharded, requests)] == expected
-    cache = sharded._runner.state.caches[0]
+    cache = sharded._runner.state.caches[0].cells
     assert cache.sharding.shard_shape(cache.shape)[1] == cache.shape[1] // 2
 
 

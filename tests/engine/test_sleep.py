@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -40,7 +41,7 @@ def engine(running):
 
 
 def cache_bytes(engine):
-    return sum(cache.nbytes for cache in engine._runner.state.caches)
+    return sum(x.nbytes for x in jax.tree.leaves(engine._runner.state.caches))
 
 
 def greedy(engine, prompt=PROMPT):

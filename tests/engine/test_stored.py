@@ -67,7 +67,7 @@ def test_stored_programs_serve_as_compiled_ones_do(made):
         requests = random_requests(1, 4)
         expected = [Naive(engine).greedy(r.prompt_token_ids, 24) for r in requests[:1]]
         assert [tokens(o) for o in run(engine, requests)][:1] == expected
-        cache = engine._runner.state.caches[0]
+        cache = engine._runner.state.caches[0].cells
         run(engine, requests[:1])
         assert cache.is_deleted(), "the cache is not donated"
 
@@ -155,6 +155,13 @@ def test_a_tpus_programs_know_libtpus_flags(monkeypatch):
     )
     assert "LIBTPU_INIT_ARGS" in stored.FLAGS["tpu"]
     assert stored._flags("LIBTPU_INIT_ARGS") == "--xla_tpu_scoped_vmem_limit_kib=1"
+
+
+def test_another_kv_cache_is_told_and_has_its_own_size(made, caplog):
+    with start(made, num_kv_blocks=None, kv_cache_dtype="int8") as engine:
+        assert kinds(engine) == {jax.stages.Compiled}
+        assert engine.config.num_kv_blocks != SIZES["num_kv_blocks"]
+    assert "kv_cache_dtype was auto and is int8" in caplog.text
 
 
 def test_programs_without_a_callers_logits_processor_are_not_used_with_it(made, caplog):

@@ -14,11 +14,12 @@ from fastgen_jax.engine.startup import BACKENDS, DEFAULT_PROCESSORS
 from fastgen_jax.engine.step import COMPILER_OPTIONS, DeviceState, Program, step
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Model
+from fastgen_jax.models.kv_cache import CacheLayout
 from fastgen_jax.models.layers import Policy
 from fastgen_jax.models.layout import HeadLayout
-from fastgen_jax.models.sharding import cache_sharding, placed
+from fastgen_jax.models.sharding import placed
 from fastgen_jax.sampling_params import MAX_LOGIT_BIAS
-from pallas_kernels import cache_shape, plan_sizes
+from pallas_kernels import plan_sizes
 from tests import targets
 
 LLAMA_3_8B = ModelConfig(
@@ -64,12 +65,13 @@ def compile_step(
     attention: str = "",
     cache_bytes: int = 1 << 30,
     row_tile: int | None = None,
+    kv_dtype: str = "bfloat16",
     **compiler_options: Any,
 ):
     """The compiled step in bfloat16 with the engine's sizes, and its cache's bytes on a device.
 
     attention: a backend's name; by default that of the platform.
-    cache_bytes: about as many on each device.
+    cache_bytes: about as many on each device, of a cache of kv_dtype.
     row_tile: see Program; rows are drawn in tiles of that size too.
     compiler_options: beside the engine's.
     """
@@ -92,23 +94,20 @@ def compile_step(
     model = abstract_model(config, Policy("bfloat16", "bfloat16", mesh))
     sample_tile = row_tile or backend.sample_tile
     program = Program(jax.tree.structure(model), attention, mesh, sample_tile, row_tile)
-    block_bytes = 2 * config.n_layers * 2 * heads.n_own_kv_slots
-    block_bytes *= backend.block_size * config.head_dim
-    own = cache_shape(
-        attention,
-        n_blocks=cache_bytes // block_bytes,
-        n_kv_heads=heads.n_own_kv_slots,
+    layout = CacheLayout.of(
+        config,
+        backend=attention,
+        dtype=kv_dtype,
         block_size=backend.block_size,
-        head_size=config.head_dim,
+        n_shards=n_devices,
     )
-    cache = jax.ShapeDtypeStruct(
-        (own[0], heads.n_kv_slots, *own[2:]), jnp.bfloat16, sharding=cache_sharding(mesh)
-    )
+    block_bytes = config.n_layers * layout.block_bytes
+    n_blocks = cache_bytes // block_bytes
     compiled = target.compile(
         functools.partial(step, program=program, shape=shape),
         placed_params(model, mesh),
         DeviceState(
-            (cache,) * config.n_layers,
+            (layout.absent(n_blocks, mesh),) * config.n_layers,
             jax.ShapeDtypeStruct((N_SEQS + 1, config.max_position), jnp.int32),
         ),
         jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32),
@@ -116,4 +115,4 @@ def compile_step(
         donate_argnums=(1,),
         compiler_options=COMPILER_OPTIONS.get(platform, {}) | compiler_options,
     )
-    return compiled, own[0] * block_bytes
+    return compiled, n_blocks * block_bytes

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgen_jax.engine.config import EngineConfig
-from fastgen_jax.engine.startup import block_elements
+from fastgen_jax.engine.startup import layout_of
 from fastgen_jax.engine.types import Request
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layout import EMPTY, HeadLayout, places, taken
@@ -170,7 +170,7 @@ def test_cache_of_a_device_has_its_slots(tmp_path):
     changes, n_devices = SHAPES["Phi-4's heads"]
     options = OPTIONS | {"tensor_parallel_size": n_devices}
     engine = one_program(EngineConfig(model=write_config(tmp_path, **changes), **options))
-    cache = engine._runner.state.caches[0]
+    cache = engine._runner.state.caches[0].cells
     own = cache.sharding.shard_shape(cache.shape)
     assert own[1] == 3
-    assert np.prod(own[1:]) == block_elements(engine.config, engine.model_config)
+    assert np.prod(own[1:]) == layout_of(engine.config, engine.model_config).block_elements

@@ -79,8 +79,9 @@ class FakeEngine:
 
     def __post_init__(self):
         self.config = SimpleNamespace(
-            model="fake", tokenizer=None, dtype="float32", block_size=16, num_kv_blocks=256,
-            max_model_len=MAX_TOKENS, max_queued_requests=self.max_queued_requests,
+            model="fake", tokenizer=None, dtype="float32", cache_dtype="float32", block_size=16,
+            num_kv_blocks=256, max_model_len=MAX_TOKENS,
+            max_queued_requests=self.max_queued_requests,
             enable_prefix_caching=True, max_num_batched_tokens=512, max_num_seqs=64,
         )  # fmt: skip
         self.model_config = SimpleNamespace(

@@ -33,7 +33,7 @@ QUERIED = {
     "prefix_cache_hits_total": {},
     "request_success_total": {"finished_reason": "length"},
     "prompt_tokens_by_source_total": {"source": "local_compute"},
-    "cache_config_info": {"block_size": "16", "num_gpu_blocks": "256"},
+    "cache_config_info": {"block_size": "16", "num_gpu_blocks": "256", "cache_dtype": "float32"},
     **{f"{name}_sum": {} for name in TIMES + SIZES},
     **{f"{name}_count": {} for name in TIMES + SIZES},
     **{f"{name}_bucket": {"le": "+Inf"} for name in TIMES + SIZES},
