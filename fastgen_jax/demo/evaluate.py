@@ -89,9 +89,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--examples", type=int, default=40, help="per length and depth")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto, int8 or fp8")
     parser.add_argument("--seen", action="store_true", help="ask for names and numbers as trained")
     args = parser.parse_args()
-    with LLM(str(args.checkpoint), max_model_len=2048) as llm:
+    options = {"max_model_len": 2048, "kv_cache_dtype": args.kv_cache_dtype}
+    with LLM(str(args.checkpoint), **options) as llm:
         shares = table(llm, n_examples=args.examples, held_out=not args.seen, seed=args.seed)
         print("story tokens", *(f"depth {depth:4.2f}" for depth in DEPTHS), sep="  ")
         for length, row in zip(LENGTHS, shares, strict=True):
