@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastgen_jax.config import LIBRARY, is_integer, is_json_object, is_real, option, show
 from fastgen_jax.errors import ConfigError
@@ -10,6 +10,7 @@ from fastgen_jax.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 COMPILE = ("all", "first")
+AUTO = "auto"
 # Of the KV cache, by vLLM's names; None: the model's.
 KV_CACHE_DTYPES = {
     "auto": None,
@@ -98,9 +99,18 @@ class EngineConfig:
     enable_prefix_caching: bool = option(
         True, "reuse the KV blocks of prompts that start alike", "cache"
     )
-    max_num_batched_tokens: int | None = option(
+    max_num_batched_tokens: int | Literal["auto"] | None = option(
         None,
-        "token budget of one step, the SplitFuse budget (default: 512 on CPU, else 768)",
+        "token budget of one step, the SplitFuse budget; auto: as target_itl_ms wants, from how "
+        "long steps take here, which is measured at the first start (default: 512 on CPU, else "
+        "768)",
+        "scheduler",
+    )
+    target_itl_ms: float | None = option(
+        None,
+        "with max_num_batched_tokens=auto: milliseconds that may pass between two tokens of a "
+        "running request while prompts are computed (default: as many as it takes for nearly the "
+        "most tokens per second)",
         "scheduler",
     )
     max_num_seqs: int | None = option(
@@ -173,6 +183,7 @@ class EngineConfig:
                      "max_num_seqs", "max_queued_requests", "tensor_parallel_size"):  # fmt: skip
             value = getattr(self, name)
             is_open = value is None and type(self).__dataclass_fields__[name].default is None
+            is_open |= value == AUTO and name == "max_num_batched_tokens"
             if not is_open and not (is_integer(value) and value > 0):
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if self.max_model_len == 1:
@@ -183,8 +194,23 @@ class EngineConfig:
             raise ConfigError(
                 "num_kv_blocks must be at least 2, got 1: the first holds no tokens of requests"
             )
+        self._check_pace()
         share = self.memory_fraction
         if share is not None and not (is_real(share) and 0 < share <= 1):
             raise ConfigError(f"memory_fraction must be in (0, 1], got {share!r}")
         if not (is_integer(self.seed) and 0 <= self.seed < 2**32):
             raise ConfigError(f"seed must be an integer in [0, 2**32), got {self.seed!r}")
+
+    def _check_pace(self) -> None:
+        target, is_auto = self.target_itl_ms, self.max_num_batched_tokens == AUTO
+        if target is not None and not (is_real(target) and target > 0):
+            raise ConfigError(f"target_itl_ms must be a positive number, got {show(target)}")
+        if target is not None and not is_auto:
+            raise ConfigError(
+                "target_itl_ms chooses the token budget of steps; give max_num_batched_tokens=auto"
+            )
+        if is_auto and self.deterministic:
+            raise ConfigError(
+                "deterministic computes steps of one size only; give max_num_batched_tokens a "
+                "number"
+            )

@@ -39,6 +39,7 @@ class Placement:
         self._config, self._window = config, window
         self._policy, self._make_tables = policy, make_tables
         self.limits = Limits(config.max_num_batched_tokens, config.max_num_seqs, config.block_size)
+        self._pace = config.pace
         self.n_preemptions = 0
         self.lose(())
 
@@ -74,6 +75,8 @@ class Placement:
         The waiting ones in the plan hold their cached prefixes already, and no others.
         """
         self._drop_unseen(sequences)
+        if self._pace is not None:
+            self.limits = self.limits._replace(max_batched_tokens=self._pace.budget(sequences))
         attached = self._attach_prefixes(sequences)
         plan = self._schedule(sequences)
         admitted = {chunk.sequence.id for chunk in plan.chunks if chunk.sequence.row < 0}

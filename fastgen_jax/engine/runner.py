@@ -32,9 +32,13 @@ def zeros(like: Any) -> Callable[[], Any]:
     return jax.jit(make, out_shardings=places).lower().compile()
 
 
-def buckets(smallest: int, largest: int) -> list[int]:
-    """Padded sizes: powers of two, but for 4, which 8 serves as well; `largest` too."""
-    sizes, size = {largest}, smallest
+def buckets(smallest: int, largest: int, n_between: int = 0) -> list[int]:
+    """Padded sizes: powers of two, but for 4, which 8 serves as well; `largest` too, and so many
+    between it and its half.
+    """
+    parts = 2 * (n_between + 1)
+    sizes = {largest * i // parts for i in range(parts // 2 + 1, parts + 1)}
+    size = smallest
     while size < largest:
         sizes.add(size)
         size *= 4 if size == 2 else 2
@@ -147,13 +151,22 @@ class Runner:
 
 
 def make_shapes(
-    *, smallest: int, max_batched_tokens: int, max_seqs: int, table_width: int, tile: int
+    *,
+    smallest: int,
+    max_batched_tokens: int,
+    max_seqs: int,
+    table_width: int,
+    tile: int,
+    n_between: int = 0,
 ) -> list[Shape]:
     """One shape per token bucket; a batch of T tokens has at most T sequences, in whole sample
     tiles.
+
+    Args:
+        n_between: further buckets between the largest and its half.
     """
     shapes = []
-    for n_tokens in buckets(smallest, max_batched_tokens):
+    for n_tokens in buckets(smallest, max_batched_tokens, n_between):
         n_seqs = min(n_tokens, max_seqs)
         if n_seqs > tile:
             n_seqs = math.ceil(n_seqs / tile) * tile

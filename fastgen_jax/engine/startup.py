@@ -22,10 +22,13 @@ from jax.sharding import Mesh
 
 from fastgen_jax.config import is_integer
 from fastgen_jax.engine.batch import MaskedShape, Shape
+from fastgen_jax.engine.budget import choose, keep, kept
 from fastgen_jax.engine.compiled import keep_compiled
-from fastgen_jax.engine.config import KV_CACHE_DTYPES, EngineConfig
+from fastgen_jax.engine.config import AUTO, KV_CACHE_DTYPES, EngineConfig
+from fastgen_jax.engine.pace import Pace
 from fastgen_jax.engine.processors import Processor, read_processors
 from fastgen_jax.engine.recipe import Recipe, make_recipe
+from fastgen_jax.engine.rehearsal import Stage, rehearse
 from fastgen_jax.engine.runner import Runner, make_shapes
 from fastgen_jax.engine.source import Load, source_of
 from fastgen_jax.engine.stored import Loaded, Stored, differences, find, load, purpose
@@ -74,6 +77,8 @@ BACKENDS = {
     "tpu": Backend("pallas_tpu", 128, 768, 256, 0.9, 1024, 16),
 }
 
+MOST = 4  # times the default token budget are tried out
+N_BETWEEN = 3  # programs between the largest and its half, where steps are paced
 DEFAULT_PROCESSORS = 132  # of a GPU that does not tell
 
 
@@ -85,7 +90,8 @@ class ResolvedConfig(EngineConfig):
     max_model_len: int = 0
     block_size: int = 0
     num_kv_blocks: int = 0
-    max_num_batched_tokens: int = 0
+    max_num_batched_tokens: int = 0  # at most; see pace
+    pace: Pace | None = field(default=None, hash=False, compare=False)
     max_num_seqs: int = 0
     memory_fraction: float = 0.0
     processors: tuple[Processor, ...] = field(default=(), hash=False, compare=False)
@@ -126,6 +132,11 @@ def start(config: EngineConfig, on_phase: OnPhase, module: nnx.Module | None = N
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype=source.dtype or config.dtype)
     mesh = make_mesh(config.tensor_parallel_size)
+    is_auto, target = config.max_num_batched_tokens == AUTO, config.target_itl_ms
+    if is_auto:
+        config = dataclasses.replace(
+            config, max_num_batched_tokens=most_tokens(mesh), target_itl_ms=None
+        )
     resolved, model_config, shapes = design(config, model_config, mesh)
     devices = list(mesh.devices.flat)
     stored = find(source.directory, devices, is_trusted=config.trust_programs)
@@ -136,6 +147,10 @@ def start(config: EngineConfig, on_phase: OnPhase, module: nnx.Module | None = N
         n_blocks = _stored_blocks(stored, resolved, model_config, devices, free)
         n_blocks = n_blocks or fit_blocks(resolved, model_config, model, shapes, mesh, free)
         resolved = dataclasses.replace(resolved, num_kv_blocks=n_blocks)
+    if is_auto:
+        resolved, shapes = paced(
+            resolved, model, model_config, shapes, mesh, target and target / 1e3
+        )
     recipe = recipe_of(model, model_config, resolved, mesh)
     wanted = purpose(resolved, model_config, devices)
     make = maker(recipe, stored if stored and is_for(stored, wanted) else None)
@@ -154,6 +169,48 @@ def design(
     model = fit_rope(model, resolved.max_model_len)
     check_cache(resolved, model, config.num_kv_blocks or 2)
     return resolved, model, _shapes(resolved, model, mesh)
+
+
+def most_tokens(mesh: Mesh) -> int:
+    """The largest token budget that is tried out on the devices of a mesh."""
+    return MOST * BACKENDS[mesh.devices.flat[0].platform].max_num_batched_tokens
+
+
+def paced(
+    config: ResolvedConfig,
+    model: nnx.Module,
+    model_config: ModelConfig,
+    shapes: list[Shape],
+    mesh: Mesh,
+    target: float | None,
+) -> tuple[ResolvedConfig, list[Shape]]:
+    """With the token budget that this machine, and steps of `target` seconds, want; steps are timed
+    where that has not been done before.
+    """
+    devices, directory = list(mesh.devices.flat), config.compilation_cache
+    key = purpose(config, model_config, devices)
+    surface = kept(directory, key)
+    if surface is None:
+        runner = Runner(model, recipe_of(model, model_config, config, mesh), shapes)
+        stage = Stage(
+            config.max_num_seqs, config.max_model_len, config.block_size, config.num_kv_blocks,
+            model_config.vocab_size,
+        )  # fmt: skip
+        surface = rehearse(runner, stage)
+        runner.close()
+        keep(directory, key, surface)
+    n_tokens = choose(surface, target)
+    resolved = dataclasses.replace(
+        config,
+        max_num_batched_tokens=n_tokens,
+        max_num_seqs=min(config.max_num_seqs, n_tokens),
+        pace=target and Pace(surface, target),
+    )
+    shapes = _shapes(resolved, model_config, BACKENDS[devices[0].platform], mesh)
+    if target:
+        surface = surface._replace(sizes=tuple(shape.n_tokens for shape in shapes))
+        resolved = dataclasses.replace(resolved, pace=Pace(surface, target))
+    return resolved, shapes
 
 
 def maker(recipe: Recipe, stored: Stored | None) -> Callable[[Shape | MaskedShape], Any]:
@@ -219,6 +276,10 @@ def resolve(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> ResolvedCon
     length = config.max_model_len or longest
     block_size = config.block_size or backend.block_size
     batched = config.max_num_batched_tokens or backend.max_num_batched_tokens
+    if isinstance(batched, str):
+        raise ConfigError(
+            "max_num_batched_tokens=auto is measured on the machine that serves; give a number here"
+        )
     max_seqs = min(config.max_num_seqs or backend.max_num_seqs, batched)
     attention = config.attention_backend
     if attention == "auto":
@@ -355,6 +416,7 @@ def _shapes(config: ResolvedConfig, model: ModelConfig, mesh: Mesh) -> list[Shap
         max_seqs=config.max_num_seqs,
         table_width=config.table_width,
         tile=backend.sample_tile,
+        n_between=N_BETWEEN if config.pace else 0,
     )
     if config.deterministic:
         shapes = [_only_shape(shapes[-1], device.platform)]

@@ -152,10 +152,23 @@ def _kind(field: Field, annotation: Any) -> dict[str, Any]:
     is_list = typing.get_origin(annotation) is tuple
     if is_list:
         annotation = typing.get_args(annotation)[0]
-    (kind,) = [t for t in typing.get_args(annotation) or (annotation,) if t is not type(None)]
+    kinds = [t for t in typing.get_args(annotation) or (annotation,) if t is not type(None)]
+    words = [word for t in kinds for word in typing.get_args(t) if _is_literal(t)]
+    (kind,) = [t for t in kinds if not _is_literal(t)]
     readers = {int: (whole_number, "N"), float: (float, "X"), str: (str, "TEXT")}
     readers[Mapping] = (json_object, "JSON")
     reader, metavar = readers[typing.get_origin(kind) or kind]
     if is_list:
         return {"action": "append", "type": reader, "metavar": field.name.upper().split("_")[-1]}
+    if words:
+        number = reader
+        metavar = "|".join([metavar, *words])
+
+        def reader(text: str) -> Any:
+            return text if text in words else number(text)
+
     return {"type": reader, "metavar": metavar}
+
+
+def _is_literal(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is typing.Literal
