@@ -5,7 +5,7 @@
 
 Engines of the demo model with fixed token budgets, and with auto, take turns at the same requests.
 The time between two tokens of a running request is that of a step: `median` and `P95` are of the
-steps that hold prompts and decodes, in all rounds, and `off` is how far the median is from the target.
+steps that hold prompts and decodes, in all rounds; `off` is how far the median is from the target.
 Throughput is of prompt and generated tokens, as the share of what the best fixed budget did in the
 same round (median of the rounds). The first start measures steps, unless it has been done before.
 """
