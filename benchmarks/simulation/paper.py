@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.simulation import results, workloads
 from benchmarks.simulation.measures import Record
 from benchmarks.simulation.setup import Setup
-from benchmarks.simulation.step_time import Work
+from fastgen_jax.engine.surface import Work
 
 CLIENTS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32)
 N_REQUESTS = 512

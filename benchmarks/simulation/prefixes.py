@@ -21,8 +21,8 @@ from benchmarks.simulation.cluster import (
 )
 from benchmarks.simulation.measures import Record
 from benchmarks.simulation.replica import Job, Replica, sizes
-from benchmarks.simulation.step_time import Work
 from fastgen_jax.cluster.ticket import read_ticket
+from fastgen_jax.engine.surface import Work
 
 STEP, TOKEN = 0.010, 30e-6  # seconds: about an 8B model on one accelerator
 N_DOCUMENTS, DOCUMENT = 64, 2000  # and tokens of one

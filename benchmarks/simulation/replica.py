@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.simulation.step_time import StepTime, Work
+from benchmarks.simulation.step_time import StepTime
 from fastgen_jax.engine.placement import Placement
 from fastgen_jax.engine.scheduler import Policy
 from fastgen_jax.engine.startup import ResolvedConfig
+from fastgen_jax.engine.surface import Work
 from fastgen_jax.engine.types import Plan, Sequence
 from fastgen_jax.sampling_params import SamplingParams
 

@@ -4,68 +4,13 @@ All three see counts only. Seconds are of the device; what the host adds is said
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import numpy as np
-from scipy.optimize import nnls
-
 from benchmarks.simulation.chips import CHIPS, MODELS, Chip, Model
-
-
-class Work(NamedTuple):
-    """What a step computes: q new tokens of each sequence, which then has C in the cache."""
-
-    n_tokens: int  # sum of q
-    n_context: int  # sum of C: cells read
-    n_pairs: float  # sum of q C, less what is masked: scores computed
-
+from fastgen_jax.engine.surface import Work
 
 StepTime = Callable[[Work], float]
-N_FITS = 4  # each with the errors' scale of the one before
-
-
-class Surface(NamedTuple):
-    """Seconds t = max(a, b T) + c sum(C) + d sum(q C), T padded to the programs' sizes."""
-
-    a: float
-    b: float
-    c: float
-    d: float
-    sizes: tuple[int, ...] = ()
-
-    def __call__(self, work: Work) -> float:
-        n = padded(work.n_tokens, self.sizes)
-        return max(self.a, self.b * n) + self.c * work.n_context + self.d * work.n_pairs
-
-
-def padded(n_tokens: int, sizes: Sequence[int]) -> int:
-    return next((size for size in sizes if size >= n_tokens), n_tokens)
-
-
-def fit(works: Sequence[Work], seconds: Sequence[float], sizes: tuple[int, ...] = ()) -> Surface:
-    """The surface of least squared relative errors, nothing negative. Where the plateau ends is
-    tried at every size that occurs. Errors are relative to what is fitted, so that the mean of
-    noisy times is met, not their least.
-    """
-    t = np.array([padded(work.n_tokens, sizes) for work in works], float)
-    rest = np.array([work[1:] for work in works], float)
-    y = np.array(seconds)
-    scale, best = np.full_like(y, y.mean()), None
-    for _ in range(N_FITS):
-        best = min((_fit_to(end, t, rest, y, scale) for end in np.unique(t)), key=lambda f: f[0])
-        scale = best[1]
-    assert best is not None
-    return Surface(*best[2], sizes)
-
-
-def _fit_to(end: float, t: np.ndarray, rest: np.ndarray, y: np.ndarray, scale: np.ndarray):
-    """Error, fitted seconds and a, b, c, d of a plateau that ends there."""
-    is_flat = t <= end
-    columns = np.column_stack([is_flat, t * ~is_flat, rest]) / scale[:, None]
-    (a, b, c, d), _ = nnls(columns, y / scale)
-    fitted = np.maximum(a, b * t) + rest @ (c, d)
-    return np.square((y - fitted) / scale).sum(), fitted, (a, b, c, d)
 
 
 class Roofline(NamedTuple):

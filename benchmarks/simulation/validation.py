@@ -17,11 +17,11 @@ from benchmarks.simulation import results, workloads
 from benchmarks.simulation.cluster import Cluster, round_robin
 from benchmarks.simulation.measures import Record
 from benchmarks.simulation.replica import Job, Replica
-from benchmarks.simulation.step_time import Surface, Work, fit
 from fastgen_jax.built_in import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.history import StepRecord
+from fastgen_jax.engine.surface import Surface, Work, fit
 from fastgen_jax.engine.types import Request
 from fastgen_jax.sampling_params import SamplingParams
 

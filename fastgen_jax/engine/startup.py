@@ -206,7 +206,7 @@ def paced(
         max_num_seqs=min(config.max_num_seqs, n_tokens),
         pace=target and Pace(surface, target),
     )
-    shapes = _shapes(resolved, model_config, BACKENDS[devices[0].platform], mesh)
+    shapes = _shapes(resolved, model_config, mesh)
     if target:
         surface = surface._replace(sizes=tuple(shape.n_tokens for shape in shapes))
         resolved = dataclasses.replace(resolved, pace=Pace(surface, target))

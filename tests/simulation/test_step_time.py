@@ -4,15 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks.simulation.chips import CHIPS, MODELS, n_cells
-from benchmarks.simulation.step_time import (
-    LATENCY,
-    Published,
-    Roofline,
-    Surface,
-    Work,
-    fit,
-    published_weights,
-)  # fmt: skip
+from benchmarks.simulation.step_time import LATENCY, Published, Roofline, published_weights
+from fastgen_jax.engine.surface import Surface, Work, fit
 
 
 def decode(n: int, context: int) -> Work:

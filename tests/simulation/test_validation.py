@@ -5,8 +5,8 @@ import pytest
 from benchmarks.simulation import validation
 from benchmarks.simulation.measures import Record
 from benchmarks.simulation.replica import Job
-from benchmarks.simulation.step_time import Surface, Work
 from fastgen_jax.engine.history import StepRecord
+from fastgen_jax.engine.surface import Surface, Work
 from tests.tiny import make_engine
 
 SETTING = validation.Setting(20, 10, 3)
