@@ -93,7 +93,7 @@ def main() -> None:
     add("--model", default=DEMO)
     args = parser.parse_args()
     kinds = [*((n, None) for n in args.budget), *((AUTO, t) for t in (None, *args.target))]
-    engines = {kind: make_engine(*kind, args) for kind in kinds}
+    engines = {(n, target): make_engine(n, target, args) for n, target in kinds}
     turns: dict[tuple[int | str, float | None], list[Turn]] = {kind: [] for kind in kinds}
     for i in range(args.rounds + 1):
         vocab_size = next(iter(engines.values())).model_config.vocab_size

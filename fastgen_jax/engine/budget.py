@@ -58,7 +58,8 @@ def kept(directory: str | None, key: Mapping[str, Any]) -> Surface | None:
     is_good = len(coefficients) == 4 and all(is_real(x) and x >= 0 for x in coefficients)
     if not is_good or not sizes or not all(is_integer(n) and n > 0 for n in sizes):
         return None
-    return Surface(*map(float, coefficients), tuple(sizes))
+    a, b, c, d = map(float, coefficients)
+    return Surface(a, b, c, d, tuple(sizes))
 
 
 def keep(directory: str | None, key: Mapping[str, Any], surface: Surface) -> None:

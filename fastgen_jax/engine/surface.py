@@ -81,7 +81,8 @@ def fit(works: Sequence[Work], seconds: Sequence[float], sizes: tuple[int, ...] 
         best = min((_fit_to(end, t, rest, y, scale) for end in np.unique(t)), key=lambda f: f[0])
         scale = best[1]
     assert best is not None
-    return Surface(*map(float, best[2]), sizes)
+    a, b, c, d = map(float, best[2])
+    return Surface(a, b, c, d, sizes)
 
 
 def _fit_to(end: float, t: np.ndarray, rest: np.ndarray, y: np.ndarray, scale: np.ndarray):
