@@ -128,10 +128,13 @@ def check_block_size(backend: str, n_cells: int) -> None:
         )
 
 
-def check_heads(backend: str, *, head_size: int, group_size: int, dtype: Any) -> None:
-    """Raises ValueError for queries that the backend does not take.
+def check_heads(
+    backend: str, *, head_size: int, group_size: int, dtype: Any, cache_dtype: Any = None
+) -> None:
+    """Raises ValueError for queries, and a KV cache, that the backend does not take.
 
     group_size: query heads per KV head.
+    cache_dtype: None: the queries' dtype.
     """
     if backend in ("pallas_gpu", "jax_triton") and (head_size % 16 or group_size > MAX_GROUP_SIZE):
         raise ValueError(
@@ -139,12 +142,12 @@ def check_heads(backend: str, *, head_size: int, group_size: int, dtype: Any) ->
             f"sizes that 16 divides and at most {MAX_GROUP_SIZE} query heads per KV head"
         )
     if backend == "mosaic_gpu":
-        _check_wgmma(head_size, group_size, dtype)
+        _check_wgmma(head_size, group_size, dtype, dtype if cache_dtype is None else cache_dtype)
     if backend == "pallas_tpu" and dtype == jnp.float16:
         raise ValueError("pallas_tpu: TPUs have no float16; use bfloat16")
 
 
-def _check_wgmma(head_size: int, group_size: int, dtype: Any) -> None:
+def _check_wgmma(head_size: int, group_size: int, dtype: Any, cache_dtype: Any) -> None:
     if head_size not in (64, 128) or group_size not in (1, 2, 4, 8, 16):
         raise ValueError(
             f"head size {head_size} with {group_size} query heads per KV head: mosaic_gpu has head "
@@ -152,6 +155,12 @@ def _check_wgmma(head_size: int, group_size: int, dtype: Any) -> None:
         )
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
         raise ValueError(f"mosaic_gpu has bfloat16 and float16, not {dtype}; use pallas_gpu")
+    if jnp.dtype(cache_dtype) != jnp.dtype(dtype):
+        raise ValueError(
+            f"mosaic_gpu takes a KV cache of the queries' {jnp.dtype(dtype)}, not of "
+            f"{jnp.dtype(cache_dtype)}; "
+            "pallas_gpu takes both"
+        )
 
 
 def quantize(

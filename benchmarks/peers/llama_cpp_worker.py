@@ -112,7 +112,8 @@ class Batches:
         options.n_seq_max = n_seqs
         options.n_threads = options.n_threads_batch = os.cpu_count() or 1
         options.kv_unified = False
-        kind = ll.GGML_TYPE_F32 if dtype == "float32" else ll.GGML_TYPE_BF16
+        kinds = gguf.GGMLQuantizationType
+        kind = kinds.F32 if dtype == "float32" else kinds.BF16
         options.type_k = options.type_v = kind
         self.context = ll.llama_init_from_model(model, options)
         assert self.context, "llama.cpp made no context"

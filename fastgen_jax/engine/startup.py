@@ -401,6 +401,7 @@ def check_cache(config: ResolvedConfig, model: ModelConfig, n_blocks: int) -> No
             head_size=model.head_dim,
             group_size=heads.group_size,
             dtype=jnp.dtype(config.dtype),
+            cache_dtype=jnp.dtype(config.cache_dtype),
         )
         layout_of(config, model).shape(n_blocks)
     except ValueError as error:

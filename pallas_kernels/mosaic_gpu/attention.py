@@ -16,7 +16,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from pallas_kernels.contract import AttentionSpec, RaggedMeta, check_arguments, check_block_size
+from pallas_kernels.contract import (
+    AttentionSpec,
+    RaggedMeta,
+    check_arguments,
+    check_block_size,
+    check_heads,
+)
 from pallas_kernels.gpu.attention import decode
 from pallas_kernels.gpu.layout import check_plan, make_inputs, make_layout, write
 from pallas_kernels.mosaic_gpu.chunk import chunks
@@ -45,11 +51,8 @@ def ragged_paged_attention(
     """
     check_arguments(q, k, v, kv_cache, meta, kv_scales)
     check_plan("mosaic_gpu", q, kv_cache, meta)
-    if kv_cache.dtype != q.dtype or kv_scales is not None:
-        raise ValueError(
-            f"mosaic_gpu takes a KV cache of the queries' {q.dtype}, not of {kv_cache.dtype}; "
-            "pallas_gpu takes both"
-        )
+    heads = {"head_size": q.shape[2], "group_size": q.shape[1] // k.shape[1], "dtype": q.dtype}
+    check_heads("mosaic_gpu", **heads, cache_dtype=kv_cache.dtype)
     check_block_size("mosaic_gpu", kv_cache.shape[3])
     kv_cache, _ = write(k, v, kv_cache, None, meta)
     inputs = make_inputs(q, kv_cache, None, meta, alibi_slopes, sinks)

@@ -49,6 +49,7 @@ def test_chips_but_hopper_are_refused_by_name():
         ({"head_size": 80}, "head size 80 with 4 query heads per KV head: mosaic_gpu has head"),
         ({"group_size": 7}, "head size 128 with 7 query heads per KV head: mosaic_gpu has head"),
         ({"dtype": jnp.float32}, "mosaic_gpu has bfloat16 and float16, not .*float32"),
+        ({"cache_dtype": "int8"}, "a KV cache of the queries' bfloat16, not of int8; pallas_gpu"),
     ],
 )
 def test_heads_that_the_kernel_does_not_take_are_refused(changed, message):
