@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks import kept
 from benchmarks.policies import POLICIES
-from benchmarks.simulation import paper, results, scaling, workloads
+from benchmarks.simulation import paper, scaling, workloads
 from benchmarks.simulation.chips import CHIPS, MODELS
 from benchmarks.simulation.cluster import ROUTERS
 from benchmarks.simulation.measures import Record
@@ -52,17 +53,17 @@ def reproduce(args: argparse.Namespace) -> None:
     print(text)
     if args.save:
         points = [*paper.points(alone), *paper.points(waiting)]
-        results.save(RESULTS, "simulated_paper", rows, text, host=host, curves=points)
+        kept.save(RESULTS, "simulated_paper", rows, text, host=host, curves=points)
 
 
 def scale(args: argparse.Namespace) -> None:
     rows = []
     for row in scaling.study(args.sizes, args.requests_each, args.load):
         rows.append(row)
-        print(results.markdown([row]).splitlines()[-1], flush=True)
+        print(kept.markdown([row]).splitlines()[-1], flush=True)
         text = scaling.text(rows, args.load)
         if args.save:
-            results.save(RESULTS, "simulated_scaling", rows, text)
+            kept.save(RESULTS, "simulated_scaling", rows, text)
     print(text)
 
 
@@ -90,7 +91,7 @@ def validate(args: argparse.Namespace) -> None:
     print(text)
     if args.save:
         found = surface._asdict()
-        results.save(RESULTS, "simulated_validation", rows, text, is_measured=True, surface=found)
+        kept.save(RESULTS, "simulated_validation", rows, text, is_measured=True, surface=found)
     if not validation.is_close(rows):
         sys.exit("some differ by more than 15 %")
 

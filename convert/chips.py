@@ -52,6 +52,18 @@ GPUS: dict[str, dict[str, Any]] = {
         "l2": 52428800,
         "memory": 84978434048,
     },
+    "h200": {
+        "name": "NVIDIA H200",
+        "major": 9,
+        "cores": 132,
+        "fpus": 128,
+        "clock": 1.98,
+        "shared_per_core": 233472,
+        "shared_per_block": 232448,
+        "bandwidth": 4800000000000,
+        "l2": 52428800,
+        "memory": 150754820096,
+    },
     "a100": {
         "name": "NVIDIA A100-SXM4-80GB",
         "major": 8,
@@ -66,7 +78,7 @@ GPUS: dict[str, dict[str, Any]] = {
     },
 }
 KNOWN = f"cpu, {', '.join(GPUS)}, {', '.join('tpu-' + name.removeprefix('tpu') for name in TPUS)}"
-NAME = re.compile(r"(cpu|[a-z]+100|tpu-[a-z0-9]+?)(?:-([1-8]))?")
+NAME = re.compile(r"(cpu|[ah][12]00|tpu-[a-z0-9]+?)(?:-([1-8]))?")
 
 
 class Chips(NamedTuple):

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import kept
 from benchmarks.policies import POLICIES
-from benchmarks.simulation import results, workloads
+from benchmarks.simulation import workloads
 from benchmarks.simulation.measures import LEVELS, Record
 from benchmarks.simulation.setup import WHOLE
 from benchmarks.simulation.validation import Driver
@@ -97,10 +98,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     rows = compare(args)
-    text = f"# Policies on one engine, {args.clients} clients\n\n{results.markdown(rows)}"
+    text = f"# Policies on one engine, {args.clients} clients\n\n{kept.markdown(rows)}"
     print(text)
     if args.save:
-        results.save(FOLDER, "policies", rows, text, is_measured=True)
+        kept.save(FOLDER, "policies", rows, text, is_measured=True)
 
 
 if __name__ == "__main__":

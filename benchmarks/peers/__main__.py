@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks.engine.throughput import SHAPE, make_workload, write_checkpoint
 from benchmarks.peers.contest import Contest, Standing, Worker
 from benchmarks.peers.environments import PEERS, Absent, python_of
-from benchmarks.peers.report import make_report, markdown, save
+from benchmarks.peers.report import save, text
 
 CHECK = "8x64+16"
 
@@ -36,10 +36,9 @@ def main() -> None:
             write_checkpoint(Path(folder), SHAPE)
         for dtype in args.dtype:
             standings += contest(args, str(model), dtype, peers)
-    report = make_report(peers, standings)
-    print(markdown(report), end="")
+    print(text(peers, standings))
     if args.out:
-        print(f"kept as {save(report, args.out)}", file=sys.stderr)
+        save(args.out, peers, standings)
 
 
 def contest(
@@ -81,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     add("--new-std", type=float, default=0.3, help="of output lengths, as a share of their mean")
     add("--rounds", type=int, default=3)
     add("--model", type=Path, help="a Llama checkpoint to measure instead of the random one")
-    add("--out", type=Path, help="folder in which the table is kept as Markdown, CSV and JSON")
+    add("--out", type=Path, help="folder that keeps the table as Markdown, CSV and JSON")
     return parser.parse_args()
 
 

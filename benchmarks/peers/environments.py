@@ -36,7 +36,6 @@ PEERS = {
     ),
     "openvino": Peer("openvino-genai optimum-intel nncf tabulate torch"),
     "llama_cpp": Peer("llama-cpp-python gguf safetensors ml_dtypes"),
-    "easydel": Peer("easydel"),
 }
 
 

@@ -4,19 +4,11 @@ A ratio is of one round, in which all engines had the same requests one after th
 machine does beside them slows a round as a whole, and falls out.
 """
 
-import csv
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
+from benchmarks import kept
 from benchmarks.peers.contest import Standing
 
 COLUMNS: tuple[str, ...] = (
@@ -28,35 +20,6 @@ COLUMNS: tuple[str, ...] = (
     "ours / it",
     "same tokens",
 )
-
-
-class Report(NamedTuple):
-    """Where, when and of what; `peers` are the engines' versions, or why they were not there."""
-
-    date: str
-    machine: str
-    versions: dict[str, str]
-    command: str
-    peers: dict[str, str]
-    standings: list[Standing]
-
-
-def make_report(peers: dict[str, str], standings: list[Standing]) -> Report:
-    names = ("jax", "jaxlib", "flax", "numpy")
-    return Report(
-        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        machine=f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        versions={name: importlib.metadata.version(name) for name in names},
-        command=shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
-        peers=peers,
-        standings=standings,
-    )
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def rows(standings: list[Standing]) -> list[dict[str, str]]:
@@ -94,33 +57,14 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def markdown(report: Report) -> str:
-    """The table with what it takes to judge it."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(cells.values()) + " |" for cells in rows(report.standings)]
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    lines += ["", f"{report.date}, {report.machine}, {versions}: `{report.command}`.", ""]
-    lines += [f"- {name}: {said}" for name, said in report.peers.items()]
-    return "\n".join(lines) + "\n"
+def text(peers: dict[str, str], standings: list[Standing]) -> str:
+    """The table, and which engines there were, or why not."""
+    said = "\n".join(f"- {name}: {what}" for name, what in peers.items())
+    return f"{kept.markdown(rows(standings))}\n\n{said}"
 
 
-def save(report: Report, folder: Path) -> Path:
-    """Writes peers-DATE.json, .csv and .md, and returns the first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"peers-{report.date}"
-    told = report._asdict() | {"standings": [s._asdict() for s in report.standings]}
-    path = stem.with_suffix(".json")
-    path.write_text(json.dumps(told, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(report))
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows(report.standings))
-    return path
-
-
-def load(path: Path) -> Report:
-    """What `save` wrote."""
-    told: dict[str, Any] = json.loads(path.read_text())
-    standings = [Standing(**s | {"seconds": tuple(s["seconds"])}) for s in told.pop("standings")]
-    return Report(**told, standings=standings)
+def save(folder: Path, peers: dict[str, str], standings: list[Standing]) -> None:
+    """Writes peers.json, .csv and .md; the JSON has the seconds of all rounds too."""
+    rounds = [standing._asdict() for standing in standings]
+    table = f"# This engine beside others\n\n{text(peers, standings)}"
+    kept.save(folder, "peers", rows(standings), table, is_measured=True, peers=peers, rounds=rounds)

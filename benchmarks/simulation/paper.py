@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.simulation import results, workloads
+from benchmarks import kept
+from benchmarks.simulation import workloads
 from benchmarks.simulation.measures import Record
 from benchmarks.simulation.setup import Setup
 from fastgen_jax.engine.surface import Work
@@ -195,7 +196,7 @@ def text(rows: list[dict[str, float | str]], alone: Predictions, waiting: Predic
         f"{1e3 * waiting.host:.0f} ms more between two steps, without which 16 decodes would not "
         f"take the published median of {1e3 * MEDIAN:.0f} ms. A dash: the simulated system has no "
         "such point.",
-        results.markdown(rows),
+        kept.markdown(rows),
         f"Requests that fail 4 tokens/s where most meet it, published < 1 % and 28 %: {failing} "
         "(simulated, then with host).",
     ))  # fmt: skip

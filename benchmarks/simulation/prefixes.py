@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from benchmarks.simulation import results
+from benchmarks import kept
 from benchmarks.simulation.cluster import (
     Cluster,
     Router,
@@ -82,4 +82,4 @@ def compare(n_requests: int, n_replicas: int, rates: Sequence[float]) -> str:
                 "in time, answers/s": f"{np.count_nonzero(first <= IN_TIME) / record.elapsed:.1f}",
                 "cached tokens a prompt": f"{record.n_reused / len(record):.0f}",
             })  # fmt: skip
-    return results.markdown(rows)
+    return kept.markdown(rows)

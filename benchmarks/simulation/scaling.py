@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.simulation import results, workloads
+from benchmarks import kept
+from benchmarks.simulation import workloads
 from benchmarks.simulation.cluster import Failure
 from benchmarks.simulation.measures import Record
 from benchmarks.simulation.setup import Setup
@@ -108,5 +109,5 @@ def text(rows: Sequence[dict[str, Any]], load: float) -> str:
         f"lognormal (skewed), Poisson arrivals. In time: the first token within {IN_TIME} s. "
         "Linear: each replica answers as many in time as one does alone. Lost replicas are lost "
         f"together, after a third of the requests, and back after {DOWN:.0f} s.",
-        results.markdown(rows),
+        kept.markdown(rows),
     ))  # fmt: skip

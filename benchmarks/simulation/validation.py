@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.simulation import results, workloads
+from benchmarks import kept
+from benchmarks.simulation import workloads
 from benchmarks.simulation.cluster import Cluster, round_robin
 from benchmarks.simulation.measures import Record
 from benchmarks.simulation.replica import Job, Replica
@@ -206,7 +207,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         keys |= {f"difference of {name}, replayed": "difference, replayed"}
         lines = [{"setting": r["setting"]} | {new: r[old] for old, new in keys.items()}
                  for r in rows]  # fmt: skip
-        found.append(f"{name}{' (judged)' if name in JUDGED else ''}\n\n{results.markdown(lines)}")
+        found.append(f"{name}{' (judged)' if name in JUDGED else ''}\n\n{kept.markdown(lines)}")
     return "\n\n".join(found)
 
 

@@ -1,5 +1,6 @@
 """Engines that are scripts of a few lines: turns, failures, ratios, and what is kept."""
 
+import json
 import sys
 
 import pytest
@@ -100,15 +101,14 @@ def test_ratio_is_of_single_rounds_and_absent_engines_say_why():
     assert gone == ["-", "-", "-", "no wheel"]
 
 
-def test_report_is_kept_and_read_back(tmp_path):
-    made = report.make_report({"ours": "v1", "gone": "absent: no wheel"}, STANDINGS)
-    path = report.save(made, tmp_path)
-    assert report.load(path) == made
-    assert path.with_suffix(".md").read_text() == report.markdown(made)
-    assert "| 2x2+3 | float32 | theirs | 50 | 75 | 1.50 (0.50-2.00) | 25% |" in report.markdown(
-        made
-    )
-    assert len(path.with_suffix(".csv").read_text().splitlines()) == 1 + len(STANDINGS)
+def test_report_is_kept_with_all_rounds(tmp_path):
+    report.save(tmp_path, {"ours": "v1", "gone": "absent: no wheel"}, STANDINGS)
+    told = json.loads((tmp_path / "peers.json").read_text())
+    assert [found["seconds"] for found in told["rounds"]] == [[1, 2, 4], [2, 3, 2], []]
+    text = (tmp_path / "peers.md").read_text()
+    assert "| 2x2+3 | float32 | theirs | 50 | 75 | 1.50 (0.50-2.00) | 25% |" in text
+    assert "- gone: absent: no wheel" in text
+    assert len((tmp_path / "peers.csv").read_text().splitlines()) == 1 + len(STANDINGS)
 
 
 def test_engine_that_does_not_install_is_absent(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -43,10 +44,21 @@ def provenance(*, is_measured: bool) -> dict[str, str]:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
         "versions": f"Python {platform.python_version()} {versions}",
-        "machine": f"{os.cpu_count()} CPUs, {platform.machine()}"
-        if is_measured
-        else "none: simulated",
+        "machine": f"{processor()}, {os.cpu_count()} cores" if is_measured else "none: simulated",
     }
+
+
+def processor() -> str:
+    """Its name, where the system has one."""
+    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
