@@ -59,7 +59,8 @@ class Program(NamedTuple):
         """To a model of n_layers, from those of LAYERS."""
         steps = (n_layers - LAYERS[1]) / (LAYERS[1] - LAYERS[0])
         pairs = zip(self[:4], few[:4], strict=True)
-        return Program(*(more + steps * (more - less) for more, less in pairs), *self[4:])
+        a, b, c, d = (more + steps * (more - less) for more, less in pairs)
+        return Program(a, b, c, d, self.n_tokens, self.memory_fraction)
 
 
 class Row(NamedTuple):
