@@ -28,8 +28,9 @@ OLD_FORM = sorted(path.parent.name for path in GOLDEN.glob("*/config.old.json"))
 OPTIONS = {"max_model_len": 256, "block_size": 8, "max_num_batched_tokens": 23, "max_num_seqs": 4}
 TOLERANCE = 2e-4  # of float32 logits around 2; Hugging Face's own rounding is 7e-5
 # Of logprobs, between our two forwards. Stretched ropes (YaRN, dynamic) sharpen the scores of
-# random weights, sharp as they are: the largest of 24 differed by 2.3e-5, the median by 2e-6.
-ALIKE, NEARLY_ALIKE = 1e-5, 3e-5
+# random weights, sharp as they are: the largest of 24 differed by 2.3e-5, the median by 2e-6. CPUs
+# without AVX-512 sum in other orders: there the largest without such ropes was 1.4e-5, not 8.8e-6.
+ALIKE, NEARLY_ALIKE = 2e-5, 3e-5
 
 
 def of_each_family() -> list:
@@ -111,7 +112,7 @@ def test_trainers_forward_gives_the_logits_of_hugging_face_and_the_engines_logpr
     assert logits.dtype == np.float32
     assert np.abs(of_golden - golden["logits"]).max() <= TOLERANCE
     differences = np.abs(agreement.logprobs_of(of_sampled, sampled) - logprobs)
-    assert np.median(differences) <= ALIKE / 2
+    assert np.median(differences) <= ALIKE / 4
     is_first = name in agreement.first_of_each_family(OF_TEXT).values()
     assert differences.max() <= (ALIKE if is_first else NEARLY_ALIKE)
 
