@@ -92,8 +92,7 @@ def compiled(model: Model, chip: str, n_chips: int, n_layers: int) -> Program:
     from fastgen_jax.models.layers import Policy
     from fastgen_jax.models.sharding import mesh_over, placed
 
-    name = chip if chip in ("a100", "h100", "h200") else f"tpu-{chip.removeprefix('tpu')}"
-    mesh = mesh_over(Chips.of(f"{name}-{n_chips}").devices())
+    mesh = mesh_over(Chips(chip, n_chips).devices())
     config = EngineConfig(
         model=chip, tensor_parallel_size=n_chips, num_kv_blocks=64, dtype="bfloat16"
     )
