@@ -86,7 +86,7 @@ def speed(args: argparse.Namespace) -> None:
 def validate(args: argparse.Namespace) -> None:
     from benchmarks.simulation import validation  # which needs jax's devices
 
-    rows, surface = validation.compare(args.settings, args.requests)
+    rows, surface = validation.compare(args.settings, args.requests, args.rounds)
     text = validation.text(rows, surface)
     print(text)
     if args.save:
@@ -135,7 +135,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     real = commands.add_parser("validate", help="against the engine, on this machine")
     real.set_defaults(do=validate)
     real.add_argument("--settings", type=int, default=8, help="how many of them")
-    real.add_argument("--requests", type=int, default=64, help="of each setting")
+    real.add_argument("--requests", type=int, default=160, help="of each setting")
+    real.add_argument("--rounds", type=int, default=3)
     real.add_argument("--save", action="store_true")
     fast = commands.add_parser("speed", help="requests simulated a CPU second")
     fast.set_defaults(do=speed)

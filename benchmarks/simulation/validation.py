@@ -5,7 +5,7 @@ those that are compared. Both take the same requests at the same times; clients 
 thread. Judge it on a machine that does nothing else.
 """
 
-import itertools
+import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,9 +108,7 @@ class Driver:
 
 
 def work_of(step: StepRecord) -> Work:
-    pairs = sum(n_new * (cached - (n_new - 1) / 2) for _, n_new, cached, _ in step.chunks)
-    n_context = sum(cached for _, _, cached, _ in step.chunks)
-    return Work(sum(n_new for _, n_new, _, _ in step.chunks), n_context, pairs)
+    return Work.of((n_new, cached) for _, n_new, cached, _ in step.chunks)
 
 
 def make_engine() -> Engine:
@@ -157,30 +155,64 @@ def replay(driver: Driver, setting: Setting, n: int, seed: int) -> Record:
     return record
 
 
-def compare(n_settings: int, n: int) -> tuple[list[dict[str, Any]], Surface]:
-    """A row for each setting: measured, simulated and the difference of each number."""
+class Seen(NamedTuple):
+    """A setting as it was measured in one round."""
+
+    rate: float | None
+    real: dict[str, float]
+    replayed: dict[str, float] | None
+
+
+def compare(n_settings: int, n: int, n_rounds: int) -> tuple[list[dict[str, Any]], Surface]:
+    """A row for each setting: measured, simulated and the difference of each number.
+
+    A machine's speed drifts: steps that the surface is fitted to are run before every setting, and
+    measured numbers are the medians of rounds, in which all settings have their turn.
+    """
+    settings = SETTINGS[:n_settings]
     with make_engine() as engine:
         driver = Driver(engine)
         for setting in CALIBRATION:
             measure(driver, setting, 16, None, seed=100)  # everything is warm
-        driver.steps.clear()
-        for setting in CALIBRATION:
-            measure(driver, setting, max(n // 2, 2), None, seed=101)
-        sizes = tuple(shape.n_tokens for shape in engine._runner.shapes)
-        works, seconds = map(list, zip(*driver.steps, strict=True))
-        surface = fit(works, seconds, sizes)
-        rows = []
-        for setting in itertools.islice(SETTINGS, n_settings):
-            rate = None
-            if setting.share:
-                probe = measure(driver, setting._replace(share=0.0), n, None, seed=102)
-                rate = setting.share * len(probe) / probe.elapsed
+        steps: list[tuple[Work, float]] = []
+        seen: dict[Setting, list[Seen]] = {setting: [] for setting in settings}
+        for i, setting in enumerate(settings * n_rounds):
             driver.steps.clear()
-            real = measure(driver, setting, n, rate, seed=7).summary()
-            foreseen = simulate(engine, surface, setting, n, rate, seed=7).summary()
-            replayed = None if rate else replay(driver, setting, n, seed=7).summary()
-            rows.append(_row(setting, real, foreseen, replayed))
-    return rows, surface
+            for other in CALIBRATION:
+                measure(driver, other, max(n // 8, 2), None, seed=101 + i)
+            steps += driver.steps
+            seen[setting].append(_measured(driver, setting, n))
+        sizes = tuple(shape.n_tokens for shape in engine._runner.shapes)
+        works, seconds = map(list, zip(*steps, strict=True))
+        surface = fit(works, seconds, sizes)
+        return [_compared(engine, surface, s, found, n) for s, found in seen.items()], surface
+
+
+def _measured(driver: Driver, setting: Setting, n: int) -> Seen:
+    rate = None
+    if setting.share:
+        probe = measure(driver, setting._replace(share=0.0), n, None, seed=102)
+        rate = setting.share * len(probe) / probe.elapsed
+    driver.steps.clear()
+    real = measure(driver, setting, n, rate, seed=7).summary()
+    replayed = None if rate else replay(driver, setting, n, seed=7).summary()
+    return Seen(rate, real, replayed)
+
+
+def _compared(
+    engine: Engine, surface: Surface, setting: Setting, seen: Sequence[Seen], n: int
+) -> dict[str, Any]:
+    """Simulated once for each round, whose rate of arrivals is that round's own."""
+    found = [simulate(engine, surface, setting, n, x.rate, seed=7).summary() for x in seen]
+    replayed = [x.replayed for x in seen if x.replayed]
+    return _row(
+        setting, medians([x.real for x in seen]), medians(found),
+        medians(replayed) if replayed else None,
+    )  # fmt: skip
+
+
+def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(row[name] for row in rows) for name in SHOWN}
 
 
 def _row(
@@ -216,14 +248,15 @@ def is_close(rows: Sequence[dict[str, Any]]) -> bool:
 
 
 def text(rows: Sequence[dict[str, Any]], surface: Surface) -> str:
-    a, b, c, d, sizes = surface
+    e, a, b, c, d, sizes = surface
     n_far = sum(abs(row[f"difference of {name}"]) > WITHIN for row in rows for name in JUDGED)
     return "\n\n".join((
         "# The simulator against the engine: the demo on a CPU",
-        f"Steps take max({1e3 * a:.3g} ms, {1e6 * b:.3g} us T) + {1e9 * c:.3g} ns sum(C) + "
-        f"{1e9 * d:.3g} ns sum(q C), T padded to {', '.join(map(str, sizes))}; fitted to other "
-        f"requests. Of {len(JUDGED) * len(rows)} numbers ({', '.join(JUDGED)}) {n_far} differ by "
-        f"more than {WITHIN:.0%}. Replayed: each simulated step takes as long as the engine's did, "
+        f"Steps take {1e3 * e:.3g} ms + max({1e3 * a:.3g} ms, {1e6 * b:.3g} us T) + "
+        f"{1e9 * c:.3g} ns sum(C) + {1e9 * d:.3g} ns sum(q (C - (q - 1) / 2)), T padded to "
+        f"{', '.join(map(str, sizes))}; fitted to other requests. Of {len(JUDGED) * len(rows)} "
+        f"numbers ({', '.join(JUDGED)}) {n_far} differ by more than {WITHIN:.0%}. Replayed: each "
+        "simulated step takes as long as the engine's did, "
         "so that only what the simulator does with them differs.",
         tables(rows),
     ))  # fmt: skip

@@ -19,6 +19,7 @@ from fastgen_jax.engine.surface import Surface, Work
 
 log = logging.getLogger("fastgen_jax.engine")
 
+N_COEFFICIENTS = 5  # of a surface
 MULTIPLE = 16  # of tokens, where there are more
 
 
@@ -34,7 +35,7 @@ def choose(surface: Surface, target: float | None) -> int:
     if n < SMALLEST_CHUNK:
         log.warning(
             "no step takes less than %.1f ms: target_itl_ms=%.1f will be missed",
-            1e3 * surface.a, 1e3 * target,
+            1e3 * (surface.e + surface.a), 1e3 * target,
         )  # fmt: skip
         return SMALLEST_CHUNK
     n = n // MULTIPLE * MULTIPLE
@@ -55,22 +56,25 @@ def kept(directory: str | None, key: Mapping[str, Any]) -> Surface | None:
         coefficients, sizes = told["coefficients"], told["sizes"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    is_good = len(coefficients) == 4 and all(is_real(x) and x >= 0 for x in coefficients)
+    is_good = len(coefficients) == N_COEFFICIENTS and all(
+        is_real(x) and x >= 0 for x in coefficients
+    )
     if not is_good or not sizes or not all(is_integer(n) and n > 0 for n in sizes):
         return None
-    a, b, c, d = map(float, coefficients)
-    return Surface(a, b, c, d, tuple(sizes))
+    return Surface(*map(float, coefficients), tuple(sizes))
 
 
 def keep(directory: str | None, key: Mapping[str, Any], surface: Surface) -> None:
     """For the next start."""
-    if not directory or not all(map(math.isfinite, surface[:4])):
+    if not directory or not all(map(math.isfinite, surface[:N_COEFFICIENTS])):
         return
     path = _path(directory, key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps({"coefficients": surface[:4], "sizes": surface.sizes}))
+        new.write_text(
+            json.dumps({"coefficients": surface[:N_COEFFICIENTS], "sizes": surface.sizes})
+        )
         new.replace(path)
     except OSError as error:
         log.warning("how long steps take is not kept: %s", error)

@@ -45,6 +45,10 @@ class History:
         """The number of the newest step; 0: there was none."""
         return self._n_steps
 
+    @property
+    def newest(self) -> StepRecord | None:
+        return self._steps[-1] if self._steps else None
+
     def since(self, number: int) -> list[StepRecord]:
         """The steps after that one, as far as they are kept."""
         with self._lock:

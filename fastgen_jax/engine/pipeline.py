@@ -80,8 +80,11 @@ class Pipeline:
             if failed:
                 self._recover(failed, outputs)
             elif batch:
+                seconds = time.monotonic() - started
+                if previous and (newest := self.history.newest):
+                    self._placement.took(newest, seconds)
                 self.history.end(
-                    time.monotonic() - started,
+                    seconds,
                     n_padded=batch.shape.n_tokens,
                     n_running=self._lives.n_running,
                     n_waiting=self._lives.n_waiting,

@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable, Iterable
 
 from fastgen_jax.engine.batch import Batch, HostTables, Shape, pack
+from fastgen_jax.engine.history import StepRecord
 from fastgen_jax.engine.prefix import SequenceBlocks
 from fastgen_jax.engine.runner import shape_for
 from fastgen_jax.engine.scheduler import Limits, Policy, schedule
 from fastgen_jax.engine.startup import ResolvedConfig
+from fastgen_jax.engine.surface import Work
 from fastgen_jax.engine.types import Plan, Sequence
 
 
@@ -87,6 +89,13 @@ class Placement:
         if is_starved:  # what waits must not hold blocks that what runs needs
             plan = self._schedule(sequences)
         return plan
+
+    def took(self, step: StepRecord, seconds: float) -> None:
+        """So long passed from the end of the step before until this one's tokens were read."""
+        if self._pace is not None:
+            work = Work.of((n_new, cached) for _, n_new, cached, _ in step.chunks)
+            if work.n_tokens > len(step.chunks):  # whose length the pace decides
+                self._pace = self._pace.after(work, seconds)
 
     def prepare(self, plan: Plan, shapes: Iterable[Shape]) -> Batch | None:
         """Applies a plan, and packs what its sequences do; None if that is nothing."""

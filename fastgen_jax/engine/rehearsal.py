@@ -46,7 +46,7 @@ def rehearse(runner: Runner, stage: Stage) -> Surface:
         if len(runner.shapes) > n_ready:
             for scene in scenes(runner.shapes[-1].n_tokens, stage):
                 taken = list(times(runner, scene, stage))
-                works += [work_of(scene)] * len(taken)
+                works += [Work.of(scene)] * len(taken)
                 seconds += taken
     runner.reset()
     return fit(works, seconds, tuple(shape.n_tokens for shape in runner.shapes))
@@ -67,10 +67,6 @@ def scenes(n_tokens: int, stage: Stage) -> Iterator[Scene]:
     wholes = [min(size, n_tokens - start) for start in range(0, n_tokens, size)]
     if n_tokens <= stage.n_cells and len(wholes) <= stage.max_seqs:
         yield [(q, q) for q in wholes]
-
-
-def work_of(scene: Scene) -> Work:
-    return Work(sum(q for q, _ in scene), sum(c for _, c in scene), sum(q * c for q, c in scene))
 
 
 def times(runner: Runner, scene: Scene, stage: Stage) -> Iterator[float]:

@@ -21,6 +21,8 @@ from fastgen_jax.engine.scoring import Scores
 from fastgen_jax.engine.step import DeviceState, Launched, StepResult
 from fastgen_jax.models.sharding import replicated
 
+FINE_MULTIPLE = 16  # tokens
+
 
 def zeros(like: Any) -> Callable[[], Any]:
     """A compiled program that makes arrays of zeros where a tree has jax.ShapeDtypeStruct."""
@@ -32,14 +34,16 @@ def zeros(like: Any) -> Callable[[], Any]:
     return jax.jit(make, out_shardings=places).lower().compile()
 
 
-def buckets(smallest: int, largest: int, n_between: int = 0) -> list[int]:
-    """Padded sizes: powers of two, but for 4, which 8 serves as well; `largest` too, and so many
-    between it and its half.
+def buckets(smallest: int, largest: int, n_fine: int = 0) -> list[int]:
+    """Padded sizes: powers of two, but for 4, which 8 serves as well, and `largest`. Where it is
+    halved n_fine times, four sizes a time instead, in multiples of 16.
     """
-    parts = 2 * (n_between + 1)
-    sizes = {largest * i // parts for i in range(parts // 2 + 1, parts + 1)}
+    sizes = {largest}
+    while n_fine and largest >= 8 * FINE_MULTIPLE:
+        sizes |= {math.ceil(largest * i / 8 / FINE_MULTIPLE) * FINE_MULTIPLE for i in (5, 6, 7, 8)}
+        largest, n_fine = largest // 2, n_fine - 1
     size = smallest
-    while size < largest:
+    while size <= largest:
         sizes.add(size)
         size *= 4 if size == 2 else 2
     return sorted(sizes)
@@ -157,16 +161,16 @@ def make_shapes(
     max_seqs: int,
     table_width: int,
     tile: int,
-    n_between: int = 0,
+    n_fine: int = 0,
 ) -> list[Shape]:
     """One shape per token bucket; a batch of T tokens has at most T sequences, in whole sample
     tiles.
 
     Args:
-        n_between: further buckets between the largest and its half.
+        n_fine: as of buckets.
     """
     shapes = []
-    for n_tokens in buckets(smallest, max_batched_tokens, n_between):
+    for n_tokens in buckets(smallest, max_batched_tokens, n_fine):
         n_seqs = min(n_tokens, max_seqs)
         if n_seqs > tile:
             n_seqs = math.ceil(n_seqs / tile) * tile

@@ -78,7 +78,7 @@ BACKENDS = {
 }
 
 MOST = 4  # times the default token budget are tried out
-N_BETWEEN = 3  # programs between the largest and its half, where steps are paced
+N_FINE = 3  # times that the largest program is halved finely, where steps are paced
 DEFAULT_PROCESSORS = 132  # of a GPU that does not tell
 
 
@@ -417,7 +417,7 @@ def _shapes(config: ResolvedConfig, model: ModelConfig, mesh: Mesh) -> list[Shap
         max_seqs=config.max_num_seqs,
         table_width=config.table_width,
         tile=backend.sample_tile,
-        n_between=N_BETWEEN if config.pace else 0,
+        n_fine=N_FINE if config.pace else 0,
     )
     if config.deterministic:
         shapes = [_only_shape(shapes[-1], device.platform)]

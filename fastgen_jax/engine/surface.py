@@ -1,10 +1,10 @@
 """Step times as a function of what a step holds, and the token budget that follows from them.
 
-    seconds = max(a, b T) + c sum(C) + d sum(q C)
+    seconds = e + max(a, b T) + c sum(C) + d sum(q (C - (q - 1) / 2))
 
 T: tokens that the program computes, padding included. q and C: of each chunk, its new tokens and
-those in the cache after the step. a: weights read and fixed costs; b: products; c: cells read; d:
-scores computed.
+those in the cache after the step. e: launches and the host; a: weights read; b: products; c: cells
+read; d: scores computed, which are causal.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-N_FITS = 4  # each with the errors' scale of the one before
+N_ENDS = 60
 KNEE = 0.95  # of the most tokens per second that any program reaches
 
 
@@ -21,12 +21,26 @@ class Work(NamedTuple):
 
     n_tokens: int  # sum of q
     n_context: int  # sum of C
-    n_pairs: float  # sum of q C
+    n_pairs: float  # of a query and a key that it sees
+
+    @classmethod
+    def of(cls, chunks: Iterable[tuple[int, int]]) -> "Work":
+        """Chunks: q and C of each."""
+        n_tokens = n_context = 0
+        n_pairs = 0.0
+        for q, c in chunks:
+            n_tokens, n_context = n_tokens + q, n_context + c
+            n_pairs += q * (c - (q - 1) / 2)
+        return cls(n_tokens, n_context, n_pairs)
+
+    def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
+        return Work(*(x + y for x, y in zip(self, other, strict=True)))
 
 
 class Surface(NamedTuple):
     """Seconds of a step; `sizes` are the programs' tokens, to which T is padded."""
 
+    e: float
     a: float
     b: float
     c: float
@@ -35,16 +49,16 @@ class Surface(NamedTuple):
 
     def __call__(self, work: Work) -> float:
         n = padded(work.n_tokens, self.sizes)
-        return max(self.a, self.b * n) + self.c * work.n_context + self.d * work.n_pairs
+        products = max(self.a, self.b * n)
+        return self.e + products + self.c * work.n_context + self.d * work.n_pairs
 
     def size_within(self, seconds: float, decodes: Work, cached: int) -> int:
         """Tokens of the largest program that takes at most so long with these decodes and a chunk,
         of a sequence with so many tokens in the cache, that fills it up; 0: none does.
         """
         for size in reversed(self.sizes):
-            q = max(size - decodes.n_tokens, 0)
-            c = cached + q if q else 0
-            work = Work(size, decodes.n_context + c, decodes.n_pairs + q * c)
+            q = size - decodes.n_tokens
+            work = decodes + Work.of([(q, cached + q)] if q > 0 else [])
             if self(work) <= seconds:
                 return size
         return 0
@@ -53,10 +67,10 @@ class Surface(NamedTuple):
         """The most tokens, of any number up to the largest size, that take at most so long where
         nothing is in the cache; 0: not even one.
         """
-        if seconds < self.a:
+        left, most = seconds - self.e, max(self.sizes)
+        if left < self.a:
             return 0
-        most = max(self.sizes)
-        return min(int(seconds / self.b), most) if self.b * most > seconds else most
+        return min(int(left / self.b), most) if self.b * most > left else most
 
     def knee(self) -> int:
         """The smallest size whose tokens per second are nearly the most."""
@@ -69,28 +83,21 @@ def padded(n_tokens: int, sizes: Iterable[int]) -> int:
 
 
 def fit(works: Sequence[Work], seconds: Sequence[float], sizes: tuple[int, ...] = ()) -> Surface:
-    """The surface of least squared relative errors, nothing negative. Where the plateau ends is
-    tried at every size that occurs. Errors are relative to what is fitted, so that the mean of
-    noisy times is met, not their least.
+    """The surface of least squared errors, nothing negative, as shares of what steps of a size take
+    on the average: shares of each step's own time would find the least of noisy times, not their
+    mean. N_ENDS ends of the plateau are tried; at the smallest size there is none.
     """
+    from scipy.optimize import nnls
+
     t = np.array([padded(work.n_tokens, sizes) for work in works], float)
     rest = np.array([work[1:] for work in works], float)
     y = np.array(seconds)
-    scale, best = np.full_like(y, y.mean()), None
-    for _ in range(N_FITS):
-        best = min((_fit_to(end, t, rest, y, scale) for end in np.unique(t)), key=lambda f: f[0])
-        scale = best[1]
-    assert best is not None
-    a, b, c, d = map(float, best[2])
-    return Surface(a, b, c, d, sizes)
-
-
-def _fit_to(end: float, t: np.ndarray, rest: np.ndarray, y: np.ndarray, scale: np.ndarray):
-    """Error, fitted seconds and a, b, c, d of a plateau that ends there."""
-    from scipy.optimize import nnls
-
-    is_flat = t <= end
-    columns = np.column_stack([is_flat, t * ~is_flat, rest]) / scale[:, None]
-    (a, b, c, d), _ = nnls(columns, y / scale)
-    fitted = np.maximum(a, b * t) + rest @ (c, d)
-    return np.square((y - fitted) / scale).sum(), fitted, (a, b, c, d)
+    _, group, count = np.unique(t, return_inverse=True, return_counts=True)
+    scale = (np.bincount(group, y) / count)[group]
+    fits = []
+    for end in np.geomspace(t.min(), t.max(), N_ENDS):
+        columns = np.column_stack([np.ones_like(t), np.maximum(t, end), rest])
+        found, error = nnls(columns / scale[:, None], y / scale)
+        fits.append((error, end, found))
+    _, end, (e, b, c, d) = min(fits, key=lambda fit: fit[0])
+    return Surface(*map(float, (e, b * end, b, c, d)), sizes)

@@ -81,7 +81,7 @@ def test_the_published_curve_is_met_at_its_points_by_its_own_model():
 
 def test_a_surface_is_found_again_from_its_steps():
     rng = np.random.default_rng(0)
-    true = Surface(2e-3, 5e-5, 3e-8, 2e-10, (16, 32, 64, 128, 256))
+    true = Surface(1e-3, 2e-3, 5e-5, 3e-8, 2e-10, (16, 32, 64, 128, 256))
     tokens = rng.integers(1, 257, 300)
     works = [Work(int(t), c := int(rng.integers(t, 20000)), float(c * t / 4)) for t in tokens]
     seconds = np.array([true(work) for work in works]) * rng.normal(1, 0.01, len(works))

@@ -55,5 +55,5 @@ def test_rows_are_judged_by_rate_and_latency():
     rows = [validation._row(SETTING, real, found, None) for found in (close, far)]
     assert validation.is_close(rows[:1])
     assert not validation.is_close(rows)
-    text = validation.text(rows, Surface(1e-3, 1e-5, 0, 0, (8, 16)))
+    text = validation.text(rows, Surface(1e-3, 1e-3, 1e-5, 0, 0, (8, 16)))
     assert "1 differ by more than 15%" in text
