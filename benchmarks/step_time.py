@@ -2,33 +2,45 @@
 
     python -m benchmarks.step_time
     python -m benchmarks.step_time --sequences 32 --model PATH --flags "--dtype bfloat16"
+    python -m benchmarks.step_time --alone --sequences 32
 
 A real server (the demo model, unless --model says otherwise) streams to as many callers as
 sequences run, and records a profile of itself (--profile). Milliseconds are of a step: the phases
 of the engine's thread (dispatch includes the upload; download is what `wait` takes after the device
 has ended), text (ids to text, in the event loop) and HTTP (the rest of the event loop's CPU time).
 Then the device: the share of the time that it is busy, and what the engine's thread did while it
-was not. Callers are a process beside the server: on few cores they take their share of them.
+was not. Callers are a process beside the server: on few cores they take their share of them, and
+so does the event loop. With --alone the engine runs in this process, and nothing else does.
 """
 
 import argparse
 import asyncio
+import dataclasses
 import shlex
 import sys
 import tempfile
+import time
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from benchmarks.server import load
 from benchmarks.server.child import Child
 from benchmarks.server.client import Address, Call, perform
 from benchmarks.trace import Trace, gaps, length, overlap, read
+from fastgen_jax.built_in import DEMO
+from fastgen_jax.engine.config import EngineConfig
+from fastgen_jax.engine.engine import Engine
 from fastgen_jax.engine.phases import PHASES
+from fastgen_jax.engine.types import Request
+from fastgen_jax.sampling_params import SamplingParams
+from fastgen_jax.server.flags import FlagParser, add_flags, build
 
 BODY = {"prompt": "Once upon a time", "max_tokens": 256, "temperature": 0, "ignore_eos": True}
+PROMPT, LONGEST = range(10, 40), 1900  # --alone: ids, and more tokens than are recorded
 SETTLE = 2.0  # seconds of load before what is recorded
 
 
@@ -114,6 +126,30 @@ def measure(args: argparse.Namespace, n_seqs: int) -> Split:
         return split(read(Path(folder)), event_loop)
 
 
+def measure_alone(args: argparse.Namespace, n_seqs: int) -> Split:
+    parser = FlagParser()
+    add_flags(parser, [EngineConfig])
+    config = build(EngineConfig, parser.parse_args(shlex.split(args.flags)))
+    model = args.model[0] if args.model else str(DEMO)
+    params = SamplingParams(max_tokens=LONGEST, temperature=0.0, ignore_eos=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Engine(dataclasses.replace(config, model=model, max_num_seqs=n_seqs)) as engine,
+    ):
+        engine.submit_all([Request([*PROMPT], params) for _ in range(n_seqs)])
+        run_for(engine, SETTLE)
+        with jax.profiler.trace(folder):
+            run_for(engine, args.seconds)
+        return split(read(Path(folder)), 0.0)
+
+
+def run_for(engine: Engine, seconds: float) -> None:
+    """Or until nothing is left to do."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end and engine.has_work:
+        engine.step()
+
+
 def show(splits: dict[int, Split]) -> None:
     def line(name: str, values: list[str]) -> None:
         print(f"{name:34}" + "".join(f"{value:>10}" for value in values))
@@ -136,8 +172,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="that are recorded")
     parser.add_argument("--model", nargs=1, default=[], help="default: the demo")
     parser.add_argument("--flags", default="--dtype float32", help="more, of fastgen_jax.serve")
+    parser.add_argument("--alone", action="store_true", help="the engine, without a server")
     args = parser.parse_args()
-    show({n_seqs: measure(args, n_seqs) for n_seqs in args.sequences})
+    measured = measure_alone if args.alone else measure
+    show({n_seqs: measured(args, n_seqs) for n_seqs in args.sequences})
     return 0
 
 
