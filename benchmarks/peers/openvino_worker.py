@@ -17,13 +17,21 @@ def load(path: str, dtype: str) -> tuple[str, Generate]:
     with tempfile.TemporaryDirectory() as folder:
         exported = OVModelForCausalLM.from_pretrained(path, export=True, load_in_8bit=False)
         exported.save_pretrained(folder)
+        precision = PRECISIONS[dtype]
+        if precision.upper() not in openvino.Core().get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            precision = "f32"  # as OpenVINO computes then; a cache of bfloat16 is refused
         options = {
-            "INFERENCE_PRECISION_HINT": PRECISIONS[dtype],
-            "KV_CACHE_PRECISION": PRECISIONS[dtype],
+            "INFERENCE_PRECISION_HINT": precision,
+            "KV_CACHE_PRECISION": precision,
             "INFERENCE_NUM_THREADS": os.cpu_count() or 1,
         }
         pipeline = openvino_genai.ContinuousBatchingPipeline(folder, scheduler(), "CPU", options)
     versions = f"openvino {openvino.__version__}, genai {openvino_genai.__version__}"
+    versions += (
+        "" if precision == PRECISIONS[dtype] else f", in {precision}: this CPU has no {dtype}"
+    )
     return versions, lambda prompts, n_new, _: generate(pipeline, prompts, n_new)
 
 

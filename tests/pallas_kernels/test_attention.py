@@ -57,7 +57,7 @@ EVERY, EVERY_INTERPRETED, ON_CPU, EVERY_COMPILED = (
 
 
 def is_sampled(name: str, case: Case) -> bool:
-    """Interpreted kernels are slow: by default they run few cases, in CI all."""
+    """Interpreted kernels are slow: by default they run few cases."""
     return name in ("xla", "cpu") or case in FEW_CASES
 
 
