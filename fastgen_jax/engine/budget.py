@@ -61,7 +61,8 @@ def kept(directory: str | None, key: Mapping[str, Any]) -> Surface | None:
     )
     if not is_good or not sizes or not all(is_integer(n) and n > 0 for n in sizes):
         return None
-    return Surface(*map(float, coefficients), tuple(sizes))
+    e, a, b, c, d = map(float, coefficients)
+    return Surface(e, a, b, c, d, tuple(sizes))
 
 
 def keep(directory: str | None, key: Mapping[str, Any], surface: Surface) -> None:

@@ -34,7 +34,8 @@ class Work(NamedTuple):
         return cls(n_tokens, n_context, n_pairs)
 
     def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
-        return Work(*(x + y for x, y in zip(self, other, strict=True)))
+        n_tokens, n_context, n_pairs = other
+        return Work(self.n_tokens + n_tokens, self.n_context + n_context, self.n_pairs + n_pairs)
 
 
 class Surface(NamedTuple):
@@ -100,4 +101,4 @@ def fit(works: Sequence[Work], seconds: Sequence[float], sizes: tuple[int, ...] 
         found, error = nnls(columns / scale[:, None], y / scale)
         fits.append((error, end, found))
     _, end, (e, b, c, d) = min(fits, key=lambda fit: fit[0])
-    return Surface(*map(float, (e, b * end, b, c, d)), sizes)
+    return Surface(float(e), float(b * end), float(b), float(c), float(d), sizes)
