@@ -42,8 +42,8 @@ def buckets(smallest: int, largest: int, n_fine: int = 0) -> list[int]:
     while n_fine and largest >= 8 * FINE_MULTIPLE:
         sizes |= {math.ceil(largest * i / 8 / FINE_MULTIPLE) * FINE_MULTIPLE for i in (5, 6, 7, 8)}
         largest, n_fine = largest // 2, n_fine - 1
-    size = smallest
-    while size <= largest:
+    size, least = smallest, min(sizes)
+    while size < least:
         sizes.add(size)
         size *= 4 if size == 2 else 2
     return sorted(sizes)

@@ -1,5 +1,6 @@
 """Steps that take as long as they may: what is measured and kept, and the budget of each step."""
 
+import itertools
 import json
 import logging
 import re
@@ -13,6 +14,7 @@ from fastgen_jax.engine import budget, startup
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.pace import SMALLEST_CHUNK, Pace
 from fastgen_jax.engine.rehearsal import Stage, scenes
+from fastgen_jax.engine.runner import FINE_MULTIPLE, buckets
 from fastgen_jax.engine.surface import Surface, Work, fit
 from fastgen_jax.errors import ConfigError
 from tests.engine.sequences import make_sequence
@@ -90,15 +92,24 @@ def test_step_of_the_budget_takes_no_longer_than_it_may(given_, seconds):
     assert n >= len(singles)
     if not prompts or n <= len(singles) + SMALLEST_CHUNK:
         return
-    q, context = n - len(singles), sum(s.n_tokens for s in singles)
-    c = prompts[0].n_cached + q
     assert n in SIZES
-    assert TRUTH(Work(n, context + c, context + q * c)) <= seconds
+
+    def seconds_of(size: int) -> float:
+        prompt = (size - len(singles), prompts[0].n_cached + size - len(singles))
+        return TRUTH(Work.of([*((1, s.n_tokens) for s in singles), prompt]))
+
+    assert seconds_of(n) <= seconds * (1 + 1e-9)
     larger = [size for size in SIZES if size > n]
-    if larger:
-        q = larger[0] - len(singles)
-        c = prompts[0].n_cached + q
-        assert TRUTH(Work(larger[0], context + c, context + q * c)) > seconds
+    assert not larger or seconds_of(larger[0]) > seconds * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("largest", [16, 100, 480, 512, 1056, 2048])
+def test_programs_of_paced_steps_are_close_together_where_budgets_are(largest):
+    sizes = buckets(2, largest, n_fine=3)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == largest
+    for small, large in itertools.pairwise(sizes):
+        fine = small >= max(largest / 7, 128)  # above the third half
+        assert large - small <= small / 4 + FINE_MULTIPLE if fine else large <= 4 * small
 
 
 def test_budget_shrinks_as_contexts_grow():
@@ -140,9 +151,11 @@ def test_kept_surface_is_read_back_for_the_same_key_only(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"coefficients": [1, 2, 3], "sizes": [2]}',
-     '{"coefficients": [1, 2, 3, -4], "sizes": [2]}', '{"coefficients": [1, 2, 3, 4], "sizes": []}',
-     '{"coefficients": [1, 2, 3, "4"], "sizes": [2]}'],
+    ["", "[]", "{}", '{"coefficients": [1, 2, 3, 4], "sizes": [2]}',
+     '{"coefficients": [1, 2, 3, 4, -5], "sizes": [2]}',
+     '{"coefficients": [1, 2, 3, 4, 5], "sizes": []}',
+     '{"coefficients": [1, 2, 3, 4, "5"], "sizes": [2]}',
+     '{"coefficients": [0, 0, 0, 4, 5], "sizes": [2]}'],
 )  # fmt: skip
 def test_damaged_file_is_as_none(tmp_path, text):
     budget.keep(str(tmp_path), {}, TRUTH)
