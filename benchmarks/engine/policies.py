@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks import kept
 from benchmarks.policies import POLICIES
 from benchmarks.simulation import workloads
 from benchmarks.simulation.measures import LEVELS, Record
 from benchmarks.simulation.setup import WHOLE
-from benchmarks.simulation.validation import Driver
+from benchmarks.simulation.validation import Driver, medians
 from fastgen_jax.built_in import DEMO
 from fastgen_jax.engine.config import EngineConfig
 from fastgen_jax.engine.engine import Engine
@@ -64,10 +62,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             if seed > 0:  # the first round warms up
                 rounds[name].append(found)
         for name, driver in drivers.items():
-            median = {
-                key: float(np.median([r[key] for r in rounds[name]])) for key in rounds[name][0]
-            }
-            rows.append(_row(workload, name, median, driver.engine))
+            rows.append(_row(workload, name, medians(rounds[name]), driver.engine))
     for driver in drivers.values():
         driver.engine.close()
     return rows

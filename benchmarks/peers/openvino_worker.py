@@ -29,9 +29,8 @@ def load(path: str, dtype: str) -> tuple[str, Generate]:
         }
         pipeline = openvino_genai.ContinuousBatchingPipeline(folder, scheduler(), "CPU", options)
     versions = f"openvino {openvino.__version__}, genai {openvino_genai.__version__}"
-    versions += (
-        "" if precision == PRECISIONS[dtype] else f", in {precision}: this CPU has no {dtype}"
-    )
+    if precision != PRECISIONS[dtype]:
+        versions += f", in {precision}: this CPU has no {dtype}"
     return versions, lambda prompts, n_new, _: generate(pipeline, prompts, n_new)
 
 

@@ -5,7 +5,6 @@ those that are compared. Both take the same requests at the same times; clients 
 thread. Judge it on a machine that does nothing else.
 """
 
-import statistics
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -100,15 +99,11 @@ class Driver:
         """
         for step in self.engine.history.since(self._last.number if self._last else 10**9):
             assert self._last is not None
-            self.steps.append((work_of(self._last), step.end_time - self._last.end_time))
+            self.steps.append((self._last.work, step.end_time - self._last.end_time))
             self._last = step
         newest = self.engine.history.since(self.engine.history.n_steps - 1)
         if self._last is None and newest:
             self._last = newest[0]
-
-
-def work_of(step: StepRecord) -> Work:
-    return Work.of((n_new, cached) for _, n_new, cached, _ in step.chunks)
 
 
 def make_engine() -> Engine:
@@ -212,7 +207,7 @@ def _compared(
 
 
 def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(row[name] for row in rows) for name in SHOWN}
+    return {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
 
 
 def _row(

@@ -59,8 +59,12 @@ def kept(directory: str | None, key: Mapping[str, Any]) -> Surface | None:
     is_good = len(coefficients) == N_COEFFICIENTS and all(
         is_real(x) and x >= 0 for x in coefficients
     )
-    is_good = is_good and any(coefficients[:3])  # no step takes no time
-    if not is_good or not sizes or not all(is_integer(n) and n > 0 for n in sizes):
+    if (
+        not is_good
+        or not any(coefficients[:3])
+        or not sizes
+        or not all(is_integer(n) and n > 0 for n in sizes)
+    ):
         return None
     e, a, b, c, d = map(float, coefficients)
     return Surface(e, a, b, c, d, tuple(sizes))

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from typing import NamedTuple
 
+from fastgen_jax.engine.surface import Work
 from fastgen_jax.engine.types import Plan
 
 N_STEPS = 120  # that are kept
@@ -29,6 +30,10 @@ class StepRecord(NamedTuple):
     n_waiting: int
     n_preempted: int
     chunks: list[ChunkRecord]
+
+    @property
+    def work(self) -> Work:
+        return Work.of((n_new, cached) for _, n_new, cached, _ in self.chunks)
 
 
 class History:

@@ -13,7 +13,6 @@ from fastgen_jax.engine.prefix import SequenceBlocks
 from fastgen_jax.engine.runner import shape_for
 from fastgen_jax.engine.scheduler import Limits, Policy, schedule
 from fastgen_jax.engine.startup import ResolvedConfig
-from fastgen_jax.engine.surface import Work
 from fastgen_jax.engine.types import Plan, Sequence
 
 
@@ -93,7 +92,7 @@ class Placement:
     def took(self, step: StepRecord, seconds: float) -> None:
         """So long passed from the end of the step before until this one's tokens were read."""
         if self._pace is not None:
-            work = Work.of((n_new, cached) for _, n_new, cached, _ in step.chunks)
+            work = step.work
             if work.n_tokens > len(step.chunks):  # whose length the pace decides
                 self._pace = self._pace.after(work, seconds)
 

@@ -30,7 +30,8 @@ def test_fit_finds_the_surface_that_times_come_from():
     truth, works = Surface(1e-3, 3e-3, 5e-5, 3e-7, 2e-8, SIZES), WORKS * 6
     noise = np.random.default_rng(0).normal(1, 0.02, len(works))
     found = fit(works, [truth(work) * x for work, x in zip(works, noise, strict=True)], SIZES)
-    assert found.c == pytest.approx(truth.c, rel=0.05)
+    assert found.e + found.a == pytest.approx(truth.e + truth.a, rel=0.05)
+    assert found[2:5] == pytest.approx(truth[2:5], rel=0.05)
     assert found.sizes == SIZES
     assert [found(work) for work in WORKS] == pytest.approx(
         [truth(work) for work in WORKS], rel=0.02
@@ -98,9 +99,9 @@ def test_step_of_the_budget_takes_no_longer_than_it_may(given_, seconds):
         prompt = (size - len(singles), prompts[0].n_cached + size - len(singles))
         return TRUTH(Work.of([*((1, s.n_tokens) for s in singles), prompt]))
 
-    assert seconds_of(n) <= seconds * (1 + 1e-9)
+    assert seconds_of(n) <= seconds
     larger = [size for size in SIZES if size > n]
-    assert not larger or seconds_of(larger[0]) > seconds * (1 - 1e-9)
+    assert not larger or seconds_of(larger[0]) > seconds
 
 
 @pytest.mark.parametrize("largest", [16, 100, 480, 512, 1056, 2048])

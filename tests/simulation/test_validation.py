@@ -15,7 +15,7 @@ SETTING = validation.Setting(20, 10, 3)
 def test_work_of_a_step_counts_what_attention_computes():
     chunks = [(1, 1, 9, 9), (2, 4, 6, 10)]
     step = StepRecord(1, 0.0, 0.1, 8, 2, 0, 0, chunks)
-    assert validation.work_of(step) == Work(5, 15, 9 + (3 + 4 + 5 + 6))
+    assert step.work == Work(5, 15, 9 + (3 + 4 + 5 + 6))
 
 
 @pytest.fixture(scope="module")
