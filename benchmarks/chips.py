@@ -1,6 +1,7 @@
 """GPU against TPU: what each chip could do with each model, and which resource binds it.
 
-    pip install libtpu jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12    # of jax's version
+    pip install libtpu jax-cuda12-plugin jax-cuda12-pjrt    # of jax's version
+    pip install nvidia-cuda-nvcc-cu12 nvidia-cuda-nvdisasm
     python -m benchmarks.chips
     python -m benchmarks.chips --chips h100,v6e --models llama-3-8b --save
 
@@ -11,11 +12,15 @@ and 8 that hold the model. No column without its source:
     tokens, requests    KV cache that fits beside weights and the compiled step's temporaries, in
                         the memory fraction that the engine takes; requests of --context tokens
     temporaries         of the largest step: memory_analysis, extrapolated to all layers
-    step gflop, gb      of the largest step on each chip by XLA's cost analysis, which does not see
-                        into Pallas calls, that is without attention; extrapolated
+    step gflop, gb      of the largest step on each device by XLA's cost analysis, which does not
+                        see into Pallas calls, that is without attention; extrapolated. Of absent
+                        GPUs there is none
+    decode, chunk       of attention's kernels: what bytes and matrix units need at least, of what
+    kernel              the schedule of `kernel source` takes, and which of its parts binds
     decode, prefill     tokens/s on all chips: the roofline of benchmarks.simulation over the
-                        numbers of `chip source`, at the batch that fits, at most --sequences, each
-                        of --context tokens; whole prompts of as many, in the largest step
+                        numbers of `chip source`, its attention slowed down as the kernel's schedule
+                        says, at the batch that fits, at most --sequences, each of --context tokens;
+                        whole prompts of as many, in the largest step
     bound by            what most of that time goes to
     measured            decode of a run on that chip, where benchmarks/results has one
 """
@@ -29,9 +34,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import kept
+from benchmarks import kept, schedules
 from benchmarks.simulation.chips import CHIPS, MODELS, Chip, Model
 from benchmarks.simulation.step_time import Roofline
+from benchmarks.tpu.schedule import CompileError
 from convert.chips import ENVIRONMENT, Chips
 from fastgen_jax.engine.surface import Work
 from fastgen_jax.errors import ConfigError
@@ -39,6 +45,7 @@ from fastgen_jax.errors import ConfigError
 RESULTS = Path("benchmarks/results")
 LAYERS = 2, 4  # of the programs that are compiled
 COUNTS = 1, 2, 4, 8
+DEVICES = {"tpu7x": 2}  # of jax, that a chip is; others are one
 NOTE = (
     "Predicted by rooflines over published numbers; programs are compiled, not run. Nothing but "
     "`measured` comes from a chip; `python -m benchmarks.chips --help` says what each column is."
@@ -46,7 +53,7 @@ NOTE = (
 
 
 class Program(NamedTuple):
-    """Of the largest step, on each chip."""
+    """Of the largest step, on each device."""
 
     temporaries: float  # bytes
     flops: float
@@ -75,6 +82,11 @@ class Row(NamedTuple):
     step_tokens: int
     step_gflop: float
     step_gb: float
+    decode_kernel: float
+    decode_kernel_bound_by: str
+    chunk_kernel: float
+    chunk_kernel_bound_by: str
+    kernel_source: str
     decode_batch: int
     decode: float
     decode_bound_by: str
@@ -84,7 +96,7 @@ class Row(NamedTuple):
     chip_source: str
 
 
-def compiled(model: Model, chip: str, n_chips: int, n_layers: int) -> Program:
+def compiled(model: Model, chip: str, n_devices: int, n_layers: int) -> Program:
     """Compiles the largest step of a model of so many layers."""
     from fastgen_jax.checkpoints.loading import abstract_model, filled, flat_params
     from fastgen_jax.engine import startup
@@ -92,9 +104,9 @@ def compiled(model: Model, chip: str, n_chips: int, n_layers: int) -> Program:
     from fastgen_jax.models.layers import Policy
     from fastgen_jax.models.sharding import mesh_over, placed
 
-    mesh = mesh_over(Chips(chip, n_chips).devices())
+    mesh = mesh_over(Chips(chip, n_devices).devices())
     config = EngineConfig(
-        model=chip, tensor_parallel_size=n_chips, num_kv_blocks=64, dtype="bfloat16"
+        model=chip, tensor_parallel_size=n_devices, num_kv_blocks=64, dtype="bfloat16"
     )
     resolved, model_config, shapes = startup.design(config, config_of(model, n_layers), mesh)
     abstract = abstract_model(model_config, Policy.here(resolved.dtype, mesh))
@@ -170,26 +182,37 @@ def binding(roofline: Roofline, work: Work) -> str:
     return max(parts, key=lambda name: parts[name])
 
 
+def seconds(roofline: Roofline, work: Work, kernel: schedules.Kernel) -> float:
+    """The roofline's, with an attention that takes as long as its kernel's schedule."""
+    return roofline(work) + roofline.attention(work) * (1 / kernel.share - 1)
+
+
 def row(chip: str, name: str, args: argparse.Namespace) -> Row:
     about, model = CHIPS[chip], MODELS[name]
     n_chips = n_chips_for(about, model)
-    few, more = (compiled(model, chip, n_chips, n_layers) for n_layers in LAYERS)
+    n_devices = n_chips * DEVICES.get(chip, 1)
+    few, more = (compiled(model, chip, n_devices, n_layers) for n_layers in LAYERS)
     step = more.extrapolated(few, model.n_layers)
-    free = about.memory - step.weights - step.temporaries
-    n_tokens = max(int(free * step.memory_fraction * n_chips / model.cell), 0)
+    kernels = schedules.attention(
+        chip, model.head_dim, model.n_heads // model.n_kv_heads,
+        max(model.n_kv_heads // n_devices, 1), step.n_tokens,
+    )  # fmt: skip
+    free = about.memory * n_chips / n_devices - step.weights - step.temporaries
+    n_tokens = max(int(free * step.memory_fraction * n_devices / model.cell), 0)
     batch = min(args.sequences, n_tokens // args.context)
     roofline, context = Roofline(about, model, n_chips), args.context
     decoding = Work(batch, batch * context, batch * context)
     n_prompts = max(step.n_tokens // context, 1)
     size = min(step.n_tokens, context)
     prefilling = Work(n_prompts * size, n_prompts * size, n_prompts * size * (size + 1) / 2)
+    prefill = prefilling.n_tokens / seconds(roofline, prefilling, kernels.chunk)
     return Row(
         chip, n_chips, name, n_tokens, n_tokens // context, step.temporaries / 1e6,
         step.n_tokens, step.flops / 1e9, step.n_bytes / 1e9,
-        batch, batch / roofline(decoding) if batch else 0.0,
+        *kernels.decode, *kernels.chunk, kernels.source,
+        batch, batch / seconds(roofline, decoding, kernels.decode) if batch else 0.0,
         binding(roofline, decoding) if batch else "memory",
-        prefilling.n_tokens / roofline(prefilling), binding(roofline, prefilling),
-        measured(chip, name), about.source,
+        prefill, binding(roofline, prefilling), measured(chip, name), about.source,
     )  # fmt: skip
 
 
@@ -207,7 +230,7 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         for model in args.models.split(","):
             try:
                 yield row(chip, model, args)
-            except ConfigError as error:
+            except (ConfigError, CompileError, FileNotFoundError) as error:
                 print(f"  {chip} {model}: {error}", file=sys.stderr)
 
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from benchmarks.chips import Program, binding, measured, n_chips_for
+from benchmarks.chips import Program, binding, measured, n_chips_for, seconds
+from benchmarks.gpu.schedule import Figures
+from benchmarks.schedules import Kernel, of_floors
 from benchmarks.simulation.chips import CHIPS, MODELS
 from benchmarks.simulation.step_time import Roofline
 from convert.chips import Chips
@@ -54,3 +56,13 @@ def test_every_chip_of_the_table_has_a_compiler():
     for chip in CHIPS:
         name = chip if chip in ("a100", "h100", "h200") else f"tpu-{chip.removeprefix('tpu')}"
         assert Chips.of(name).kind == chip
+
+
+def test_a_kernel_whose_instructions_take_longer_than_its_bytes_slows_attention_down():
+    floors = {"bytes": 80.0, "unit": 20.0, "issue": 100.0}
+    kernel = of_floors(Figures(0, 0, 0, 1, 4, 0.0, 0.0, {}, floors))
+    assert kernel == Kernel(0.8, "issue 1.2x")
+    roofline, work = Roofline(CHIPS["h100"], MODELS["llama-3-8b"]), Work(64, 65536, 65536)
+    slower = seconds(roofline, work, kernel) - roofline(work)
+    assert slower == pytest.approx(roofline.attention(work) / 4)
+    assert seconds(roofline, work, kernel._replace(share=1.0)) == roofline(work)

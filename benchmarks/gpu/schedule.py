@@ -56,6 +56,7 @@ class Chip(NamedTuple):
 
 CHIPS = {
     "h100": Chip(1.755e9, 4096, 233_472, 3.35e12 / 132 / 1.755e9),
+    "h200": Chip(1.755e9, 4096, 233_472, 4.8e12 / 132 / 1.755e9),
     "a100": Chip(1.41e9, 2048, 167_936, 2.039e12 / 108 / 1.41e9),
 }
 
@@ -80,7 +81,7 @@ class Case:
             )
         except ValueError:
             return False
-        return self.chip == "h100"
+        return self.chip != "a100"
 
 
 class Figures(NamedTuple):

@@ -51,18 +51,19 @@ class Recipe:
 
     def compile(self, shape: Shape | MaskedShape) -> jax.stages.Compiled:
         """For the devices of the mesh, which need not be here."""
-        mesh = self.program.mesh
-        device: Any = mesh.devices.flat[0]
+        device: Any = self.program.mesh.devices.flat[0]
         options: Any = COMPILER_OPTIONS.get(device.platform)
-        if device in jax.devices():
-            return self.lower(shape).compile(options)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it for the chip
-            platform: Any = {"gpu": "cuda"}.get(device.platform, device.platform)
-            return self.trace(shape).lower(lowering_platforms=(platform,)).compile(options)
+        return self.lower(shape).compile(options)
 
     def lower(self, shape: Shape | MaskedShape) -> jax.stages.Lowered:
         """The traced step of this shape, ready to compile."""
-        return self.trace(shape).lower()
+        mesh = self.program.mesh
+        device: Any = mesh.devices.flat[0]
+        if device in jax.devices():
+            return self.trace(shape).lower()
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # Pallas asks it for the chip
+            platform: Any = {"gpu": "cuda"}.get(device.platform, device.platform)
+            return self.trace(shape).lower(lowering_platforms=(platform,))
 
     def trace(self, shape: Shape | MaskedShape) -> jax.stages.Traced:
         """The step of this shape, for whatever platform. Executables take all arguments, also
