@@ -202,7 +202,7 @@ def test_answers_are_counted_by_route_and_kind_of_status(tokenizer, monkeypatch)
         "2xx": 1, "3xx": 0, "4xx": 1, "5xx": 1,
     }  # fmt: skip
     assert sum(counted.values()) == n_timed == 3
-    assert seconds > 3 * 0.02
+    assert seconds > 2 * 0.02  # from the first token to the third
 
 
 def test_refusals_at_the_gate_are_counted(used):
