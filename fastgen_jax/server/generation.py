@@ -7,7 +7,7 @@ length that the engine admitted.
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -184,8 +184,10 @@ class Choice:
         return taken
 
 
-def joined(events: Iterable[Event]) -> list[Event]:
+def joined(events: list[Event]) -> list[Event]:
     """The events, with neighbours of one kind, and of one call, as one."""
+    if len(events) < 2:  # as it is while a reader keeps up
+        return events
     runs = itertools.groupby(events, key=lambda event: (type(event), event[:-1]))
     return [
         run[0]._replace(**{run[0]._fields[-1]: "".join(event[-1] for event in run)})
