@@ -89,19 +89,21 @@ def test_penalties_are_counted_on_a_tpu_without_sorting_what_was_said():
     assert " sort(" not in text  # which took a third of a step's compilation
 
 
-# Model, chip, devices, GiB of cache on each: as a user would serve it.
+# Model, chip, devices, GiB of cache on each, what it is of: as a user would serve it.
 WHOLE_STEPS = [
-    pytest.param(LLAMA_3_8B, "v6e", 1, 8, id="Llama-3-8B-v6e"),
-    pytest.param(LLAMA_2_7B, "v5e", 4, 8, id="Llama-2-7B-2x2-v5e"),
-    pytest.param(LLAMA_3_8B, "h100", 8, 32, id="Llama-3-8B-8-h100"),
-    pytest.param(LLAMA_2_7B, "h100", 1, 32, id="Llama-2-7B-h100"),
+    pytest.param(LLAMA_3_8B, "v6e", 1, 8, "bfloat16", id="Llama-3-8B-v6e"),
+    pytest.param(LLAMA_2_7B, "v5e", 4, 8, "int8", id="Llama-2-7B-2x2-v5e-int8"),
+    pytest.param(LLAMA_3_8B, "h100", 8, 32, "bfloat16", id="Llama-3-8B-8-h100"),
+    pytest.param(LLAMA_2_7B, "h100", 1, 32, "float8_e4m3fn", id="Llama-2-7B-h100-fp8"),
 ]
 
 
-@pytest.mark.parametrize(("config", "chip", "n_devices", "cache_gib"), WHOLE_STEPS)
-def test_whole_step_never_copies_a_layers_cache(config, chip, n_devices, cache_gib):
+@pytest.mark.parametrize(("config", "chip", "n_devices", "cache_gib", "kv_dtype"), WHOLE_STEPS)
+def test_whole_step_never_copies_a_layers_cache(config, chip, n_devices, cache_gib, kv_dtype):
     target = make_target(chip, n_devices)
-    compiled, cache_bytes = compile_step(config, target, cache_bytes=cache_gib << 30)
+    compiled, cache_bytes = compile_step(
+        config, target, cache_bytes=cache_gib << 30, kv_dtype=kv_dtype
+    )
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache_bytes
     logits, ffn = 4 * N_SEQS * config.vocab_size, 4 * N_TOKENS * config.ffn_size
