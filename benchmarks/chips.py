@@ -234,6 +234,11 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
                 print(f"  {chip} {model}: {error}", file=sys.stderr)
 
 
+def text(table: list[Row]) -> str:
+    """As Markdown."""
+    return f"# Chips and models\n\n{kept.markdown([line._asdict() for line in table])}\n\n{NOTE}"
+
+
 def draw(table: list[Row], path: Path) -> None:
     """Predicted decode and prefill, a bar a chip."""
     import matplotlib
@@ -276,16 +281,14 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    table = []
+    table: list[Row] = []
     for line in rows(args):
         table.append(line)
         print(kept.markdown([line._asdict()]).splitlines()[-1], file=sys.stderr, flush=True)
-    lines = [line._asdict() for line in table]
-    text = f"# Chips and models\n\n{kept.markdown(lines)}\n\n{NOTE}"
-    print(text)
-    if args.save:
-        kept.save(RESULTS, "chips", lines, text)
-        draw(table, RESULTS / "chips.png")
+        if args.save:  # so far: all of them take an hour
+            kept.save(RESULTS, "chips", [line._asdict() for line in table], text(table))
+            draw(table, RESULTS / "chips.png")
+    print(text(table))
 
 
 if __name__ == "__main__":
