@@ -226,12 +226,15 @@ def measured(chip: str, model: str, folder: Path = RESULTS) -> str:
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Of what compiles; says of the rest why not."""
+    from jax.errors import JaxRuntimeError
+
     for chip in args.chips.split(","):
         for model in args.models.split(","):
             try:
                 yield row(chip, model, args)
-            except (ConfigError, CompileError, FileNotFoundError) as error:
-                print(f"  {chip} {model}: {error}", file=sys.stderr)
+            except (ConfigError, CompileError, FileNotFoundError, JaxRuntimeError) as error:
+                print(f"  {chip} {model}: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
 def text(table: list[Row]) -> str:
