@@ -263,7 +263,7 @@ def draw(table: list[Row], path: Path) -> None:
         panel.set_xticks([k + 0.4 for k in range(len(models))], models, rotation=20)
         panel.set_ylabel(f"{what}: tokens/s a chip, predicted")
         panel.set_yscale("log")
-    panels[0].legend()
+    panels[1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
