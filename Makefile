@@ -7,9 +7,8 @@ MODEL ?=
 PORT ?= 8000
 ARGS ?=
 PY := .venv/bin/python
-# Three processes for two cores, for tests wait for servers and timers too; tests of one file stay together, with the
-# engines that they share.
-WORKERS := -n $(shell cores=$$(nproc); echo $$(((cores < 8 ? cores : 8) * 3 / 2))) --dist loadfile
+# A process per core; tests of one file stay together, with the engines that they share.
+WORKERS := -n auto --maxprocesses 8 --dist loadfile
 
 # The first interpreter that is new enough. Give another one with PYTHON=...
 PYTHON = $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \

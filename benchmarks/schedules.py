@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.gpu import schedule as gpu
 from benchmarks.tpu import schedule as tpu
-from benchmarks.tpu.subjects import SUBJECTS
+from benchmarks.tpu.subjects import SUBJECTS, our_arguments
 from convert.chips import Chips
 
 
@@ -46,8 +46,8 @@ def attention(chip: str, head_size: int, group: int, n_kv_heads: int, n_tokens: 
     """
     if chip in gpu.CHIPS:
         return _of_gpu(gpu.Case(chip, head_size, "bfloat16", group))
-    tiles = _tiles(chip, head_size, group, n_kv_heads, n_tokens)
-    return _of_tpu(tpu.Case(chip, head_size, n_kv_heads, group, "bfloat16", tiles))
+    case = tpu.Case(chip, head_size, n_kv_heads, group, "bfloat16", tiles={})
+    return _of_tpu(case._replace(tiles=_tiles(case, n_tokens)))
 
 
 def _of_gpu(case: gpu.Case) -> Kernels:
@@ -73,16 +73,15 @@ def _of_tpu(case: tpu.Case) -> Kernels:
     return Kernels(*kernels, source="libtpu, bundles")
 
 
-def _tiles(chip: str, head_size: int, group: int, n_kv_heads: int, n_tokens: int) -> dict[str, Any]:
+def _tiles(case: tpu.Case, n_tokens: int) -> dict[str, Any]:
     """What the kernels choose there."""
     import jax
-    import jax.numpy as jnp
 
     from fastgen_jax.models.sharding import mesh_over
     from pallas_kernels.tpu.tiles import tiles_for
 
-    cache = jax.ShapeDtypeStruct((64, n_kv_heads, 2, head_size, 128), jnp.bfloat16)
-    mesh = mesh_over(Chips(chip, 1).devices())
+    arguments, mesh = our_arguments(case), mesh_over(Chips(case.chip, 1).devices())
+    n_heads = arguments.q.shape[1]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        tiles = tiles_for(n_tokens, n_kv_heads * group, cache, interpret=False)
+        tiles = tiles_for(n_tokens, n_heads, arguments.cache[0], interpret=False)
     return dataclasses.asdict(tiles)

@@ -73,6 +73,7 @@ class Case:
     @property
     def has_mosaic(self) -> bool:
         """Whether mosaic_gpu takes it."""
+        from convert.chips import GPUS
         from pallas_kernels.contract import check_heads
 
         try:
@@ -81,7 +82,7 @@ class Case:
             )
         except ValueError:
             return False
-        return self.chip != "a100"
+        return GPUS[self.chip]["major"] == 9
 
 
 class Figures(NamedTuple):

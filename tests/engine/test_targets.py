@@ -92,9 +92,11 @@ def test_penalties_are_counted_on_a_tpu_without_sorting_what_was_said():
 # Model, chip, devices, GiB of cache on each, what it is of: as a user would serve it.
 WHOLE_STEPS = [
     pytest.param(LLAMA_3_8B, "v6e", 1, 8, "bfloat16", id="Llama-3-8B-v6e"),
-    pytest.param(LLAMA_2_7B, "v5e", 4, 8, "int8", id="Llama-2-7B-2x2-v5e-int8"),
+    pytest.param(LLAMA_2_7B, "v5e", 4, 8, "bfloat16", id="Llama-2-7B-2x2-v5e"),
     pytest.param(LLAMA_3_8B, "h100", 8, 32, "bfloat16", id="Llama-3-8B-8-h100"),
-    pytest.param(LLAMA_2_7B, "h100", 1, 32, "float8_e4m3fn", id="Llama-2-7B-h100-fp8"),
+    pytest.param(LLAMA_2_7B, "h100", 1, 32, "bfloat16", id="Llama-2-7B-h100"),
+    pytest.param(SMALL, "v5e", 4, 1, "int8", id="small-2x2-v5e-int8"),
+    pytest.param(SMALL, "h100", 1, 1, "float8_e4m3fn", id="small-h100-fp8"),
 ]
 
 
