@@ -33,6 +33,8 @@ __all__ = [
     "cache_dtype",
     "cache_shape",
     "check_heads",
+    "cpu_product",
+    "has_cpu_library",
     "plan_sizes",
     "quantize",
     "select",
@@ -75,6 +77,21 @@ def tiles_product(*arrays: Any, tile: int, interpret: bool = False) -> Any:
     """A GPU's products of tiles of rows with a matrix each; see gpu/grouped.py, imported now."""
     module = importlib.import_module("pallas_kernels.gpu.grouped")
     return module.tiles_product(*arrays, tile=tile, interpret=interpret)
+
+
+@functools.cache
+def has_cpu_library() -> bool:
+    """Whether products of CPUs are there, and XLA knows them."""
+    try:
+        importlib.import_module("pallas_kernels.cpu.calls").check_installed()
+    except ImportError:
+        return False
+    return True
+
+
+def cpu_product(x: Any, weight: Any) -> Any:
+    """A CPU's x W^T with a weight of 16 bits; see cpu/product.py, imported now."""
+    return importlib.import_module("pallas_kernels.cpu.product").product(x, weight)
 
 
 def select(name: str, device: Any = None) -> RaggedPagedAttention:

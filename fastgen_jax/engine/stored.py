@@ -101,6 +101,7 @@ def purpose(config: EngineConfig, model: ModelConfig, devices: Iterable[Any]) ->
     found: dict[str, Any] = {"chip": chip.device_kind, "chips": len(devices)}
     if chip.platform == "cpu":
         found["chip"] = f"{platform.machine()} {_cpu_features()}"
+        found["library of pallas_kernels.cpu"] = pallas_kernels.has_cpu_library()
     for name in PACKAGES[chip.platform]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

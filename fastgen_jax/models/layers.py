@@ -22,7 +22,7 @@ from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layout import HeadLayout
 from fastgen_jax.models.rope import Rotation
-from pallas_kernels import AttentionSpec
+from pallas_kernels import AttentionSpec, cpu_product, has_cpu_library
 
 DTYPES = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}  # of weights, by backend
 Cache = Any  # whatever the attend function reads and returns
@@ -59,33 +59,44 @@ class Policy:
         return 1 if self.mesh is None else self.mesh.size
 
 
-@jax.custom_vjp
-def product(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
+def product(
+    x: Float[Array, "T I"], weight: Float[Array, "O I"], n_shards: int = 1
+) -> Float[Array, "T O"]:
     """x W^T with the weight's dtype as input and float32 as output; so are its gradients' products.
 
-    On CPU a matrix product packs its right-hand side anew in every call, so with few tokens the
-    weight had better be on the left: up to 1.25 times as fast (benchmarks/models/matmul.py).
-    """
-    x = x.astype(weight.dtype)
+    On CPU, if its library is there, a 16-bit weight is widened on its way and x is not rounded.
+    XLA's product packs the right-hand side anew in every call, so with few tokens the weight had
+    better be on the left: up to 1.25 times as fast (benchmarks/models/matmul.py).
 
+    n_shards: of the weight, which XLA divides; the library's product is not XLA's to divide.
+    """
+    return _with_gradient(x, weight, n_shards)
+
+
+def _product(x, weight, n_shards: int) -> Array:
     def dot(a, b):
         contract = (((1,), (1,)), ((), ()))
         return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
 
+    def rounded(x, weight):
+        return dot(x.astype(weight.dtype), weight)
+
     def cpu(x, weight):
+        if weight.dtype != jnp.float32 and n_shards == 1 and has_cpu_library():
+            return cpu_product(x, weight)
         fewest = 1 if weight.dtype == jnp.float32 else 32
         if not fewest <= len(x) < 128:
-            return dot(x, weight)
-        return lax.optimization_barrier(dot(weight, x)).T  # XLA would turn it back
+            return rounded(x, weight)
+        return lax.optimization_barrier(dot(weight, x.astype(weight.dtype))).T  # not turned back
 
-    return lax.platform_dependent(x, weight, cpu=cpu, default=dot)
-
-
-def _product_forward(x, weight):
-    return product(x, weight), (x, weight)
+    return lax.platform_dependent(x, weight, cpu=cpu, default=rounded)
 
 
-def _product_backward(saved, d_y: Float[Array, "T O"]):
+def _product_forward(x, weight, n_shards):
+    return _product(x, weight, n_shards), (x, weight)
+
+
+def _product_backward(_, saved, d_y: Float[Array, "T O"]):
     """By itself jax would multiply a bfloat16 weight in float32."""
     x, weight = saved
     d_y = d_y.astype(weight.dtype)
@@ -96,7 +107,8 @@ def _product_backward(saved, d_y: Float[Array, "T O"]):
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
 
 
-product.defvjp(_product_forward, _product_backward)
+_with_gradient = jax.custom_vjp(_product, nondiff_argnums=(2,))
+_with_gradient.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
@@ -109,7 +121,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_size, policy.weights)) if bias else None
 
     def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
-        y = product(x, self.weight[...])
+        y = product(x, self.weight[...], self.policy.n_shards)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)[None]
         return y.astype(self.policy.activations)
@@ -204,7 +216,7 @@ class Embedding(nnx.Module):
 
     def unembed(self, x: Float[Array, "S D"]) -> Float[Array, "S V"]:
         """Logits in float32."""
-        return product(x, self.weight[...])
+        return product(x, self.weight[...], self.policy.n_shards)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -4,14 +4,14 @@
 // the step. Items of work are taken in turns by this thread and those of XLA's own pool; which one
 // takes which changes no result.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <string>
 #include <vector>
 
-#include "tile.h"
+#include "attention_tile.h"
+#include "kinds.h"
+#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -31,50 +31,7 @@ constexpr int ITEMS_PER_THREAD = 8;     // at least, where there are long contex
 constexpr int WRITTEN_TOGETHER = 128;   // tokens
 constexpr int64_t THREAD_COST = 1 << 18;  // rows * keys * H that are worth another thread
 
-// For kinds of CPU as build.py orders them, the best one last; null where this one is not of it.
-std::vector<Attend> kinds() {
-  std::vector<Attend> found = {attend_any};
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  found.push_back(has_avx2 ? attend_avx2 : nullptr);
-  found.push_back(has_avx512 ? attend_avx512 : nullptr);
-  const bool has_pairs = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  found.push_back(has_pairs ? attend_avx512bf16 : nullptr);
-#endif
-  return found;
-}
-
-// The one of that number; with -1 the best one here.
-Attend attend_of(int64_t kind) {
-  static const std::vector<Attend> all = kinds();
-  if (kind >= 0) return kind < int64_t(all.size()) ? all[kind] : nullptr;
-  return *std::find_if(all.rbegin(), all.rend(), [](Attend a) { return a != nullptr; });
-}
-
-// Runs work(0) .. work(n - 1): here, and on threads of the pool that come before all is taken. It
-// waits for items under way only, never for a thread to come: a pool of one thread, or one whose
-// threads all wait like this one, gets through as well.
-template <class Work>
-void in_turns(ffi::ThreadPool& pool, int n, int64_t n_helpers, const Work& work) {
-  struct Shared {
-    std::atomic<int> next{0}, n_done{0};
-  };
-  auto shared = std::make_shared<Shared>();
-  auto help = [shared, n, &work] {  // who comes late finds nothing to do, and `work` may be gone
-    for (int i; (i = shared->next.fetch_add(1)) < n;) {
-      work(i);
-      if (shared->n_done.fetch_add(1) + 1 == n) shared->n_done.notify_all();
-    }
-  };
-  n_helpers = std::min<int64_t>(n_helpers, n - 1);
-  for (int64_t i = 0; i < n_helpers; ++i) pool.Schedule(decltype(help)(help));
-  help();
-  for (int done; (done = shared->n_done.load()) < n;) shared->n_done.wait(done);
-}
+constexpr Attend ATTEND[] = OF_ALL_KINDS(attend);
 
 struct Batch {
   const int32_t *slots, *block_tables, *seq_lens, *cu_q_lens;
@@ -258,8 +215,8 @@ ffi::Error call_attention(ffi::ThreadPool pool, Floats q, ffi::AnyBuffer k, ffi:
                           Integers n_seqs, Floats slopes, Floats sinks, ffi::Result<Floats> out,
                           ffi::Result<ffi::AnyBuffer> cache, ffi::Result<Floats> scales,
                           float scale, float soft_cap, int64_t window, int64_t kind) {
-  const Attend attend_item = attend_of(kind);
-  if (!attend_item) return ffi::Error::InvalidArgument("attention: not for this kind of CPU");
+  const int found = find_kind(kind);
+  if (found < 0) return ffi::Error::InvalidArgument("attention: not for this kind of CPU");
   Call call{};
   const auto shape = cache->dimensions();  // B K 2 C H
   if (!find_cell(cache->element_type(), call.cell) || k.element_type() != cache->element_type())
@@ -283,7 +240,7 @@ ffi::Error call_attention(ffi::ThreadPool pool, Floats q, ffi::AnyBuffer k, ffi:
   float* written_scales = call.scales ? scales->typed_data() : nullptr;
   write(batch, call, k, v, k_scales.typed_data(), v_scales.typed_data(),
         static_cast<char*>(cache->untyped_data()), written_scales, pool);
-  attend(attend_item, call, batch, pool);
+  attend(ATTEND[found], call, batch, pool);
   const size_t row = q.dimensions()[1] * q.dimensions()[2];
   const size_t n_real = batch.cu_q_lens[batch.n_seqs];
   std::fill(call.out + n_real * row, call.out + batch.n_tokens * row, 0.0f);

@@ -4,9 +4,6 @@ Queries are float32 there, as are all products and sums; keys and values come en
 stores them.
 """
 
-import ctypes
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,30 +17,12 @@ from pallas_kernels.contract import (
     encode,
     quantize,
 )
-from pallas_kernels.cpu.build import KINDS, library
+from pallas_kernels.cpu.build import KINDS
+from pallas_kernels.cpu.calls import check_installed
 
 TARGET = "fastgen_ragged_paged_attention"
+__all__ = ["check_installed", "ragged_paged_attention"]
 CELLS = ("float32", "uint16", "bfloat16", "float16", "int8", "uint8", "float8_e4m3fn")
-
-
-@functools.cache
-def check_installed() -> None:
-    """Makes the library known to XLA.
-
-    Raises:
-        ImportError: it is not built, or does not load.
-    """
-    path = library()
-    if not path.exists():
-        raise ImportError(
-            "the CPU's attention is not built; `python -m pallas_kernels.cpu.build` does it "
-            "where there is a C++ compiler"
-        )
-    try:
-        function = ctypes.CDLL(str(path)).ragged_paged_attention
-    except (OSError, AttributeError) as error:
-        raise ImportError(f"the CPU's attention does not load: {error}") from None
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(function), platform="cpu")
 
 
 def ragged_paged_attention(

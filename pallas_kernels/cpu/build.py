@@ -2,8 +2,8 @@
 
     python -m pallas_kernels.cpu.build [--compiler g++]
 
-It lies beside its sources and bears their hash, so one of older sources is never used. tile.cc is
-compiled once per kind of CPU and the library chooses when it is loaded: it runs on any CPU of the
+It lies beside its sources and bears their hash, so one of older sources is never used. Tiles are
+compiled once per kind of CPU and the library chooses when it is called: it runs on any CPU of the
 architecture, wherever it was built.
 """
 
@@ -18,14 +18,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = "attention.cc", "tile.cc", "tile.h"
+CALLS = "attention.cc", "product.cc"
+TILES = "attention_tile.cc", "product_tile.cc"
+HEADERS = "attention_tile.h", "product_tile.h", "vectors.h", "kinds.h", "threads.h"
+SOURCES = CALLS + TILES + HEADERS
 COMPILERS = "c++", "g++", "clang++"
+LOSS = "attention on CPU will be slower, and so will products with 16-bit weights"
 # No -ffast-math: NaN must stay NaN.
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=fast")
 FLAGS += ("-fno-math-errno", "-fno-trapping-math")
 KINDS: dict[str, tuple[str, ...]] = {
     "any": ("-DLANES=4",)
-}  # of CPU -> how tile.cc is compiled for it
+}  # of CPU -> how tiles are compiled for it
 if platform.machine() == "x86_64":
     KINDS["avx2"] = ("-DLANES=8", "-mavx2", "-mfma")
     KINDS["avx512"] = ("-DLANES=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
@@ -37,7 +41,7 @@ def library() -> Path:
     known = hashlib.sha256(repr((FLAGS, KINDS, platform.machine())).encode())
     for name in SOURCES:
         known.update((HERE / name).read_bytes())
-    return HERE / f"attention-{known.hexdigest()[:16]}.so"
+    return HERE / f"library-{known.hexdigest()[:16]}.so"
 
 
 def build(compiler: str, headers: str) -> Path:
@@ -49,12 +53,12 @@ def build(compiler: str, headers: str) -> Path:
         subprocess.CalledProcessError: the compiler failed; it has said why.
     """
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
-        jobs = [("attention", ("attention.cc", "-isystem", headers))]
-        jobs += [(k, ("tile.cc", f"-DATTEND=attend_{k}", *flags)) for k, flags in KINDS.items()]
-        objects = [f"{folder}/{name}.o" for name, _ in jobs]
+        jobs = [(name, "-isystem", headers) for name in CALLS]
+        jobs += [(name, f"-DKIND={k}", *flags) for name in TILES for k, flags in KINDS.items()]
+        objects = [f"{folder}/{i}.o" for i in range(len(jobs))]
 
-        def compile_one(job: tuple[str, tuple[str, ...]], target: str) -> None:
-            run(compiler, *FLAGS, *job[1], "-c", "-o", target)
+        def compile_one(job: tuple[str, ...], target: str) -> None:
+            run(compiler, *FLAGS, *job, "-c", "-o", target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, jobs, objects))
@@ -62,7 +66,7 @@ def build(compiler: str, headers: str) -> Path:
         # What it needs of the C++ library comes along.
         run(compiler, "-shared", "-static-libstdc++", "-static-libgcc", *objects, "-o", built)
         os.chmod(built, 0o644)
-        for old in HERE.glob("attention-*.so"):
+        for old in HERE.glob("library-*.so"):
             old.unlink(missing_ok=True)
         os.replace(built, library())
     return library()
@@ -81,15 +85,15 @@ def main() -> None:
     if library().exists():
         return
     if compiler is None:
-        print(f"no C++ compiler ({', '.join(COMPILERS)}): attention on CPU will be slower")
+        print(f"no C++ compiler ({', '.join(COMPILERS)}): {LOSS}")
         return
     import jax.ffi
 
-    print(f"building the CPU's attention with {compiler}", flush=True)
+    print(f"building the CPU's library with {compiler}", flush=True)
     try:
         build(compiler, jax.ffi.include_dir())
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"{error}: attention on CPU will be slower")
+        print(f"{error}: {LOSS}")
 
 
 if __name__ == "__main__":

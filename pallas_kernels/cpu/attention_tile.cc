@@ -1,6 +1,6 @@
 // Attention of one item of work: a flash loop over tiles of keys, for one kind of CPU.
 //
-// Compiled with -DATTEND=its name -DLANES=floats per vector. All sums are in float32; scores are in
+// Compiled with -DKIND=of CPU -DLANES=floats per vector. All sums are in float32; scores are in
 // units of log2. With few rows (decodes) keys and values are read where they are, once, and each
 // score is a dot product; with many a tile is unpacked first, keys transposed, and both products
 // are sums of rows times a broadcast weight.
@@ -8,68 +8,13 @@
 #include <cstring>
 #include <type_traits>
 
-#include "tile.h"
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
+#include "attention_tile.h"
+#include "vectors.h"
 
 namespace {
 
-constexpr int W = LANES;
 constexpr int FEW_ROWS = 8;   // with more, unpacking a tile pays
 constexpr float LOG2E = 1.44269504f;
-
-typedef float Vector __attribute__((vector_size(4 * W)));
-typedef int32_t Integers __attribute__((vector_size(4 * W)));
-typedef float LooseVector __attribute__((vector_size(4 * W), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2)));
-typedef int8_t Bytes __attribute__((vector_size(W), aligned(1)));
-typedef uint8_t UnsignedBytes __attribute__((vector_size(W), aligned(1)));
-
-struct Bfloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
-struct Float8 { uint8_t bits; };  // e4m3fn
-
-Vector splat(float x) { return x - Vector{}; }  // which compilers know to be x, bit for bit
-
-Vector load(const float* p) { return *reinterpret_cast<const LooseVector*>(p); }
-
-void store(float* p, Vector x) { *reinterpret_cast<LooseVector*>(p) = x; }
-
-Vector load(const Bfloat16* p) {
-  const Halves bits = *reinterpret_cast<const Halves*>(p);
-  return (Vector)(__builtin_convertvector(bits, Integers) << 16);
-}
-
-Vector load(const int8_t* p) {
-  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vector);
-}
-
-// Floats of `exponent` and `mantissa` bits, with subnormals. Not by a float32 subnormal times a
-// power of two: XLA's threads flush those to zero.
-template <int exponent, int mantissa>
-Vector small_floats(Integers bits) {
-  constexpr int bias = (1 << (exponent - 1)) - 1;
-  const Integers size = bits & ((1 << (exponent + mantissa)) - 1);
-  const Integers sign = (bits >> (exponent + mantissa)) << 31;
-  const Vector normal = (Vector)((size << (23 - mantissa)) + ((127 - bias) << 23));
-  const Vector subnormal = __builtin_convertvector(size, Vector) *
-                           (1.0f / (int64_t{1} << (bias - 1 + mantissa)));
-  return (Vector)((Integers)(size < (1 << mantissa) ? subnormal : normal) | sign);
-}
-
-Vector load(const Float16* p) {
-  const Integers bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Integers);
-  const Integers special = ((bits & 0x3ff) << 13) | ((bits >> 15) << 31) | 0x7f800000;
-  return (bits & 0x7c00) == 0x7c00 ? (Vector)special : small_floats<5, 10>(bits);
-}
-
-Vector load(const Float8* p) {
-  const auto bits =
-      __builtin_convertvector(*reinterpret_cast<const UnsignedBytes*>(p), Integers);
-  const Vector nan = splat(NAN);
-  return (bits & 0x7f) == 0x7f ? nan : small_floats<4, 3>(bits);
-}
 
 // 2^x to 1e-7, and 0 below -127; NaN stays NaN. x <= 127.
 Vector exp2(Vector x) {
@@ -93,47 +38,6 @@ Vector tanh(Vector x) {
   x = x < -20.0f ? splat(-20.0f) : x;
   const Vector e = exp2(x * (2 * LOG2E));
   return (e - 1.0f) / (e + 1.0f);
-}
-
-#if defined(__clang__)
-#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define PICK(a, b, ...) __builtin_shuffle(a, b, Integers{__VA_ARGS__})
-#endif
-template <int... I> struct Lanes {};
-template <int n, int... I> struct Count : Count<n - 1, n - 1, I...> {};
-template <int... I> struct Count<0, I...> { using type = Lanes<I...>; };
-using AllLanes = typename Count<W>::type;
-
-// Lane i: a[i], but b[i ^ s] where bit s of i is set. With `other`, what is left over.
-template <int s, bool other, int... I>
-Vector swapped(Vector a, Vector b, Lanes<I...>) {
-  if constexpr (other) return PICK(a, b, ((I & s) ? W + I : I ^ s)...);
-  return PICK(a, b, ((I & s) ? W + (I ^ s) : I)...);
-}
-
-template <int s = W / 2>
-inline __attribute__((always_inline)) void transpose(Vector (&x)[W]) {
-  for (int i = 0; i < W; ++i) {
-    if (i & s) continue;
-    const Vector a = x[i], b = x[i | s];
-    x[i] = swapped<s, false>(a, b, AllLanes{});
-    x[i | s] = swapped<s, true>(a, b, AllLanes{});
-  }
-  if constexpr (s > 1) transpose<s / 2>(x);
-}
-
-// Lane i: the sum of the lanes of x[i].
-template <int s = W / 2>
-inline __attribute__((always_inline)) Vector sums(Vector (&x)[W]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < s; ++i) {
-    const Vector a = x[i], b = x[i | s];
-    // Where bit s of the lane is set the sum is of b's lanes.
-    x[i] = swapped<s, false>(a, b, AllLanes{}) + swapped<s, true>(a, b, AllLanes{});
-  }
-  if constexpr (s > 1) return sums<s / 2>(x);
-  return x[0];
 }
 
 template <int s, int... I>
@@ -173,12 +77,9 @@ struct Unpacked {
 struct RowPairs {
   const Bfloat16* const* rows;
   int n_real;
-  static Integers bits(const Bfloat16* p) {
-    return __builtin_convertvector(*reinterpret_cast<const Halves*>(p), Integers);
-  }
   Vector at(int m, int column) const {
-    const Integers even = bits(rows[2 * m] + column);
-    return (Vector)(2 * m + 1 < n_real ? even | bits(rows[2 * m + 1] + column) << 16 : even);
+    const Integers even = widen(&rows[2 * m][column].bits);
+    return (Vector)(2 * m + 1 < n_real ? even | widen(&rows[2 * m + 1][column].bits) << 16 : even);
   }
 };
 
@@ -280,15 +181,6 @@ void dot(const float* q, int q_stride, int n_rows, const T* const* keys, int n_r
   if (n_rows == 3) dot_rows<Lane, 3>(q, q_stride, keys, n_real, head_size, scores);
   if (n_rows == 2) dot_rows<Lane, 2>(q, q_stride, keys, n_real, head_size, scores);
   if (n_rows == 1) dot_rows<Lane, 1>(q, q_stride, keys, n_real, head_size, scores);
-}
-
-// W cells of a row, or zeros behind its end.
-template <class T>
-Vector load_part(const T* row, int column, int size) {
-  if (column + W <= size) return load(row + column);
-  T part[W] = {};
-  if (column < size) memcpy(part, row + column, (size - column) * sizeof(T));
-  return load(part);
 }
 
 // Keys "H KEYS", and zeros for those that are not there.
@@ -522,7 +414,7 @@ struct Flash {
 
 }  // namespace
 
-void ATTEND(const Call& call, const Item& item, float* scratch) {
+void OF_KIND(attend)(const Call& call, const Item& item, float* scratch) {
   switch (call.cell) {
     case Cell::kFloat32: return Flash<float>(call, item, scratch).run();
     case Cell::kBfloat16: return Flash<Bfloat16>(call, item, scratch).run();

@@ -2,7 +2,7 @@
 //
 // Dim letters as in contract.py: T tokens, N query heads, K KV heads, G = N / K, H head size,
 // B blocks in the pool, C cells per block. Nothing here may be an inline function of external
-// linkage: tile.cc is compiled once per kind of CPU, and the linker keeps any one of such copies.
+// linkage: attention_tile.cc is compiled once per kind of CPU, and the linker keeps any one of such copies.
 #pragma once
 
 #include <cstdint>

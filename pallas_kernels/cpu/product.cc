@@ -1,0 +1,82 @@
+// y = x W^T as one XLA custom call: packs x, divides the work, multiplies.
+#include <algorithm>
+
+#include "kinds.h"
+#include "product_tile.h"
+#include "threads.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+void pack_any(const Product&, int, int);
+void multiply_any(const Product&, const Part&, float*);
+#if defined(__x86_64__)
+void pack_avx2(const Product&, int, int);
+void multiply_avx2(const Product&, const Part&, float*);
+void pack_avx512(const Product&, int, int);
+void multiply_avx512(const Product&, const Part&, float*);
+void pack_avx512bf16(const Product&, int, int);
+void multiply_avx512bf16(const Product&, const Part&, float*);
+#endif
+
+namespace {
+
+constexpr Pack PACK[] = OF_ALL_KINDS(pack);
+constexpr Multiply MULTIPLY[] = OF_ALL_KINDS(multiply);
+constexpr int64_t THREAD_COST = 1 << 18;   // multiplications that are worth another thread
+constexpr int64_t PACKING_COST = 1 << 15;  // packed inputs that are
+
+int divided(int n, int size) { return (n + size - 1) / size; }
+
+void multiply(const Product& p, int kind, ffi::ThreadPool& pool) {
+  const int64_t n_others = std::max<int64_t>(pool.num_threads(), 1) - 1;
+  const int64_t size = int64_t{p.n_tokens} * p.n_inputs, cost = size * p.n_outputs;
+  const int n_packed = p.n_tokens <= FEW_TOKENS ? 0 : divided(p.n_tokens, PACKED_TOKENS);
+  in_turns(pool, n_packed, std::min(n_others, size / PACKING_COST), [&](int i) {
+    const int first = i * PACKED_TOKENS;
+    PACK[kind](p, first, std::min(PACKED_TOKENS, p.n_tokens - first));
+  });
+  const int n_token_parts = divided(p.n_tokens, PART_TOKENS);
+  const int n_parts = n_token_parts * divided(p.n_outputs, PART_ROWS);
+  in_turns(pool, n_parts, std::min(n_others, cost / THREAD_COST), [&](int i) {
+    alignas(64) static thread_local float scratch[SCRATCH];
+    Part part;
+    part.first_row = i / n_token_parts * PART_ROWS;  // who come together read the same rows
+    part.first_token = i % n_token_parts * PART_TOKENS;
+    part.n_rows = std::min(PART_ROWS, p.n_outputs - part.first_row);
+    part.n_tokens = std::min(PART_TOKENS, p.n_tokens - part.first_token);
+    MULTIPLY[kind](p, part, scratch);
+  });
+}
+
+using Floats = ffi::Buffer<ffi::F32, 2>;
+
+ffi::Error call_product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weight,
+                        ffi::Result<Floats> y, ffi::Result<ffi::Buffer<ffi::F32>> panels,
+                        int64_t wanted_kind) {
+  const int kind = find_kind(wanted_kind);
+  if (kind < 0) return ffi::Error::InvalidArgument("product: not for this kind of CPU");
+  Product p{};
+  switch (weight.element_type()) {
+    case ffi::F32: p.stored = Stored::kFloat32; break;
+    case ffi::BF16: p.stored = Stored::kBfloat16; break;
+    case ffi::F16: p.stored = Stored::kFloat16; break;
+    default: return ffi::Error::InvalidArgument("product: no such type of weights");
+  }
+  p.x = x.typed_data(), p.y = y->typed_data(), p.panels = panels->typed_data();
+  p.weight = static_cast<const char*>(weight.untyped_data());
+  p.n_tokens = x.dimensions()[0], p.n_inputs = x.dimensions()[1], p.n_outputs = y->dimensions()[1];
+  multiply(p, kind, pool);
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product, call_product,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()                     // x
+                                  .Arg<ffi::AnyBuffer>()             // weight
+                                  .Ret<Floats>()                     // y
+                                  .Ret<ffi::Buffer<ffi::F32>>()      // panels, of no further use
+                                  .Attr<int64_t>("kind"));

@@ -1,0 +1,198 @@
+// A part of a product y = x W^T, for one kind of CPU: compiled with -DKIND=of it -DLANES=floats per
+// vector.
+//
+// With few tokens each number is a dot product of rows as they are, and memory is what it waits for.
+// With many a tile is some rows of the weight times two vectors of tokens: sums stay in registers, a
+// number of the weight is broadcast, and so neither is transposed but x, once per call (Goto and van
+// de Geijn, 2008, with the weight as their A). The weight is read from memory once, and its next rows
+// are asked for while these are multiplied. All is float32: 16-bit weights are widened on their way.
+#include "product_tile.h"
+#include "vectors.h"
+
+namespace {
+
+constexpr int SUMS = W == 16 ? 24 : 12;  // that registers hold beside their factors
+constexpr int PANEL = 2 * W;             // tokens
+constexpr int STRIDE = DEPTH + 2;        // of unpacked rows, which else share banks of the cache
+constexpr int LINE = 64;                 // bytes
+static_assert(PART_ROWS % SUMS == 0 && PART_ROWS % W == 0 && PART_TOKENS % PANEL == 0);
+static_assert(PART_ROWS * PART_TOKENS + SUMS * STRIDE <= SCRATCH);
+
+// y of W / n rows and n tokens; rows at and behind `end` are not there.
+template <int n, class T>
+void dot_rows(const Product& p, const T* weight, int row, int end, int token) {
+  constexpr int n_rows = W / n;
+  const T* rows[n_rows];
+  for (int r = 0; r < n_rows; ++r)
+    rows[r] = weight + int64_t{row + r < end ? row + r : end - 1} * p.n_inputs;
+  const float* x = p.x + int64_t{token} * p.n_inputs;
+  Vector sum[W] = {};
+  const auto add = [&](int k, auto load_at) {
+    Vector factors[n];
+#pragma GCC unroll 16
+    for (int t = 0; t < n; ++t) factors[t] = load_at(x + int64_t{t} * p.n_inputs, k);
+#pragma GCC unroll 16
+    for (int r = 0; r < n_rows; ++r) {
+      const Vector weights = load_at(rows[r], k);
+      __builtin_prefetch(rows[r] + k + int64_t{W} * p.n_inputs);
+#pragma GCC unroll 16
+      for (int t = 0; t < n; ++t) sum[r * n + t] += weights * factors[t];
+    }
+  };
+  int k = 0;
+  for (; k + W <= p.n_inputs; k += W) add(k, [](const auto* from, int k) { return load(from + k); });
+  if (k < p.n_inputs)
+    add(k, [&](const auto* from, int k) { return load_part(from, k, p.n_inputs); });
+  const Vector dots = sums(sum);
+  for (int r = 0; r < n_rows && row + r < end; ++r)
+    for (int t = 0; t < n; ++t) p.y[int64_t{token + t} * p.n_outputs + row + r] = dots[r * n + t];
+}
+
+// W rows at a time, so that they are near when all tokens want them.
+template <int n, class T>
+void dot(const Product& p, const T* weight, int first_row, int end, int token) {
+  for (; p.n_tokens - token >= n; token += n)
+    for (int row = first_row; row < end; row += W / n) dot_rows<n>(p, weight, row, end, token);
+  if constexpr (n > 1)
+    if (token < p.n_tokens) dot<n / 2>(p, weight, first_row, end, token);
+}
+
+int width_of(int n_tokens) { return n_tokens > W ? PANEL : W; }
+
+// A panel has its tokens' inputs one after the other: "I PANEL", or "I W" where W tokens are left.
+float* panel_of(const Product& p, int token) { return p.panels + int64_t{token} * p.n_inputs; }
+
+// The inputs of W tokens, or zeros behind the last one, as columns of a panel.
+void pack_columns(const Product& p, int token, int end, float* panel, int width) {
+  for (int column = 0; column < p.n_inputs; column += W) {
+    Vector x[W] = {};
+    for (int i = 0; i < W && token + i < end; ++i)
+      x[i] = load_part(p.x + int64_t{token + i} * p.n_inputs, column, p.n_inputs);
+    transpose(x);
+    for (int i = 0; i < W && column + i < p.n_inputs; ++i)
+      store(panel + int64_t{column + i} * width, x[i]);
+  }
+}
+
+template <class T>
+void unpack(const T* weight, int64_t row_size, int n_rows, int depth, float* rows) {
+  for (int r = 0; r < n_rows; ++r)
+    for (int k = 0; k < depth; k += W)
+      store(rows + r * STRIDE + k, load_part(weight + r * row_size, k, depth));
+}
+
+// Rows of the weight that are wanted next, n of them in one tile's time. Without, unpacking takes
+// three to four times as long.
+template <class T>
+struct Ahead {
+  const T* rows;
+  int64_t row_size;
+  int n;
+};
+
+// sums "SUMS / n, n W" = or += rows "SUMS / n, STRIDE" times panel "depth n W".
+template <int n, class T>
+void multiply_tile(const float* __restrict rows, const float* __restrict panel, int depth,
+                   bool is_first, const Ahead<T>& ahead, float* __restrict sums) {
+  constexpr int STEPS = LINE / sizeof(float), ROWS = SUMS / n;
+  Vector sum[ROWS][n] = {};
+  for (int first = 0; first < depth; first += STEPS) {
+    for (int r = 0; r < ahead.n; ++r)
+      __builtin_prefetch(ahead.rows + r * ahead.row_size + first, 0, 2);
+    const int end = first + STEPS < depth ? first + STEPS : depth;
+    for (int k = first; k < end; ++k) {
+      Vector x[n];
+#pragma GCC unroll 2
+      for (int j = 0; j < n; ++j) x[j] = load(panel + (k * n + j) * W);
+#pragma GCC unroll 24
+      for (int r = 0; r < ROWS; ++r) {
+        const Vector weight = splat(rows[r * STRIDE + k]);
+#pragma GCC unroll 2
+        for (int j = 0; j < n; ++j) sum[r][j] += weight * x[j];
+      }
+    }
+  }
+#pragma GCC unroll 24
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+    for (int j = 0; j < n; ++j, sums += W)
+      store(sums, is_first ? sum[r][j] : load(sums) + sum[r][j]);
+}
+
+// Sums "rows, width" of some tokens become their outputs.
+void put(const Product& p, const float* sums, int width, int token, int n_tokens, int first_row,
+         int n_rows) {
+  for (int row = 0; row < n_rows; row += W)
+    for (int lane = 0; lane < n_tokens; lane += W) {
+      Vector x[W];
+      for (int i = 0; i < W; ++i) x[i] = load(sums + (row + i) * width + lane);
+      transpose(x);
+      for (int i = 0; i < W && lane + i < n_tokens; ++i) {
+        float* y = p.y + int64_t{token + lane + i} * p.n_outputs + first_row + row;
+        if (row + W <= n_rows) store(y, x[i]);
+        else memcpy(y, &x[i], sizeof(float) * (n_rows - row));
+      }
+    }
+}
+
+template <class T>
+void multiply_part(const Product& p, const Part& part, float* scratch) {
+  const T* weight = reinterpret_cast<const T*>(p.weight);
+  if (p.n_tokens <= FEW_TOKENS) {
+    const int end = part.first_row + part.n_rows;
+    for (int row = part.first_row; row < end; row += W)
+      dot<4>(p, weight, row, row + W < end ? row + W : end, 0);
+    return;
+  }
+  weight += int64_t{part.first_row} * p.n_inputs;
+  float *sums = scratch, *rows = scratch + PART_ROWS * PART_TOKENS;
+  const int n_panels = (part.n_tokens + PANEL - 1) / PANEL;
+  const int n_tiles = 2 * n_panels - (width_of(part.n_tokens - (n_panels - 1) * PANEL) == W);
+  for (int first = 0; first < p.n_inputs; first += DEPTH) {
+    const int depth = p.n_inputs - first < DEPTH ? p.n_inputs - first : DEPTH;
+    for (int row = 0; row < part.n_rows; row += SUMS) {
+      const T* strip = weight + int64_t{row} * p.n_inputs + first;
+      unpack(strip, p.n_inputs, part.n_rows - row < SUMS ? part.n_rows - row : SUMS, depth, rows);
+      const bool is_last = row + SUMS >= part.n_rows;
+      Ahead<T> ahead{is_last ? weight + first + DEPTH : strip + int64_t{SUMS} * p.n_inputs,
+                     p.n_inputs, 0};
+      for (int tile = 0; tile < n_tiles; ++tile) {  // two share a wide panel
+        const int j = tile / 2, width = width_of(part.n_tokens - j * PANEL);
+        const float* panel = panel_of(p, part.first_token + j * PANEL) + int64_t{first} * width;
+        float* out = sums + j * PART_ROWS * PANEL + row * width;
+        ahead.rows += int64_t{ahead.n} * p.n_inputs;
+        ahead.n = SUMS * (tile + 1) / n_tiles - SUMS * tile / n_tiles;
+        if (width == W) {
+          multiply_tile<1>(rows, panel, depth, first == 0, ahead, out);
+        } else {
+          const int half = tile % 2 * (SUMS / 2);
+          multiply_tile<2>(rows + half * STRIDE, panel, depth, first == 0, ahead, out + half * width);
+        }
+      }
+    }
+  }
+  for (int j = 0; j < n_panels; ++j) {
+    const int n_tokens = part.n_tokens - j * PANEL < PANEL ? part.n_tokens - j * PANEL : PANEL;
+    put(p, sums + j * PART_ROWS * PANEL, width_of(n_tokens), part.first_token + j * PANEL, n_tokens,
+        part.first_row, part.n_rows);
+  }
+}
+
+}  // namespace
+
+void OF_KIND(pack)(const Product& p, int first_token, int n_tokens) {
+  const int end = first_token + n_tokens;
+  for (int token = first_token; token < end; token += PANEL) {
+    const int width = width_of(end - token);
+    for (int i = 0; i < width; i += W)
+      pack_columns(p, token + i, end, panel_of(p, token) + i, width);
+  }
+}
+
+void OF_KIND(multiply)(const Product& p, const Part& part, float* scratch) {
+  switch (p.stored) {
+    case Stored::kFloat32: return multiply_part<float>(p, part, scratch);
+    case Stored::kBfloat16: return multiply_part<Bfloat16>(p, part, scratch);
+    case Stored::kFloat16: return multiply_part<Float16>(p, part, scratch);
+  }
+}

@@ -1,0 +1,34 @@
+// What a part of a product y = x W^T is, and who computes it.
+//
+// T tokens, I inputs, O outputs. Nothing here may be an inline function of external linkage: see
+// attention_tile.h.
+#pragma once
+
+#include <cstdint>
+
+constexpr int PACKED_TOKENS = 32;  // at a time: two of the longest vectors
+constexpr int FEW_TOKENS = 8;      // of which none is packed
+constexpr int PART_TOKENS = 128;   // at most in a part
+constexpr int PART_ROWS = 48;      // of the weight; likewise
+constexpr int DEPTH = 256;         // inputs that are multiplied before sums are put down
+constexpr int SCRATCH = PART_ROWS * PART_TOKENS + 24 * (DEPTH + 2);  // floats
+
+enum class Stored { kFloat32, kBfloat16, kFloat16 };
+
+struct Product {
+  const float* x;      // T I
+  const char* weight;  // O I
+  float* y;            // T O
+  float* panels;       // x as tiles want it: T, rounded up to PACKED_TOKENS, times I
+  Stored stored;       // what the weight is
+  int n_tokens, n_inputs, n_outputs;
+};
+
+// From a multiple of PART_TOKENS and one of PART_ROWS on.
+struct Part {
+  int first_token, n_tokens, first_row, n_rows;
+};
+
+// Makes panels of PACKED_TOKENS, or the last, tokens.
+using Pack = void (*)(const Product&, int first_token, int n_tokens);
+using Multiply = void (*)(const Product&, const Part&, float* scratch);

@@ -1,0 +1,34 @@
+// Work that is shared with the threads of XLA's own pool.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+// Runs work(0) .. work(n - 1): here, and on threads of the pool that come before all is taken. It
+// waits for items under way only, never for a thread to come: a pool of one thread, or one whose
+// threads all wait like this one, gets through as well.
+template <class Work>
+void in_turns(xla::ffi::ThreadPool& pool, int n, int64_t n_helpers, const Work& work) {
+  struct Shared {
+    std::atomic<int> next{0}, n_done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  auto help = [shared, n, &work] {  // who comes late finds nothing to do, and `work` may be gone
+    for (int i; (i = shared->next.fetch_add(1)) < n;) {
+      work(i);
+      if (shared->n_done.fetch_add(1) + 1 == n) shared->n_done.notify_all();
+    }
+  };
+  n_helpers = std::min<int64_t>(n_helpers, n - 1);
+  for (int64_t i = 0; i < n_helpers; ++i) pool.Schedule(decltype(help)(help));
+  help();
+  for (int done; (done = shared->n_done.load()) < n;) shared->n_done.wait(done);
+}
+
+}  // namespace

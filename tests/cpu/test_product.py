@@ -1,0 +1,123 @@
+"""The CPU's own matrix product, against NumPy in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from fastgen_jax.models import layers
+from pallas_kernels.cpu import build
+from pallas_kernels.cpu.product import WEIGHTS, product
+
+if not pallas_kernels.has_cpu_library():
+    pytest.skip("pallas_kernels.cpu is not built", allow_module_level=True)
+# (tokens, inputs, outputs): few tokens, one panel, ragged ends of every kind, several parts.
+SHAPES = [
+    (1, 7, 5), (3, 64, 48), (7, 300, 50), (8, 33, 49), (9, 300, 50), (16, 256, 96), (17, 768, 100),
+    (33, 513, 97), (40, 31, 12), (128, 257, 49), (130, 64, 24), (300, 520, 147),
+]  # fmt: skip
+REFUSAL = (jax.errors.JaxRuntimeError, ValueError)
+
+
+def drawn(*shape: int, dtype: str = "float32", seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def exact(x, weight) -> np.ndarray:
+    return np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def compiled(x, weight, kind=None):
+    return product(x, weight, kind=kind)
+
+
+@pytest.mark.parametrize("kind", build.KINDS)
+@pytest.mark.parametrize("dtype", WEIGHTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_kind_of_cpu_multiplies_as_numpy_does(kind, dtype, shape):
+    n_tokens, n_inputs, n_outputs = shape
+    x, weight = drawn(n_tokens, n_inputs), drawn(n_outputs, n_inputs, dtype=dtype, seed=1)
+    try:
+        got = compiled(x, weight, kind)
+    except REFUSAL as error:
+        pytest.skip(f"{kind}: {error}")
+    # Rounding of float32 sums in any order: n u |x| |w| (Higham, 2002, 3.5), and far less is usual.
+    bound = n_inputs**0.5 * 2**-23 * exact(abs(x), abs(weight))
+    assert np.all(abs(np.asarray(got) - exact(x, weight)) <= bound)
+
+
+def test_x_is_not_rounded_to_the_weights_dtype():
+    x = jnp.full((16, 1), 1 + 2**-20)
+    np.testing.assert_array_equal(compiled(x, jnp.ones((3, 1), "bfloat16")), 1 + 2**-20)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_number_of_16_bits_is_widened_exactly(dtype):
+    bits = np.arange(2**16, dtype=np.uint16).reshape(-1, 1)
+    weight = jax.lax.bitcast_convert_type(jnp.asarray(bits), dtype)
+    want = np.asarray(weight.astype(jnp.float32)).T
+    for n_tokens in (1, 12):
+        got = np.asarray(compiled(jnp.ones((n_tokens, 1)), weight))
+        # XLA's threads may flush what is subnormal in float32: it is then zero in both.
+        np.testing.assert_allclose(got, np.repeat(want, n_tokens, 0), rtol=0, atol=2**-126)
+
+
+@pytest.mark.parametrize("n_tokens", [4, 40])
+def test_nan_stays_in_its_row_and_its_column(n_tokens):
+    x = drawn(n_tokens, 40).at[2, 3].set(jnp.nan)
+    weight = drawn(30, 40, dtype="bfloat16").at[5, 7].set(jnp.nan)
+    is_nan = np.isnan(np.asarray(compiled(x, weight)))
+    assert is_nan[2].all() and is_nan[:, 5].all()
+    assert is_nan.sum() == 30 + n_tokens - 1
+
+
+def test_a_token_has_the_same_bits_whoever_is_with_it_and_however_often():
+    x, weight = drawn(300, 520), drawn(200, 520, dtype="bfloat16")
+    whole = np.asarray(compiled(x, weight))
+    for first, n in ((0, 300), (5, 9), (100, 17), (150, 150), (290, 10)):
+        np.testing.assert_array_equal(compiled(x[first : first + n], weight), whole[first:][:n])
+    few = np.asarray(compiled(x[:7], weight))
+    for first in range(7):
+        np.testing.assert_array_equal(compiled(x[first : first + 1], weight)[0], few[first])
+
+
+def test_it_works_under_vmap():
+    x, weight = drawn(3, 12, 40), drawn(30, 40, dtype="bfloat16")
+    got = jax.jit(jax.vmap(product, in_axes=(0, None)))(x, weight)
+    np.testing.assert_allclose(got, exact(x, weight), atol=1e-4)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="weight of int8"):
+        product(drawn(2, 4), jnp.ones((3, 4), "int8"))
+    with pytest.raises(ValueError, match=r"\(O, 4\), not \(3, 5\)"):
+        product(drawn(2, 4), drawn(3, 5, dtype="bfloat16"))
+
+
+def test_layers_use_it_where_the_weight_has_16_bits_and_is_whole():
+    def text(dtype, n_shards):
+        arguments = drawn(16, 64), drawn(32, 64, dtype=dtype)
+        run = jax.jit(lambda x, weight: layers.product(x, weight, n_shards))
+        return run.lower(*arguments).as_text()
+
+    for dtype, n_shards, is_ours in (
+        ("bfloat16", 1, True), ("float16", 1, True), ("float32", 1, False), ("bfloat16", 2, False)
+    ):  # fmt: skip
+        assert ("fastgen_product" in text(dtype, n_shards)) == is_ours
+
+
+def test_gradients_are_those_of_xlas_product():
+    x, weight = drawn(20, 64), drawn(32, 64, dtype="bfloat16")
+
+    def loss(n_shards):
+        return jax.jit(jax.grad(lambda *a: jnp.sum(layers.product(*a, n_shards) ** 2), (0, 1)))
+
+    for ours, xlas in zip(loss(1)(x, weight), loss(2)(x, weight), strict=True):
+        # XLA's product rounds x to 8 bits first, and d_y with it.
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), np.asarray(xlas, np.float32), rtol=0.1, atol=0.5
+        )
