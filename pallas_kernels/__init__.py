@@ -35,6 +35,7 @@ __all__ = [
     "check_heads",
     "cpu_product",
     "has_cpu_library",
+    "has_cpu_product",
     "plan_sizes",
     "quantize",
     "select",
@@ -81,12 +82,18 @@ def tiles_product(*arrays: Any, tile: int, interpret: bool = False) -> Any:
 
 @functools.cache
 def has_cpu_library() -> bool:
-    """Whether products of CPUs are there, and XLA knows them."""
+    """Whether the CPU's library was built; XLA knows it from now on."""
     try:
         importlib.import_module("pallas_kernels.cpu.calls").check_installed()
     except ImportError:
         return False
     return True
+
+
+def has_cpu_product(n_tokens: int, dtype: Any) -> bool:
+    """Whether the library is there and its product, with such a weight, better than XLA's."""
+    module = importlib.import_module("pallas_kernels.cpu.product")
+    return has_cpu_library() and module.is_better(n_tokens, str(dtype))
 
 
 def cpu_product(x: Any, weight: Any) -> Any:

@@ -22,7 +22,7 @@ from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layout import HeadLayout
 from fastgen_jax.models.rope import Rotation
-from pallas_kernels import AttentionSpec, cpu_product, has_cpu_library
+from pallas_kernels import AttentionSpec, cpu_product, has_cpu_product
 
 DTYPES = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}  # of weights, by backend
 Cache = Any  # whatever the attend function reads and returns
@@ -82,7 +82,7 @@ def _product(x, weight, n_shards: int) -> Array:
         return dot(x.astype(weight.dtype), weight)
 
     def cpu(x, weight):
-        if weight.dtype != jnp.float32 and n_shards == 1 and has_cpu_library():
+        if n_shards == 1 and has_cpu_product(len(x), weight.dtype):
             return cpu_product(x, weight)
         fewest = 1 if weight.dtype == jnp.float32 else 32
         if not fewest <= len(x) < 128:

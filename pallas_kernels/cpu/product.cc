@@ -72,6 +72,8 @@ ffi::Error call_product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weight,
 
 }  // namespace
 
+extern "C" int best_kind() { return find_kind(-1); }
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(product, call_product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()

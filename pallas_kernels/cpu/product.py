@@ -1,6 +1,7 @@
 """x W^T on CPU where the weight has 16 bits, in C++ (product.cc) on XLA's own threads.
 
-XLA's own products of such weights take 1.1 to 14 times the time (benchmarks/models/matmul.py).
+XLA's own products of such weights take 1.1 to 14 times the time (benchmarks/models/matmul.py),
+unless the CPU has instructions for them: then XLA's are faster than float32, but for few rows.
 """
 
 import jax
@@ -9,10 +10,18 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.cpu.build import KINDS
+from pallas_kernels.cpu.calls import check_installed
 
 TARGET = "fastgen_product"
 WEIGHTS = ("bfloat16", "float16", "float32")
 TOKENS = 32  # of which room for packed inputs is a multiple
+FEW = 8  # rows, up to which memory is what a product waits for
+
+
+def is_better(n_tokens: int, dtype: str) -> bool:
+    """Whether XLA's own product of such a weight takes longer here. The library must be there."""
+    has_instructions = dtype == "bfloat16" and check_installed() == "avx512bf16"
+    return dtype in WEIGHTS[:2] and (n_tokens < FEW or not has_instructions)
 
 
 def product(

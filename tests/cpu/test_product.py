@@ -10,6 +10,7 @@ import pytest
 import pallas_kernels
 from fastgen_jax.models import layers
 from pallas_kernels.cpu import build
+from pallas_kernels.cpu import product as product_file
 from pallas_kernels.cpu.product import WEIGHTS, product
 
 if not pallas_kernels.has_cpu_library():
@@ -98,7 +99,9 @@ def test_wrong_arguments_are_refused():
         product(drawn(2, 4), drawn(3, 5, dtype="bfloat16"))
 
 
-def test_layers_use_it_where_the_weight_has_16_bits_and_is_whole():
+def test_layers_use_it_where_the_weight_has_16_bits_and_is_whole(monkeypatch):
+    monkeypatch.setattr(product_file, "check_installed", lambda: "avx2")
+
     def text(dtype, n_shards):
         arguments = drawn(16, 64), drawn(32, 64, dtype=dtype)
         run = jax.jit(lambda x, weight: layers.product(x, weight, n_shards))
@@ -108,6 +111,18 @@ def test_layers_use_it_where_the_weight_has_16_bits_and_is_whole():
         ("bfloat16", 1, True), ("float16", 1, True), ("float32", 1, False), ("bfloat16", 2, False)
     ):  # fmt: skip
         assert ("fastgen_product" in text(dtype, n_shards)) == is_ours
+
+
+def test_bfloat16_is_left_to_xla_where_the_cpu_has_instructions_for_it(monkeypatch):
+    def better():
+        sizes = (1, 7, 8, 512)
+        return {d: [product_file.is_better(n, d) for n in sizes] for d in WEIGHTS}
+
+    always, few, never = [True] * 4, [True, True, False, False], [False] * 4
+    monkeypatch.setattr(product_file, "check_installed", lambda: "avx512")
+    assert better() == {"bfloat16": always, "float16": always, "float32": never}
+    monkeypatch.setattr(product_file, "check_installed", lambda: "avx512bf16")
+    assert better() == {"bfloat16": few, "float16": always, "float32": never}
 
 
 def test_gradients_are_those_of_xlas_product():
