@@ -17,10 +17,10 @@ from fastgen_jax.engine.batch import HostTables, MaskedShape, Shape, packed_size
 from fastgen_jax.engine.constraint import mask_width
 from fastgen_jax.engine.processors import Processor
 from fastgen_jax.engine.step import (
-    COMPILER_OPTIONS,
     DeviceState,
     Launched,
     Program,
+    compiler_options,
     masked_step,
     step,
 )
@@ -52,7 +52,7 @@ class Recipe:
     def compile(self, shape: Shape | MaskedShape) -> jax.stages.Compiled:
         """For the devices of the mesh, which need not be here."""
         device: Any = self.program.mesh.devices.flat[0]
-        options: Any = COMPILER_OPTIONS.get(device.platform)
+        options: Any = compiler_options(device)
         return self.lower(shape).compile(options)
 
     def lower(self, shape: Shape | MaskedShape) -> jax.stages.Lowered:

@@ -31,14 +31,24 @@ RESULT_SIZE = 3 + 2 * MAX_LOGPROBS
 IS_FINITE, IS_POSSIBLE = 1, 2  # flags of a result
 SCORE_TILE = 256  # most rows of logits at once: no more than a step draws from
 
-# Of a platform. XLA:GPU launches these kinds of work from CUDA graphs: what it does by default and
-# loops, for each turn of which the host would otherwise wait.
+# Of a platform or a kind of chip. XLA:GPU launches these kinds of work from CUDA graphs: what it
+# does by default and loops, for each turn of which the host would otherwise wait. Some products of
+# experts want 35 MiB of a TPU's fast memory at once (64 MiB, or more) and by default get 32.
+_EXPERTS = {"xla_tpu_scoped_vmem_limit_kib": "40960"}
 COMPILER_OPTIONS = {
     "gpu": {
         "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,"
         "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-    }
+    },
+    "TPU v6 lite": _EXPERTS,
+    "TPU7x": _EXPERTS,
 }
+
+
+def compiler_options(device: Any) -> dict[str, str]:
+    """For programs of such a device, which need not be here."""
+    kinds = device.platform, device.device_kind
+    return {name: value for kind in kinds for name, value in COMPILER_OPTIONS.get(kind, {}).items()}
 
 
 class DeviceState(NamedTuple):

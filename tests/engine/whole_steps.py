@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from fastgen_jax.checkpoints.loading import abstract_model, flat_params
 from fastgen_jax.engine.batch import MAX_BANNED, Shape, packed_size
 from fastgen_jax.engine.startup import BACKENDS, DEFAULT_PROCESSORS
-from fastgen_jax.engine.step import COMPILER_OPTIONS, DeviceState, Program, step
+from fastgen_jax.engine.step import DeviceState, Program, step
+from fastgen_jax.engine.step import compiler_options as engine_options
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.decoder import Model
 from fastgen_jax.models.kv_cache import CacheLayout
@@ -113,6 +114,6 @@ def compile_step(
         jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32),
         ROW_TABLES,
         donate_argnums=(1,),
-        compiler_options=COMPILER_OPTIONS.get(platform, {}) | compiler_options,
+        compiler_options=engine_options(mesh.devices.flat[0]) | compiler_options,
     )
     return compiled, n_blocks * block_bytes
