@@ -1,1 +1,1 @@
-"""The attention of CPUs, in C++."""
+"""The attention of CPUs, and their product of 16-bit weights, in C++."""

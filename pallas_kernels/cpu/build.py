@@ -66,7 +66,7 @@ def build(compiler: str, headers: str) -> Path:
         # What it needs of the C++ library comes along.
         run(compiler, "-shared", "-static-libstdc++", "-static-libgcc", *objects, "-o", built)
         os.chmod(built, 0o644)
-        for old in HERE.glob("library-*.so"):
+        for old in HERE.glob("*.so"):
             old.unlink(missing_ok=True)
         os.replace(built, library())
     return library()

@@ -66,6 +66,11 @@ ffi::Error call_product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weight,
   p.x = x.typed_data(), p.y = y->typed_data(), p.panels = panels->typed_data();
   p.weight = static_cast<const char*>(weight.untyped_data());
   p.n_tokens = x.dimensions()[0], p.n_inputs = x.dimensions()[1], p.n_outputs = y->dimensions()[1];
+  const int64_t n_packed = int64_t{divided(p.n_tokens, PACKED_TOKENS)} * PACKED_TOKENS * p.n_inputs;
+  const auto shape = weight.dimensions();
+  if (shape.size() != 2 || shape[0] != p.n_outputs || shape[1] != p.n_inputs ||
+      y->dimensions()[0] != p.n_tokens || int64_t(panels->element_count()) < n_packed)
+    return ffi::Error::InvalidArgument("product: shapes do not fit together");
   multiply(p, kind, pool);
   return ffi::Error::Success();
 }

@@ -99,6 +99,16 @@ def test_wrong_arguments_are_refused():
         product(drawn(2, 4), drawn(3, 5, dtype="bfloat16"))
 
 
+@pytest.mark.parametrize(
+    ("y", "n_packed"), [((3, 6), 32 * 8), ((4, 5), 32 * 8), ((4, 6), 32 * 8 - 1)], ids=str
+)
+def test_native_code_writes_nothing_where_shapes_do_not_fit_together(y, n_packed):
+    results = jax.ShapeDtypeStruct(y, jnp.float32), jax.ShapeDtypeStruct((n_packed,), jnp.float32)
+    call = jax.ffi.ffi_call(product_file.TARGET, results)
+    with pytest.raises(REFUSAL, match="shapes do not fit together"):
+        jax.block_until_ready(call(drawn(4, 8), drawn(6, 8, dtype="bfloat16"), kind=np.int64(-1)))
+
+
 def test_layers_use_it_where_the_weight_has_16_bits_and_is_whole(monkeypatch):
     monkeypatch.setattr(product_file, "check_installed", lambda: "avx2")
 
