@@ -134,7 +134,8 @@ void multiply_block(const float* a, int a_stride, const B& b, int depth, int col
 template <class Lane, int n_rows, class B>
 void multiply_rows(const float* a, int a_stride, const B& b, int depth, int width, float* c,
                    int c_stride) {
-  constexpr int n = W == 16 ? 4 : 2;  // as many sums as registers hold
+  // As many sums as registers hold; of few rows as many as additions are under way at once.
+  constexpr int fewest = W == 16 ? 4 : 2, n = 8 / n_rows > fewest ? 8 / n_rows : fewest;
   int column = 0;
   for (; column + n * W <= width; column += n * W)
     multiply_block<Lane, n_rows, n>(a, a_stride, b, depth, column, c, c_stride);
@@ -151,20 +152,26 @@ void multiply(const float* a, int a_stride, int n_rows, const B& b, int depth, i
     if (n_rows > 0) multiply<Lane, most - 1>(a, a_stride, n_rows, b, depth, width, c, c_stride);
 }
 
-// scores[r][m] = q[r] . key m, n_rows queries at once; `n_keys` is a multiple of W, but rows at and
-// behind `n_real` are not read.
+// scores[r][m] = q[r] . key m of n_real, n_rows queries at once. The values, `to_values` elements
+// behind their keys, are wanted next and asked for meanwhile: from memory all takes 1.3 to 1.5 times
+// as long without.
 template <class Lane, int n_rows, class T>
-void dot_rows(const float* q, int q_stride, const T* const* keys, int n_real, int head_size,
-              float* scores) {
+void dot_rows(const float* q, int q_stride, const T* const* keys, int n_real, int64_t to_values,
+              int head_size, float* scores) {
   constexpr int n = W / n_rows >= 8 ? 8 : W / n_rows >= 4 ? 4 : W / n_rows >= 2 ? 2 : 1;
   for (int m = 0; m < n_real; m += n) {
     Vector sum[W] = {};
+    const T* rows[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) rows[i] = keys[m + i < n_real ? m + i : n_real - 1];
     for (int column = 0; column < head_size; column += W)
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) {
-        const Vector key = load(keys[m + i < n_real ? m + i : n_real - 1] + column);
+        const Vector key = load(rows[i] + column);
+        __builtin_prefetch(rows[i] + column + to_values);
 #pragma GCC unroll 16
-        for (int r = 0; r < n_rows; ++r) sum[r * n + i] = Lane::add(sum[r * n + i], load(q + r * q_stride + column), key);
+        for (int r = 0; r < n_rows; ++r)
+          sum[r * n + i] = Lane::add(sum[r * n + i], load(q + r * q_stride + column), key);
       }
     const Vector dots = sums(sum);
     float lanes[W];
@@ -174,13 +181,13 @@ void dot_rows(const float* q, int q_stride, const T* const* keys, int n_real, in
 }
 
 template <class Lane, class T>
-void dot(const float* q, int q_stride, int n_rows, const T* const* keys, int n_real, int head_size,
-         float* scores) {
+void dot(const float* q, int q_stride, int n_rows, const T* const* keys, int n_real,
+         int64_t to_values, int head_size, float* scores) {
   for (; n_rows >= 4; n_rows -= 4, q += 4 * q_stride, scores += 4 * KEYS)
-    dot_rows<Lane, 4>(q, q_stride, keys, n_real, head_size, scores);
-  if (n_rows == 3) dot_rows<Lane, 3>(q, q_stride, keys, n_real, head_size, scores);
-  if (n_rows == 2) dot_rows<Lane, 2>(q, q_stride, keys, n_real, head_size, scores);
-  if (n_rows == 1) dot_rows<Lane, 1>(q, q_stride, keys, n_real, head_size, scores);
+    dot_rows<Lane, 4>(q, q_stride, keys, n_real, to_values, head_size, scores);
+  if (n_rows == 3) dot_rows<Lane, 3>(q, q_stride, keys, n_real, to_values, head_size, scores);
+  if (n_rows == 2) dot_rows<Lane, 2>(q, q_stride, keys, n_real, to_values, head_size, scores);
+  if (n_rows == 1) dot_rows<Lane, 1>(q, q_stride, keys, n_real, to_values, head_size, scores);
 }
 
 // Keys "H KEYS", and zeros for those that are not there.
@@ -211,13 +218,14 @@ struct Flash {
   const Call& call;
   const Item& item;
   const int n_rows, width;  // width: H in whole vectors
+  const int64_t n_cells;
   float *q, *acc, *scores, *tops, *totals, *keys, *values;
   const T *key_rows[KEYS], *value_rows[KEYS];
   float key_scales[KEYS], value_scales[KEYS];
 
   Flash(const Call& call, const Item& item, float* scratch)
       : call(call), item(item), n_rows(item.n_tokens * call.group_size),
-        width(round_up(call.head_size)) {
+        width(round_up(call.head_size)), n_cells(call.n_cells) {
     q = scratch;
     acc = q + n_rows * width;
     scores = acc + n_rows * width;
@@ -243,7 +251,7 @@ struct Flash {
     for (int key = item.first_key; key < item.end_key; key += KEYS) {
       const int n_keys = find(key);
       if (is_direct) {
-        dot<Floats>(q, width, n_rows, key_rows, n_keys, width, scores);
+        dot<Floats>(q, width, n_rows, key_rows, n_keys, n_cells * width, width, scores);
       } else {
         unpack_transposed(key_rows, n_keys, call.head_size, width, keys);
         multiply_keys<Floats>(width, width, n_keys);
@@ -269,7 +277,7 @@ struct Flash {
     for (int key = item.first_key; key < item.end_key; key += KEYS) {
       const int n_keys = find(key);
       if (is_direct) {
-        dot<Pairs>(q, stride, n_rows, paired_keys, n_keys, stride, scores);
+        dot<Pairs>(q, stride, n_rows, paired_keys, n_keys, n_cells * stride, stride, scores);
       } else {
         unpack_transposed(paired_keys, n_keys, n_pairs, stride, keys);
         multiply_keys<Pairs>(stride, stride, n_keys);
@@ -336,15 +344,18 @@ struct Flash {
   int find(int first) {
     const int n_keys = item.end_key - first < KEYS ? item.end_key - first : KEYS;
     const int32_t* block = item.blocks + first / call.n_cells;
-    for (int m = 0, cell = first % call.n_cells; m < n_keys; ++m, ++cell) {
-      if (cell == call.n_cells) ++block, cell = 0;
-      const int64_t row = (int64_t{*block} * call.n_kv_heads + item.head) * 2 * call.n_cells + cell;
-      const T* cells = reinterpret_cast<const T*>(call.cache);
-      key_rows[m] = cells + row * call.head_size;
-      value_rows[m] = cells + (row + call.n_cells) * call.head_size;
-      if (!call.scales) continue;
-      key_scales[m] = call.scales[row];
-      value_scales[m] = call.scales[row + call.n_cells];
+    int cell = first % call.n_cells;
+    for (int m = 0, end; m < n_keys; ++block, cell = 0) {
+      int64_t row = (int64_t{*block} * call.n_kv_heads + item.head) * 2 * call.n_cells + cell;
+      const T* cells = reinterpret_cast<const T*>(call.cache) + row * call.head_size;
+      for (end = m + n_cells - cell < n_keys ? m + n_cells - cell : n_keys; m < end; ++m, ++row) {
+        key_rows[m] = cells;
+        value_rows[m] = cells + n_cells * call.head_size;
+        cells += call.head_size;
+        if (!call.scales) continue;
+        key_scales[m] = call.scales[row];
+        value_scales[m] = call.scales[row + call.n_cells];
+      }
     }
     for (int m = n_keys; m < KEYS; ++m) key_scales[m] = value_scales[m] = 0;
     return n_keys;
