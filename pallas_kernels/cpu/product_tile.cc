@@ -34,7 +34,7 @@ void dot_rows(const Product& p, const T* weight, int row, int end, int token) {
 #pragma GCC unroll 16
     for (int r = 0; r < n_rows; ++r) {
       const Vector weights = load_at(rows[r], k);
-      __builtin_prefetch(rows[r] + k + int64_t{W} * p.n_inputs);
+      __builtin_prefetch(rows[r] + k + int64_t{n_rows} * p.n_inputs);
 #pragma GCC unroll 16
       for (int t = 0; t < n; ++t) sum[r * n + t] += weights * factors[t];
     }
