@@ -131,16 +131,23 @@ void multiply_block(const float* a, int a_stride, const B& b, int depth, int col
     for (int j = 0; j < n; ++j) store(c + r * c_stride + column + j * W, sum[r][j]);
 }
 
+// From `column` on: n vectors at once, then half as many.
+template <class Lane, int n_rows, int n, class B>
+void multiply_columns(const float* a, int a_stride, const B& b, int depth, int column, int width,
+                      float* c, int c_stride) {
+  for (; column + n * W <= width; column += n * W)
+    multiply_block<Lane, n_rows, n>(a, a_stride, b, depth, column, c, c_stride);
+  if constexpr (n > 1)
+    multiply_columns<Lane, n_rows, n / 2>(a, a_stride, b, depth, column, width, c, c_stride);
+}
+
 template <class Lane, int n_rows, class B>
 void multiply_rows(const float* a, int a_stride, const B& b, int depth, int width, float* c,
                    int c_stride) {
   // As many sums as registers hold; of few rows as many as additions are under way at once.
-  constexpr int fewest = W == 16 ? 4 : 2, n = 8 / n_rows > fewest ? 8 / n_rows : fewest;
-  int column = 0;
-  for (; column + n * W <= width; column += n * W)
-    multiply_block<Lane, n_rows, n>(a, a_stride, b, depth, column, c, c_stride);
-  for (; column < width; column += W)
-    multiply_block<Lane, n_rows, 1>(a, a_stride, b, depth, column, c, c_stride);
+  constexpr int fewest = W == 16 ? 4 : 2, wanted = n_rows == 1 ? 8 : n_rows == 2 ? 4 : 2;
+  constexpr int n = wanted > fewest ? wanted : fewest;
+  multiply_columns<Lane, n_rows, n>(a, a_stride, b, depth, 0, width, c, c_stride);
 }
 
 template <class Lane, int most, class B>
