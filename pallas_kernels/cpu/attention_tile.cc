@@ -145,8 +145,7 @@ template <class Lane, int n_rows, class B>
 void multiply_rows(const float* a, int a_stride, const B& b, int depth, int width, float* c,
                    int c_stride) {
   // As many sums as registers hold; of few rows as many as additions are under way at once.
-  constexpr int fewest = W == 16 ? 4 : 2, wanted = n_rows == 1 ? 8 : n_rows == 2 ? 4 : 2;
-  constexpr int n = wanted > fewest ? wanted : fewest;
+  constexpr int n = n_rows == 1 ? 8 : n_rows == 2 || W == 16 ? 4 : 2;
   multiply_columns<Lane, n_rows, n>(a, a_stride, b, depth, 0, width, c, c_stride);
 }
 
