@@ -159,8 +159,8 @@ void multiply(const float* a, int a_stride, int n_rows, const B& b, int depth, i
 }
 
 // scores[r][m] = q[r] . key m of n_real, n_rows queries at once. The values, `to_values` elements
-// behind their keys, are wanted next and asked for meanwhile: from memory all takes 1.3 to 1.5 times
-// as long without.
+// behind their keys, are wanted next and asked for meanwhile: from memory all takes 1.3 to 1.4 times
+// as long without in float32, and 1.1 to 1.2 in bfloat16.
 template <class Lane, int n_rows, class T>
 void dot_rows(const float* q, int q_stride, const T* const* keys, int n_real, int64_t to_values,
               int head_size, float* scores) {
@@ -224,14 +224,14 @@ struct Flash {
   const Call& call;
   const Item& item;
   const int n_rows, width;  // width: H in whole vectors
-  const int64_t n_cells;
+  const int64_t to_values;  // from a key to its value
   float *q, *acc, *scores, *tops, *totals, *keys, *values;
   const T *key_rows[KEYS], *value_rows[KEYS];
   float key_scales[KEYS], value_scales[KEYS];
 
   Flash(const Call& call, const Item& item, float* scratch)
       : call(call), item(item), n_rows(item.n_tokens * call.group_size),
-        width(round_up(call.head_size)), n_cells(call.n_cells) {
+        width(round_up(call.head_size)), to_values(int64_t{call.n_cells} * call.head_size) {
     q = scratch;
     acc = q + n_rows * width;
     scores = acc + n_rows * width;
@@ -257,7 +257,7 @@ struct Flash {
     for (int key = item.first_key; key < item.end_key; key += KEYS) {
       const int n_keys = find(key);
       if (is_direct) {
-        dot<Floats>(q, width, n_rows, key_rows, n_keys, n_cells * width, width, scores);
+        dot<Floats>(q, width, n_rows, key_rows, n_keys, to_values, width, scores);
       } else {
         unpack_transposed(key_rows, n_keys, call.head_size, width, keys);
         multiply_keys<Floats>(width, width, n_keys);
@@ -283,7 +283,7 @@ struct Flash {
     for (int key = item.first_key; key < item.end_key; key += KEYS) {
       const int n_keys = find(key);
       if (is_direct) {
-        dot<Pairs>(q, stride, n_rows, paired_keys, n_keys, n_cells * stride, stride, scores);
+        dot<Pairs>(q, stride, n_rows, paired_keys, n_keys, to_values / 2, stride, scores);
       } else {
         unpack_transposed(paired_keys, n_keys, n_pairs, stride, keys);
         multiply_keys<Pairs>(stride, stride, n_keys);
@@ -353,11 +353,11 @@ struct Flash {
     int cell = first % call.n_cells;
     for (int m = 0, end; m < n_keys; ++block, cell = 0) {
       int64_t row = (int64_t{*block} * call.n_kv_heads + item.head) * 2 * call.n_cells + cell;
-      const T* cells = reinterpret_cast<const T*>(call.cache) + row * call.head_size;
-      for (end = m + n_cells - cell < n_keys ? m + n_cells - cell : n_keys; m < end; ++m, ++row) {
-        key_rows[m] = cells;
-        value_rows[m] = cells + n_cells * call.head_size;
-        cells += call.head_size;
+      const T* key = reinterpret_cast<const T*>(call.cache) + row * call.head_size;
+      end = m + call.n_cells - cell < n_keys ? m + call.n_cells - cell : n_keys;
+      for (; m < end; ++m, ++row, key += call.head_size) {
+        key_rows[m] = key;
+        value_rows[m] = key + to_values;
         if (!call.scales) continue;
         key_scales[m] = call.scales[row];
         value_scales[m] = call.scales[row + call.n_cells];
