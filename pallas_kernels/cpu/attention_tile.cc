@@ -3,7 +3,7 @@
 // Compiled with -DKIND=of CPU -DLANES=floats per vector. All sums are in float32; scores are in
 // units of log2. With few rows (decodes) keys and values are read where they are, once, and each
 // score is a dot product; with many a tile is unpacked first, keys transposed, and both products
-// are sums of rows times a broadcast weight.
+// are sums of rows times a broadcast weight. (float32 values need no unpacking.)
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -253,22 +253,25 @@ struct Flash {
     start();
     if constexpr (has_pairs && std::is_same_v<T, Bfloat16>)
       if (call.head_size % 2 == 0) return run_paired();
-    const bool is_direct = n_rows <= FEW_ROWS && width == call.head_size;
+    const bool is_whole = width == call.head_size, is_direct = n_rows <= FEW_ROWS && is_whole;
+    const bool reads_values = is_direct || (std::is_same_v<T, float> && is_whole);
     for (int key = item.first_key; key < item.end_key; key += KEYS) {
       const int n_keys = find(key);
+      const auto [first, n] = seeing(key, n_keys);
+      float *own_scores = scores + first * KEYS, *own_acc = acc + first * width;
       if (is_direct) {
-        dot<Floats>(q, width, n_rows, key_rows, n_keys, to_values, width, scores);
+        dot<Floats>(q + first * width, width, n, key_rows, n_keys, to_values, width, own_scores);
       } else {
         unpack_transposed(key_rows, n_keys, call.head_size, width, keys);
-        multiply_keys<Floats>(width, width, n_keys);
+        multiply_keys<Floats>(q + first * width, width, n, width, n_keys, own_scores);
       }
-      for (int r = 0; r < n_rows; ++r) weigh(r, key, n_keys);
-      if (is_direct) {
-        multiply<Floats, 4>(scores, KEYS, n_rows, Rows<T>{value_rows}, n_keys, width, acc, width);
+      weigh(first, n, key, n_keys);
+      if (reads_values) {
+        multiply<Floats, 6>(own_scores, KEYS, n, Rows<T>{value_rows}, n_keys, width, own_acc, width);
       } else {
         unpack(value_rows, n_keys, call.head_size, width, values);
-        const Unpacked rows{values, width};
-        multiply<Floats, 6>(scores, KEYS, n_rows, rows, n_keys, width, acc, width);
+        multiply<Floats, 6>(own_scores, KEYS, n, Unpacked{values, width}, n_keys, width, own_acc,
+                            width);
       }
     }
     finish();
@@ -279,38 +282,42 @@ struct Flash {
     const int n_pairs = call.head_size / 2, stride = round_up(n_pairs);
     const bool is_direct = n_rows <= FEW_ROWS && stride == n_pairs;
     const auto paired_keys = reinterpret_cast<const float* const*>(key_rows);
-    pack(q, width, stride, width);
+    pack(q, n_rows, width, stride, width);
     for (int key = item.first_key; key < item.end_key; key += KEYS) {
       const int n_keys = find(key);
+      const auto [first, n] = seeing(key, n_keys);
+      float *own_scores = scores + first * KEYS, *own_acc = acc + first * width;
       if (is_direct) {
-        dot<Pairs>(q, stride, n_rows, paired_keys, n_keys, to_values / 2, stride, scores);
+        dot<Pairs>(q + first * stride, stride, n, paired_keys, n_keys, to_values / 2, stride,
+                   own_scores);
       } else {
         unpack_transposed(paired_keys, n_keys, n_pairs, stride, keys);
-        multiply_keys<Pairs>(stride, stride, n_keys);
+        multiply_keys<Pairs>(q + first * stride, stride, n, stride, n_keys, own_scores);
       }
-      for (int r = 0; r < n_rows; ++r) weigh(r, key, n_keys);
-      pack(scores, KEYS, KEYS, round_up(n_keys));
+      weigh(first, n, key, n_keys);
+      pack(own_scores, n, KEYS, KEYS, round_up(n_keys));
       const int depth = (n_keys + 1) / 2;
       const RowPairs pairs{reinterpret_cast<const Bfloat16* const*>(value_rows), n_keys};
       if (is_direct) {
-        multiply<Pairs, 4>(scores, KEYS, n_rows, pairs, depth, width, acc, width);
+        multiply<Pairs, 6>(own_scores, KEYS, n, pairs, depth, width, own_acc, width);
       } else {
         unpack_pairs(pairs, depth);
-        multiply<Pairs, 6>(scores, KEYS, n_rows, Unpacked{values, width}, depth, width, acc, width);
+        multiply<Pairs, 6>(own_scores, KEYS, n, Unpacked{values, width}, depth, width, own_acc,
+                           width);
       }
     }
     finish();
   }
 
   template <class Lane>
-  void multiply_keys(int stride, int depth, int n_keys) {
-    memset(scores, 0, sizeof(float) * n_rows * KEYS);
-    multiply<Lane, 6>(q, stride, n_rows, Unpacked{keys, KEYS}, depth, round_up(n_keys), scores, KEYS);
+  void multiply_keys(const float* q, int stride, int n, int depth, int n_keys, float* to) {
+    memset(to, 0, sizeof(float) * n * KEYS);
+    multiply<Lane, 6>(q, stride, n, Unpacked{keys, KEYS}, depth, round_up(n_keys), to, KEYS);
   }
 
   // Rows of `size` floats become rows of pairs, in place.
-  void pack(float* rows, int from_stride, int to_stride, int size) {
-    for (int r = 0; r < n_rows; ++r)
+  void pack(float* rows, int n, int from_stride, int to_stride, int size) {
+    for (int r = 0; r < n; ++r)
       for (int i = 0; i < size; i += 2 * W) {
         const float* from = rows + r * from_stride;
         const Vector low = load_part(from, i, size), high = load_part(from, i + W, size);
@@ -338,7 +345,8 @@ struct Flash {
     memset(acc, 0, sizeof(float) * n_rows * width);
     for (int r = 0; r < n_rows; ++r) {
       const float* row = call.q + place(r);
-      for (int h = 0; h < width; ++h) q[r * width + h] = h < call.head_size ? row[h] * factor : 0;
+      for (int h = 0; h < width; h += W)
+        store(q + r * width + h, load_part(row, h, call.head_size) * factor);
       const bool has_sink = item.has_sinks;
       tops[r] = has_sink ? call.sinks[head_of(r)] * LOG2E : -INFINITY;
       totals[r] = has_sink ? 1 : 0;
@@ -367,52 +375,82 @@ struct Flash {
     return n_keys;
   }
 
-  // Scores of row r become weights; its sums shrink to the new top.
-  void weigh(int r, int first, int n_keys) {
+  // The rows that see a key of the tile at `key`: those of neighbouring tokens.
+  struct Seeing { int first, n; };
+  Seeing seeing(int key, int n_keys) const {
+    const int oldest = key - item.position, latest = oldest + n_keys - 1;  // from the first token
+    const int begin = oldest > 0 ? oldest : 0;
+    const bool has_end = call.window && item.n_tokens - latest > call.window;
+    const int end = has_end ? latest + call.window : item.n_tokens;
+    return {begin * call.group_size, (end - begin) * call.group_size};
+  }
+
+  // Scores of n rows from r on, of the tile at `key`, become weights.
+  void weigh(int r, int n, int key, int n_keys) {
+    for (int i = 0; i < n; ++i) complete(r + i, key, n_keys);
+    for (; n > 1; n -= 2, r += 2) weigh_rows<2>(r, n_keys);
+    if (n > 0) weigh_rows<1>(r, n_keys);
+  }
+
+  // Scores of row r become those that its softmax takes: -inf for keys that it does not see.
+  void complete(int r, int first, int n_keys) {
     float* row = scores + r * KEYS;
     const int position = item.position + r / call.group_size;
     const int end = position + 1 - first < n_keys ? position + 1 - first : n_keys;
-    const int oldest = call.window ? position - call.window + 1 - first : 0;
-    const int begin = oldest > 0 ? oldest : 0;
-    if (begin >= end) {
-      memset(row, 0, sizeof(float) * KEYS);
-      return;
-    }
+    const int begin = call.window ? position - call.window + 1 - first : 0;
+    const bool is_plain = !call.scales && !call.slopes && call.soft_cap == 0;
+    const int n = round_up(n_keys);
+    if (is_plain && begin <= 0 && end == n) return;
     Integers lane;
     for (int i = 0; i < W; ++i) lane[i] = i;
     const float slope = call.slopes ? call.slopes[head_of(r)] * LOG2E : 0;
-    const int n = round_up(n_keys);
-    const bool is_plain = !call.scales && !call.slopes && call.soft_cap == 0;
-    Vector tops_of_lanes = splat(tops[r]);
     for (int m = 0; m < n; m += W) {
       const Integers key = lane + m;
       Vector s = load(row + m);
-      if (!is_plain) {
-        if (call.scales) s *= load(key_scales + m);
-        if (call.soft_cap > 0) s = tanh(s) * (call.soft_cap * LOG2E);
-        if (call.slopes) s += __builtin_convertvector(key + (first - position), Vector) * slope;
-        store(row + m, s);
+      if (call.scales) s *= load(key_scales + m);
+      if (call.soft_cap > 0) s = tanh(s) * (call.soft_cap * LOG2E);
+      if (call.slopes) s += __builtin_convertvector(key + (first - position), Vector) * slope;
+      store(row + m, (key >= begin) & (key < end) ? s : splat(-INFINITY));
+    }
+  }
+
+  // Scores become weights; sums shrink to the new tops. A row alone would mostly wait for itself,
+  // and more than two do not fit into registers.
+  template <int n>
+  void weigh_rows(int r, int n_keys) {
+    float* rows = scores + r * KEYS;
+    const int n_lanes = round_up(n_keys);
+    const float* factors = call.scales ? value_scales : nullptr;
+    Vector tops_of_lanes[n], total[n] = {};
+    float top[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) tops_of_lanes[i] = splat(tops[r + i]);
+    for (int m = 0; m < n_lanes; m += W)
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        const Vector s = load(rows + i * KEYS + m);
+        tops_of_lanes[i] = tops_of_lanes[i] < s ? s : tops_of_lanes[i];
       }
-      if (m < begin || m + W > end) {
-        s = (key >= begin) & (key < end) ? s : splat(-INFINITY);
-        store(row + m, s);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) top[i] = greatest_of(tops_of_lanes[i]);
+    for (int m = 0; m < n_lanes; m += W)
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i) {
+        const Vector weight = exp2(load(rows + i * KEYS + m) - top[i]);
+        total[i] += weight;
+        store(rows + i * KEYS + m, factors ? weight * load(factors + m) : weight);
       }
-      tops_of_lanes = tops_of_lanes < s ? s : tops_of_lanes;
+    for (int i = 0; i < n; ++i) {
+      float& top_so_far = tops[r + i];
+      if (top[i] != top_so_far) {
+        const float shrink = exp2(splat(top_so_far - top[i]))[0];
+        float* row = acc + (r + i) * width;
+        totals[r + i] *= shrink;
+        for (int h = 0; h < width; h += W) store(row + h, load(row + h) * shrink);
+        top_so_far = top[i];
+      }
+      totals[r + i] += total_of(total[i]);
     }
-    const float top = greatest_of(tops_of_lanes);
-    Vector total = {};
-    for (int m = 0; m < n; m += W) {
-      const Vector weight = exp2(load(row + m) - top);
-      total += weight;
-      store(row + m, call.scales ? weight * load(value_scales + m) : weight);
-    }
-    if (top != tops[r]) {
-      const float shrink = exp2(splat(tops[r] - top))[0];
-      totals[r] *= shrink;
-      for (int h = 0; h < width; h += W) store(acc + r * width + h, load(acc + r * width + h) * shrink);
-      tops[r] = top;
-    }
-    totals[r] += total_of(total);
   }
 
   void finish() {
@@ -421,7 +459,7 @@ struct Flash {
     for (int r = 0; r < n_rows; ++r) {
       float* to = part ? part + int64_t{r} * size : call.out + place(r);
       const float factor = part || totals[r] == 0 ? 1 : 1 / totals[r];
-      for (int h = 0; h < size; ++h) to[h] = acc[r * width + h] * factor;
+      for (int h = 0; h < size; h += W) store_part(to, h, size, load(acc + r * width + h) * factor);
     }
     if (!part) return;
     memcpy(part + n_rows * size, tops, sizeof(float) * n_rows);

@@ -127,4 +127,9 @@ Vector load_part(const T* row, int column, int size) {
   return load(part);
 }
 
+void store_part(float* row, int column, int size, Vector x) {
+  if (column + W <= size) return store(row + column, x);
+  if (column < size) memcpy(row + column, &x, (size - column) * sizeof(float));
+}
+
 }  // namespace

@@ -57,6 +57,14 @@ def test_long_context_that_threads_share_matches_the_oracle(dtype):
     check(case, batch, load("cpu")(case, batch))
 
 
+@pytest.mark.parametrize("window", [1, 20, 64, 90])
+def test_tile_of_keys_that_some_rows_of_an_item_do_not_see_any_more(window):
+    case = Case(("float32", "float32"), n_tokens=200, longest=300, n_cells=32, heads=(1, 1))
+    case = dataclasses.replace(case, window=window)
+    batch = make_batch(case, [(96, 96), (291, 95)])
+    check(case, batch, load("cpu")(case, batch))
+
+
 def test_threads_take_turns_and_change_no_bit():
     batch = make_batch(case := Case(n_tokens=420, longest=1200, n_cells=64), [(900, 1), (700, 300)])
     first = load("cpu")(case, batch).out
