@@ -64,9 +64,10 @@ def product(
 ) -> Float[Array, "T O"]:
     """x W^T with the weight's dtype as input and float32 as output; so are its gradients' products.
 
-    On CPU, if its library is there, a 16-bit weight is widened on its way and x is not rounded.
-    XLA's product packs the right-hand side anew in every call, so with few tokens the weight had
-    better be on the left: up to 1.25 times as fast (benchmarks/models/matmul.py).
+    On CPU, if its library is there and better than XLA, a 16-bit weight is widened on its way and x
+    is not rounded, but for a matrix unit (pallas_kernels/cpu/product.py). XLA's product packs the
+    right-hand side anew in every call, so with few tokens the weight had better be on the left: up
+    to 1.25 times as fast (benchmarks/models/matmul.py).
 
     n_shards: of the weight, which XLA divides; the library's product is not XLA's to divide.
     """

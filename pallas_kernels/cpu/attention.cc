@@ -21,6 +21,7 @@ void attend_any(const Call&, const Item&, float*);
 void attend_avx2(const Call&, const Item&, float*);
 void attend_avx512(const Call&, const Item&, float*);
 void attend_avx512bf16(const Call&, const Item&, float*);
+void attend_amx(const Call&, const Item&, float*);
 #endif
 
 namespace {
@@ -155,12 +156,14 @@ void attend(Attend attend_item, const Call& shared, const Batch& batch, ffi::Thr
   call.partials = partials.data();
   const int64_t size = (call.head_size + ALIGN - 1) / ALIGN * ALIGN;
   in_turns(pool, plan.items.size(), std::min<int64_t>(n_threads - 1, plan.cost / THREAD_COST),
-           [&](int i) {
+           [&](int i, int) {
              thread_local std::vector<float> scratch;
              const int64_t n = int64_t{plan.items[i].n_tokens} * call.group_size;
-             const size_t wanted = 2 * size * (n + KEYS) + n * (KEYS + 2);
+             const size_t wanted = 2 * size * (n + KEYS) + n * (KEYS + 2) + ALIGN;
              if (scratch.size() < wanted) scratch.resize(wanted);
-             attend_item(call, plan.items[i], scratch.data());
+             const auto place = reinterpret_cast<uintptr_t>(scratch.data());
+             const auto aligned = place + (0 - place) % (ALIGN * sizeof(float));
+             attend_item(call, plan.items[i], reinterpret_cast<float*>(aligned));
            });
   for (const Divided& d : plan.divided) merge(call, d);
 }
@@ -175,7 +178,7 @@ void write(const Batch& b, const Call& call, const ffi::AnyBuffer& k, const ffi:
                         static_cast<const char*>(v.untyped_data())};
   const float* row_scales[] = {k_scales, v_scales};
   const int n = (n_tokens + WRITTEN_TOGETHER - 1) / WRITTEN_TOGETHER;
-  in_turns(pool, n, std::max<int64_t>(pool.num_threads(), 1) - 1, [&](int i) {
+  in_turns(pool, n, std::max<int64_t>(pool.num_threads(), 1) - 1, [&](int i, int) {
     const int end = std::min(n_tokens, (i + 1) * WRITTEN_TOGETHER);
     for (int t = i * WRITTEN_TOGETHER; t < end; ++t)
       for (int head = 0; head < n_heads; ++head)

@@ -3,12 +3,13 @@
 // Compiled with -DKIND=of CPU -DLANES=floats per vector. All sums are in float32; scores are in
 // units of log2. With few rows (decodes) keys and values are read where they are, once, and each
 // score is a dot product; with many a tile is unpacked first, keys transposed, and both products
-// are sums of rows times a broadcast weight. (float32 values need no unpacking.)
+// are sums of rows times a broadcast weight, or a matrix unit's. (float32 values need no unpacking.)
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
 #include "attention_tile.h"
+#include "matrix_unit.h"
 #include "vectors.h"
 
 namespace {
@@ -82,28 +83,6 @@ struct RowPairs {
     return (Vector)(2 * m + 1 < n_real ? even | widen(&rows[2 * m + 1][column].bits) << 16 : even);
   }
 };
-
-// What a lane of both factors is: a float, or two bfloat16 whose products are summed.
-struct Floats {
-  static Vector add(Vector sum, Vector a, Vector b) { return sum + a * b; }
-};
-
-#if defined(__AVX512BF16__)
-struct Pairs {
-  static Vector add(Vector sum, Vector a, Vector b) {
-    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-  }
-  static Vector pack(Vector low, Vector high) {
-    return (Vector)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  }
-};
-constexpr bool has_pairs = true;
-#else
-struct Pairs : Floats {
-  static Vector pack(Vector low, Vector) { return low; }
-};
-constexpr bool has_pairs = false;
-#endif
 
 // c[r][column ..] += sum over m < depth of a[r][m] * b[m][column ..], for n_rows and n vectors.
 template <class Lane, int n_rows, int n, class B>
@@ -235,10 +214,10 @@ struct Flash {
     q = scratch;
     acc = q + n_rows * width;
     scores = acc + n_rows * width;
-    tops = scores + n_rows * KEYS;
-    totals = tops + n_rows;
-    keys = totals + n_rows;
+    keys = scores + n_rows * KEYS;
     values = keys + width * KEYS;
+    tops = values + width * KEYS;
+    totals = tops + n_rows;
   }
 
   // Row r is query head r % G of token r / G.
@@ -278,32 +257,43 @@ struct Flash {
   }
 
   // The same with products of pairs of bfloat16: of a key's neighbours, and of neighbouring values.
+  // Of many rows they are the matrix unit's, if there is one.
   void run_paired() {
     const int n_pairs = call.head_size / 2, stride = round_up(n_pairs);
     const bool is_direct = n_rows <= FEW_ROWS && stride == n_pairs;
     const auto paired_keys = reinterpret_cast<const float* const*>(key_rows);
+    MatrixUnit unit;
     pack(q, n_rows, width, stride, width);
     for (int key = item.first_key; key < item.end_key; key += KEYS) {
-      const int n_keys = find(key);
+      const int n_keys = find(key), depth = (n_keys + 1) / 2;
       const auto [first, n] = seeing(key, n_keys);
+      const float* own_q = q + first * stride;
       float *own_scores = scores + first * KEYS, *own_acc = acc + first * width;
       if (is_direct) {
-        dot<Pairs>(q + first * stride, stride, n, paired_keys, n_keys, to_values / 2, stride,
-                   own_scores);
+        dot<Pairs>(own_q, stride, n, paired_keys, n_keys, to_values / 2, stride, own_scores);
       } else {
         unpack_transposed(paired_keys, n_keys, n_pairs, stride, keys);
-        multiply_keys<Pairs>(q + first * stride, stride, n, stride, n_keys, own_scores);
+        if constexpr (has_matrix_unit)
+          unit.multiply({own_q, 4 * stride}, n, {keys, 4 * KEYS}, stride, round_up(n_keys), true,
+                        own_scores, KEYS);
+        else
+          multiply_keys<Pairs>(own_q, stride, n, stride, n_keys, own_scores);
       }
       weigh(first, n, key, n_keys);
-      pack(own_scores, n, KEYS, KEYS, round_up(n_keys));
-      const int depth = (n_keys + 1) / 2;
+      pack(own_scores, n, KEYS, KEYS, round_up(n_keys));  // and zeros up to a multiple of TILE pairs
       const RowPairs pairs{reinterpret_cast<const Bfloat16* const*>(value_rows), n_keys};
       if (is_direct) {
         multiply<Pairs, 6>(own_scores, KEYS, n, pairs, depth, width, own_acc, width);
+        continue;
+      }
+      unpack_pairs(pairs, depth);
+      if constexpr (has_matrix_unit) {
+        const int whole = round_up(depth);
+        memset(values + depth * width, 0, sizeof(float) * (whole - depth) * width);
+        unit.multiply({own_scores, 4 * KEYS}, n, {values, 4 * width}, whole, width, false, own_acc,
+                      width);
       } else {
-        unpack_pairs(pairs, depth);
-        multiply<Pairs, 6>(own_scores, KEYS, n, Unpacked{values, width}, depth, width, own_acc,
-                           width);
+        multiply<Pairs, 6>(own_scores, KEYS, n, Unpacked{values, width}, depth, width, own_acc, width);
       }
     }
     finish();

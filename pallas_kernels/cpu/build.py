@@ -20,7 +20,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CALLS = "attention.cc", "product.cc"
 TILES = "attention_tile.cc", "product_tile.cc"
-HEADERS = "attention_tile.h", "product_tile.h", "vectors.h", "kinds.h", "threads.h"
+HEADERS = "attention_tile.h", "product_tile.h", "vectors.h", "matrix_unit.h", "kinds.h"
+HEADERS += ("threads.h",)
 SOURCES = CALLS + TILES + HEADERS
 COMPILERS = "c++", "g++", "clang++"
 LOSS = "attention on CPU will be slower, and so will products with 16-bit weights"
@@ -34,6 +35,7 @@ if platform.machine() == "x86_64":
     KINDS["avx2"] = ("-DLANES=8", "-mavx2", "-mfma")
     KINDS["avx512"] = ("-DLANES=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
     KINDS["avx512bf16"] = (*KINDS["avx512"], "-mavx512bf16")
+    KINDS["amx"] = (*KINDS["avx512bf16"], "-mamx-tile", "-mamx-bf16")
 
 
 def library() -> Path:

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kinds.h"
+#include "matrix_unit.h"
 #include "product_tile.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
@@ -17,6 +18,8 @@ void pack_avx512(const Product&, int, int);
 void multiply_avx512(const Product&, const Part&, float*);
 void pack_avx512bf16(const Product&, int, int);
 void multiply_avx512bf16(const Product&, const Part&, float*);
+void pack_amx(const Product&, int, int);
+void multiply_amx(const Product&, const Part&, float*);
 #endif
 
 namespace {
@@ -24,26 +27,39 @@ namespace {
 constexpr Pack PACK[] = OF_ALL_KINDS(pack);
 constexpr Multiply MULTIPLY[] = OF_ALL_KINDS(multiply);
 constexpr int64_t THREAD_COST = 1 << 18;   // multiplications that are worth another thread
+constexpr int PARTS_PER_THREAD = 4;
 constexpr int64_t PACKING_COST = 1 << 15;  // packed inputs that are
 
 int divided(int n, int size) { return (n + size - 1) / size; }
 
-void multiply(const Product& p, int kind, ffi::ThreadPool& pool) {
+// Long parts write long stretches of y, but every thread wants some.
+int find_part_rows(int n_outputs, int n_token_parts, int64_t n_threads) {
+  const auto leaves_enough = [&](int n_rows) {
+    return n_token_parts * divided(n_outputs, n_rows) >= PARTS_PER_THREAD * n_threads;
+  };
+  int n_rows = PART_ROWS;
+  while (2 * n_rows <= MOST_ROWS && leaves_enough(2 * n_rows)) n_rows *= 2;
+  return n_rows;
+}
+
+void multiply(Product p, int kind, ffi::ThreadPool& pool) {
   const int64_t n_others = std::max<int64_t>(pool.num_threads(), 1) - 1;
   const int64_t size = int64_t{p.n_tokens} * p.n_inputs, cost = size * p.n_outputs;
-  const int n_packed = p.n_tokens <= FEW_TOKENS ? 0 : divided(p.n_tokens, PACKED_TOKENS);
-  in_turns(pool, n_packed, std::min(n_others, size / PACKING_COST), [&](int i) {
+  const int n_packed = p.depth == 0 ? 0 : divided(p.n_tokens, PACKED_TOKENS);
+  in_turns(pool, n_packed, std::min(n_others, size / PACKING_COST), [&](int i, int) {
     const int first = i * PACKED_TOKENS;
     PACK[kind](p, first, std::min(PACKED_TOKENS, p.n_tokens - first));
   });
   const int n_token_parts = divided(p.n_tokens, PART_TOKENS);
-  const int n_parts = n_token_parts * divided(p.n_outputs, PART_ROWS);
-  in_turns(pool, n_parts, std::min(n_others, cost / THREAD_COST), [&](int i) {
+  p.part_rows = find_part_rows(p.n_outputs, n_token_parts, n_others + 1);
+  const int n_parts = n_token_parts * divided(p.n_outputs, p.part_rows);
+  in_turns(pool, n_parts, std::min(n_others, cost / THREAD_COST), [&](int i, int after) {
     alignas(64) static thread_local float scratch[SCRATCH];
     Part part;
-    part.first_row = i / n_token_parts * PART_ROWS;  // who come together read the same rows
+    part.first_row = i / n_token_parts * p.part_rows;  // who come together read the same rows
     part.first_token = i % n_token_parts * PART_TOKENS;
-    part.n_rows = std::min(PART_ROWS, p.n_outputs - part.first_row);
+    part.n_rows = std::min(p.part_rows, p.n_outputs - part.first_row);
+    part.row_after = after / n_token_parts * p.part_rows;
     part.n_tokens = std::min(PART_TOKENS, p.n_tokens - part.first_token);
     MULTIPLY[kind](p, part, scratch);
   });
@@ -66,7 +82,10 @@ ffi::Error call_product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weight,
   p.x = x.typed_data(), p.y = y->typed_data(), p.panels = panels->typed_data();
   p.weight = static_cast<const char*>(weight.untyped_data());
   p.n_tokens = x.dimensions()[0], p.n_inputs = x.dimensions()[1], p.n_outputs = y->dimensions()[1];
-  const int64_t n_packed = int64_t{divided(p.n_tokens, PACKED_TOKENS)} * PACKED_TOKENS * p.n_inputs;
+  p.in_tiles = kind == AMX && p.stored == Stored::kBfloat16;
+  if (p.in_tiles) p.depth = divided(p.n_inputs, 2 * TILE) * TILE;
+  else if (p.n_tokens > FEW_TOKENS) p.depth = p.n_inputs;
+  const int64_t n_packed = int64_t{divided(p.n_tokens, PACKED_TOKENS)} * PACKED_TOKENS * p.depth;
   const auto shape = weight.dimensions();
   if (shape.size() != 2 || shape[0] != p.n_outputs || shape[1] != p.n_inputs ||
       y->dimensions()[0] != p.n_tokens || int64_t(panels->element_count()) < n_packed)

@@ -1,7 +1,7 @@
-"""x W^T on CPU where the weight has 16 bits, in C++ (product.cc) on XLA's own threads.
+"""x W^T on CPU in C++ (product.cc) on XLA's own threads, where XLA's own product takes longer: with
+most weights of 16 bits, and in float32 with few rows and long vectors.
 
-XLA's own products of such weights take 1.1 to 14 times the time (benchmarks/models/matmul.py),
-unless the CPU has instructions for them: then XLA's are faster than float32, but for few rows.
+    python -m benchmarks.models.matmul
 """
 
 import jax
@@ -14,14 +14,19 @@ from pallas_kernels.cpu.calls import check_installed
 
 TARGET = "fastgen_product"
 WEIGHTS = ("bfloat16", "float16", "float32")
-TOKENS = 32  # of which room for packed inputs is a multiple
+TOKENS, INPUTS = 32, 16  # of which room for packed inputs is a multiple
 FEW = 8  # rows, up to which memory is what a product waits for
+LONG_VECTORS = "avx512", "avx512bf16", "amx"  # kinds of CPU
 
 
 def is_better(n_tokens: int, dtype: str) -> bool:
     """Whether XLA's own product of such a weight takes longer here. The library must be there."""
-    has_instructions = dtype == "bfloat16" and check_installed() == "avx512bf16"
-    return dtype in WEIGHTS[:2] and (n_tokens < FEW or not has_instructions)
+    kind = check_installed()
+    if (kind, dtype) == ("avx512bf16", "bfloat16"):  # with instructions for it, and no matrix unit
+        return n_tokens < FEW
+    if dtype == "float32":
+        return kind in LONG_VECTORS and n_tokens <= TOKENS
+    return dtype in WEIGHTS
 
 
 def product(
@@ -29,7 +34,8 @@ def product(
 ) -> Float[Array, "T O"]:
     """In float32: x is not rounded, the weight is widened on its way. It has no gradient.
 
-    The target must be known to XLA: calls.check_installed.
+    The matrix unit of CPUs of the kind "amx" multiplies bfloat16 only: there x is rounded to it, if
+    the weight is of it. The target must be known to XLA: calls.check_installed.
 
     Args:
         kind: of CPU, one of build.KINDS; None: the best that this one is of.
@@ -39,7 +45,7 @@ def product(
     (n_tokens, n_inputs), n_outputs = x.shape, len(weight)
     if weight.shape != (n_outputs, n_inputs):
         raise ValueError(f"x is {x.shape}: the weight must be (O, {n_inputs}), not {weight.shape}")
-    panels = -(-n_tokens // TOKENS) * TOKENS * n_inputs
+    panels = -(-n_tokens // TOKENS) * TOKENS * (-(-n_inputs // INPUTS) * INPUTS)
     results = (
         jax.ShapeDtypeStruct((n_tokens, n_outputs), jnp.float32),
         jax.ShapeDtypeStruct((panels,), jnp.float32),

@@ -5,8 +5,11 @@
 // With many a tile is some rows of the weight times two vectors of tokens: sums stay in registers, a
 // number of the weight is broadcast, and so neither is transposed but x, once per call (Goto and van
 // de Geijn, 2008, with the weight as their A). The weight is read from memory once, and its next rows
-// are asked for while these are multiplied. All is float32: 16-bit weights are widened on their way.
+// are asked for while these are multiplied. All is float32: 16-bit weights are widened on their way,
+// but for bfloat16 where the CPU has a matrix unit, which rounds x as well.
 #include "product_tile.h"
+
+#include "matrix_unit.h"
 #include "vectors.h"
 
 namespace {
@@ -16,7 +19,8 @@ constexpr int PANEL = 2 * W;             // tokens
 constexpr int STRIDE = DEPTH + 2;        // of unpacked rows, which else share banks of the cache
 constexpr int LINE = 64;                 // bytes
 static_assert(PART_ROWS % SUMS == 0 && PART_ROWS % W == 0 && PART_TOKENS % PANEL == 0);
-static_assert(PART_ROWS * PART_TOKENS + SUMS * STRIDE <= SCRATCH);
+static_assert(MOST_ROWS * PART_TOKENS + SUMS * STRIDE <= SCRATCH);
+static_assert(PART_ROWS % TILE == 0 && (!has_matrix_unit || PANEL == 2 * TILE));
 
 // y of W / n rows and n tokens; rows at and behind `end` are not there.
 template <int n, class T>
@@ -59,8 +63,9 @@ void dot(const Product& p, const T* weight, int first_row, int end, int token) {
 
 int width_of(int n_tokens) { return n_tokens > W ? PANEL : W; }
 
-// A panel has its tokens' inputs one after the other: "I PANEL", or "I W" where W tokens are left.
-float* panel_of(const Product& p, int token) { return p.panels + int64_t{token} * p.n_inputs; }
+// A panel has its tokens' inputs one after the other: "I PANEL", or "I W" where W tokens are left. For
+// the matrix unit they are pairs.
+float* panel_of(const Product& p, int token) { return p.panels + int64_t{token} * p.depth; }
 
 // The inputs of W tokens, or zeros behind the last one, as columns of a panel.
 void pack_columns(const Product& p, int token, int end, float* panel, int width) {
@@ -71,6 +76,19 @@ void pack_columns(const Product& p, int token, int end, float* panel, int width)
     transpose(x);
     for (int i = 0; i < W && column + i < p.n_inputs; ++i)
       store(panel + int64_t{column + i} * width, x[i]);
+  }
+}
+
+// The same as pairs of bfloat16, with zeros behind the last one.
+void pack_pairs(const Product& p, int token, int end, float* panel, int width) {
+  for (int column = 0; column < p.n_inputs; column += 2 * W, panel += W * width) {
+    Vector x[W] = {};
+    for (int i = 0; i < W && token + i < end; ++i) {
+      const float* row = p.x + int64_t{token + i} * p.n_inputs;
+      x[i] = Pairs::pack(load_part(row, column, p.n_inputs), load_part(row, column + W, p.n_inputs));
+    }
+    transpose(x);
+    for (int i = 0; i < W; ++i) store(panel + i * width, x[i]);
   }
 }
 
@@ -122,8 +140,8 @@ void multiply_tile(const float* __restrict rows, const float* __restrict panel, 
 // Sums "rows, width" of some tokens become their outputs.
 void put(const Product& p, const float* sums, int width, int token, int n_tokens, int first_row,
          int n_rows) {
-  for (int row = 0; row < n_rows; row += W)
-    for (int lane = 0; lane < n_tokens; lane += W) {
+  for (int lane = 0; lane < n_tokens; lane += W)
+    for (int row = 0; row < n_rows; row += W) {
       Vector x[W];
       for (int i = 0; i < W; ++i) x[i] = load(sums + (row + i) * width + lane);
       transpose(x);
@@ -135,17 +153,40 @@ void put(const Product& p, const float* sums, int width, int token, int n_tokens
     }
 }
 
-template <class T>
-void multiply_part(const Product& p, const Part& part, float* scratch) {
-  const T* weight = reinterpret_cast<const T*>(p.weight);
-  if (p.n_tokens <= FEW_TOKENS) {
-    const int end = part.first_row + part.n_rows;
-    for (int row = part.first_row; row < end; row += W)
-      dot<4>(p, weight, row, row + W < end ? row + W : end, 0);
-    return;
+// By the matrix unit, which takes rows of the weight from where they are.
+void multiply_in_tiles(const Product& p, const Part& part, float* sums) {
+  const auto weight = reinterpret_cast<const Bfloat16*>(p.weight);
+  const int end = part.first_row + part.n_rows, n_panels = (part.n_tokens + PANEL - 1) / PANEL;
+  const int most = n_panels > 1 ? DEPTH : p.n_inputs;
+  MatrixUnit unit;
+  for (int row = part.first_row; row < end; row += 2 * TILE) {
+    const int n_rows = end - row < 2 * TILE ? end - row : 2 * TILE;
+    const int row_after = row + n_rows < end ? row + n_rows : part.row_after;
+    for (int first = 0; first < p.n_inputs; first += most) {
+      const Bfloat16* strip = weight + int64_t{row} * p.n_inputs + first;
+      const void* ahead = n_panels == 1 ? weight + int64_t{row_after} * p.n_inputs : nullptr;
+      const int depth = p.n_inputs - first < most ? p.n_inputs - first : most;
+      const int n_left = depth % (2 * TILE), n_pairs = (depth - n_left) / 2;
+      alignas(64) Bfloat16 ends[2 * TILE][2 * TILE] = {};  // what is left of rows, and zeros
+      for (int r = 0; n_left && r < n_rows; ++r)
+        memcpy(ends[r], strip + int64_t{r} * p.n_inputs + 2 * n_pairs, n_left * sizeof(Bfloat16));
+      for (int j = 0; j < n_panels; ++j) {
+        const int width = width_of(part.n_tokens - j * PANEL);
+        const float* panel = panel_of(p, part.first_token + j * PANEL) + int64_t{first} / 2 * width;
+        float* to = sums + j * p.part_rows * PANEL + (row - part.first_row) * width;
+        unit.multiply({strip, 2 * p.n_inputs}, n_rows, {panel, 4 * width}, n_pairs, width, first == 0,
+                      to, width, ahead);
+        if (n_left)
+          unit.multiply({ends, sizeof ends[0]}, n_rows, {panel + int64_t{n_pairs} * width, 4 * width},
+                        TILE, width, false, to, width);
+      }
+    }
   }
-  weight += int64_t{part.first_row} * p.n_inputs;
-  float *sums = scratch, *rows = scratch + PART_ROWS * PART_TOKENS;
+}
+
+template <class T>
+void multiply_strips(const Product& p, const Part& part, float* sums, float* rows) {
+  const T* weight = reinterpret_cast<const T*>(p.weight) + int64_t{part.first_row} * p.n_inputs;
   const int n_panels = (part.n_tokens + PANEL - 1) / PANEL;
   const int n_tiles = 2 * n_panels - (width_of(part.n_tokens - (n_panels - 1) * PANEL) == W);
   for (int first = 0; first < p.n_inputs; first += DEPTH) {
@@ -159,7 +200,7 @@ void multiply_part(const Product& p, const Part& part, float* scratch) {
       for (int tile = 0; tile < n_tiles; ++tile) {  // two share a wide panel
         const int j = tile / 2, width = width_of(part.n_tokens - j * PANEL);
         const float* panel = panel_of(p, part.first_token + j * PANEL) + int64_t{first} * width;
-        float* out = sums + j * PART_ROWS * PANEL + row * width;
+        float* out = sums + j * p.part_rows * PANEL + row * width;
         ahead.rows += int64_t{ahead.n} * p.n_inputs;
         ahead.n = SUMS * (tile + 1) / n_tiles - SUMS * tile / n_tiles;
         if (width == W) {
@@ -171,9 +212,21 @@ void multiply_part(const Product& p, const Part& part, float* scratch) {
       }
     }
   }
-  for (int j = 0; j < n_panels; ++j) {
-    const int n_tokens = part.n_tokens - j * PANEL < PANEL ? part.n_tokens - j * PANEL : PANEL;
-    put(p, sums + j * PART_ROWS * PANEL, width_of(n_tokens), part.first_token + j * PANEL, n_tokens,
+}
+
+template <class T>
+void multiply_part(const Product& p, const Part& part, float* scratch) {
+  if (p.depth == 0) {
+    const int end = part.first_row + part.n_rows;
+    for (int row = part.first_row; row < end; row += W)
+      dot<4>(p, reinterpret_cast<const T*>(p.weight), row, row + W < end ? row + W : end, 0);
+    return;
+  }
+  if (p.in_tiles) multiply_in_tiles(p, part, scratch);
+  else multiply_strips<T>(p, part, scratch, scratch + MOST_ROWS * PART_TOKENS);
+  for (int token = 0; token < part.n_tokens; token += PANEL) {
+    const int n_tokens = part.n_tokens - token < PANEL ? part.n_tokens - token : PANEL;
+    put(p, scratch + p.part_rows * token, width_of(n_tokens), part.first_token + token, n_tokens,
         part.first_row, part.n_rows);
   }
 }
@@ -185,7 +238,7 @@ void OF_KIND(pack)(const Product& p, int first_token, int n_tokens) {
   for (int token = first_token; token < end; token += PANEL) {
     const int width = width_of(end - token);
     for (int i = 0; i < width; i += W)
-      pack_columns(p, token + i, end, panel_of(p, token) + i, width);
+      (p.in_tiles ? pack_pairs : pack_columns)(p, token + i, end, panel_of(p, token) + i, width);
   }
 }
 

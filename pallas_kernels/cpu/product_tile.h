@@ -9,9 +9,10 @@
 constexpr int PACKED_TOKENS = 32;  // at a time: two of the longest vectors
 constexpr int FEW_TOKENS = 8;      // of which none is packed
 constexpr int PART_TOKENS = 128;   // at most in a part
-constexpr int PART_ROWS = 48;      // of the weight; likewise
+constexpr int PART_ROWS = 48;      // of the weight, of which a part has a multiple
+constexpr int MOST_ROWS = 192;     // of a part
 constexpr int DEPTH = 256;         // inputs that are multiplied before sums are put down
-constexpr int SCRATCH = PART_ROWS * PART_TOKENS + 24 * (DEPTH + 2);  // floats
+constexpr int SCRATCH = MOST_ROWS * PART_TOKENS + 24 * (DEPTH + 2);  // floats
 
 enum class Stored { kFloat32, kBfloat16, kFloat16 };
 
@@ -19,14 +20,18 @@ struct Product {
   const float* x;      // T I
   const char* weight;  // O I
   float* y;            // T O
-  float* panels;       // x as tiles want it: T, rounded up to PACKED_TOKENS, times I
+  float* panels;       // x as tiles want it: T, rounded up to PACKED_TOKENS, times `depth`
   Stored stored;       // what the weight is
   int n_tokens, n_inputs, n_outputs;
+  int part_rows;  // of the weight, but for those of the last part
+  int depth;      // numbers of a token in a panel; 0: of few tokens none is packed
+  bool in_tiles;  // by a matrix unit, for which x is rounded to pairs of bfloat16
 };
 
-// From a multiple of PART_TOKENS and one of PART_ROWS on.
+// From a multiple of PART_TOKENS on, and one of the product's part_rows.
 struct Part {
   int first_token, n_tokens, first_row, n_rows;
+  int row_after;  // with which this thread will go on
 };
 
 // Makes panels of PACKED_TOKENS, or the last, tokens.

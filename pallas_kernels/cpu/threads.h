@@ -10,9 +10,10 @@
 
 namespace {
 
-// Runs work(0) .. work(n - 1): here, and on threads of the pool that come before all is taken. It
-// waits for items under way only, never for a thread to come: a pool of one thread, or one whose
-// threads all wait like this one, gets through as well.
+// Runs work(i, after) for each i < n: here, and on threads of the pool that come before all is taken;
+// `after` is what the same thread will do next, n for nothing. It waits for items that are taken only,
+// never for a thread to come: a pool of one thread, or one whose threads all wait like this one, gets
+// through as well.
 template <class Work>
 void in_turns(xla::ffi::ThreadPool& pool, int n, int64_t n_helpers, const Work& work) {
   struct Shared {
@@ -20,8 +21,10 @@ void in_turns(xla::ffi::ThreadPool& pool, int n, int64_t n_helpers, const Work& 
   };
   auto shared = std::make_shared<Shared>();
   auto help = [shared, n, &work] {  // who comes late finds nothing to do, and `work` may be gone
-    for (int i; (i = shared->next.fetch_add(1)) < n;) {
-      work(i);
+    const auto take = [&] { return std::min(shared->next.fetch_add(1), n); };
+    for (int i = take(), after; i < n; i = after) {
+      after = take();
+      work(i, after);
       if (shared->n_done.fetch_add(1) + 1 == n) shared->n_done.notify_all();
     }
   };

@@ -132,4 +132,26 @@ void store_part(float* row, int column, int size, Vector x) {
   if (column < size) memcpy(row + column, &x, (size - column) * sizeof(float));
 }
 
+// What a lane of both factors is: a float, or two bfloat16 whose products are summed.
+struct Floats {
+  static Vector add(Vector sum, Vector a, Vector b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+struct Pairs {
+  static Vector add(Vector sum, Vector a, Vector b) {
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+  static Vector pack(Vector low, Vector high) {
+    return (Vector)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  }
+};
+constexpr bool has_pairs = true;
+#else
+struct Pairs : Floats {
+  static Vector pack(Vector low, Vector) { return low; }
+};
+constexpr bool has_pairs = false;
+#endif
+
 }  // namespace

@@ -42,6 +42,8 @@ def compiled(x, weight, kind=None):
 def test_every_kind_of_cpu_multiplies_as_numpy_does(kind, dtype, shape):
     n_tokens, n_inputs, n_outputs = shape
     x, weight = drawn(n_tokens, n_inputs), drawn(n_outputs, n_inputs, dtype=dtype, seed=1)
+    if (kind, dtype) == ("amx", "bfloat16"):
+        x = x.astype("bfloat16")  # which such a CPU does by itself, see the next test
     try:
         got = compiled(x, weight, kind)
     except REFUSAL as error:
@@ -51,9 +53,15 @@ def test_every_kind_of_cpu_multiplies_as_numpy_does(kind, dtype, shape):
     assert np.all(abs(np.asarray(got) - exact(x, weight)) <= bound)
 
 
-def test_x_is_not_rounded_to_the_weights_dtype():
-    x = jnp.full((16, 1), 1 + 2**-20)
-    np.testing.assert_array_equal(compiled(x, jnp.ones((3, 1), "bfloat16")), 1 + 2**-20)
+@pytest.mark.parametrize("kind", build.KINDS)
+@pytest.mark.parametrize("n_tokens", [4, 16])
+def test_x_is_rounded_to_the_weights_dtype_by_a_matrix_unit_only(kind, n_tokens):
+    x = jnp.full((n_tokens, 1), 1 + 2**-7 + 2**-8 + 2**-20)
+    try:
+        got = compiled(x, jnp.ones((3, 1), "bfloat16"), kind)
+    except REFUSAL as error:
+        pytest.skip(f"{kind}: {error}")
+    np.testing.assert_array_equal(got, 1 + 2**-6 if kind == "amx" else x[0, 0])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -87,7 +95,7 @@ def test_a_token_has_the_same_bits_whoever_is_with_it_and_however_often():
 
 
 def test_it_works_under_vmap():
-    x, weight = drawn(3, 12, 40), drawn(30, 40, dtype="bfloat16")
+    x, weight = drawn(3, 12, 40, dtype="bfloat16"), drawn(30, 40, dtype="bfloat16")
     got = jax.jit(jax.vmap(product, in_axes=(0, None)))(x, weight)
     np.testing.assert_allclose(got, exact(x, weight), atol=1e-4)
 
@@ -123,16 +131,16 @@ def test_layers_use_it_where_the_weight_has_16_bits_and_is_whole(monkeypatch):
         assert ("fastgen_product" in text(dtype, n_shards)) == is_ours
 
 
-def test_bfloat16_is_left_to_xla_where_the_cpu_has_instructions_for_it(monkeypatch):
-    def better():
-        sizes = (1, 7, 8, 512)
-        return {d: [product_file.is_better(n, d) for n in sizes] for d in WEIGHTS}
+def test_what_xla_multiplies_faster_is_left_to_it(monkeypatch):
+    def better(kind):
+        monkeypatch.setattr(product_file, "check_installed", lambda: kind)
+        sizes = (1, 7, 8, 32, 33, 512)
+        return ["".join("-+"[product_file.is_better(n, d)] for n in sizes) for d in WEIGHTS]
 
-    always, few, never = [True] * 4, [True, True, False, False], [False] * 4
-    monkeypatch.setattr(product_file, "check_installed", lambda: "avx512")
-    assert better() == {"bfloat16": always, "float16": always, "float32": never}
-    monkeypatch.setattr(product_file, "check_installed", lambda: "avx512bf16")
-    assert better() == {"bfloat16": few, "float16": always, "float32": never}
+    assert WEIGHTS == ("bfloat16", "float16", "float32")
+    assert better("any") == better("avx2") == ["++++++", "++++++", "------"]
+    assert better("avx512") == better("amx") == ["++++++", "++++++", "++++--"]
+    assert better("avx512bf16") == ["++----", "++++++", "++++--"]
 
 
 def test_gradients_are_those_of_xlas_product():
