@@ -24,7 +24,7 @@ from jaxtyping import Array
 from benchmarks.engine.throughput import SHAPE
 from benchmarks.pallas_kernels.attention import Case, make_meta
 from fastgen_jax.models import create
-from fastgen_jax.models.layers import product
+from fastgen_jax.models.layers import gated_product, product
 from pallas_kernels import cache_dtype, select
 
 BLOCK_SIZE = 64
@@ -37,11 +37,13 @@ BATCHES = {
 
 
 def products(model, x: Array) -> Array:
-    """All products of the layers, each of what the one before gave."""
+    """All products of the layers, gates included, each of what the one before gave."""
     for layer in model.layers:
-        for linear in (layer.attention.qkv, layer.attention.out, layer.mlp.gate_up, layer.mlp.down):
+        attention, mlp = layer.attention, layer.mlp
+        parts = (attention.qkv, product), (attention.out, product), (mlp.gate_up, gated_product)
+        for linear, multiply in (*parts, (mlp.down, product)):
             weight = linear.weight[...]
-            x = product(x[:, : weight.shape[1]], weight)
+            x = multiply(x[:, : weight.shape[1]], weight)
     return x
 
 

@@ -33,12 +33,13 @@ constexpr int64_t PACKING_COST = 1 << 15;  // packed inputs that are
 int divided(int n, int size) { return (n + size - 1) / size; }
 
 // Long parts write long stretches of y, but every thread wants some.
-int find_part_rows(int n_outputs, int n_token_parts, int64_t n_threads) {
+int find_part_rows(const Product& p, int n_token_parts, int64_t n_threads) {
   const auto leaves_enough = [&](int n_rows) {
-    return n_token_parts * divided(n_outputs, n_rows) >= PARTS_PER_THREAD * n_threads;
+    return n_token_parts * divided(p.n_outputs, n_rows) >= PARTS_PER_THREAD * n_threads;
   };
+  const int most = p.is_gated ? MOST_ROWS / 2 : MOST_ROWS;
   int n_rows = PART_ROWS;
-  while (2 * n_rows <= MOST_ROWS && leaves_enough(2 * n_rows)) n_rows *= 2;
+  while (2 * n_rows <= most && leaves_enough(2 * n_rows)) n_rows *= 2;
   return n_rows;
 }
 
@@ -51,7 +52,7 @@ void multiply(Product p, int kind, ffi::ThreadPool& pool) {
     PACK[kind](p, first, std::min(PACKED_TOKENS, p.n_tokens - first));
   });
   const int n_token_parts = divided(p.n_tokens, PART_TOKENS);
-  p.part_rows = find_part_rows(p.n_outputs, n_token_parts, n_others + 1);
+  p.part_rows = find_part_rows(p, n_token_parts, n_others + 1);
   const int n_parts = n_token_parts * divided(p.n_outputs, p.part_rows);
   in_turns(pool, n_parts, std::min(n_others, cost / THREAD_COST), [&](int i, int after) {
     alignas(64) static thread_local float scratch[SCRATCH];
@@ -69,7 +70,7 @@ using Floats = ffi::Buffer<ffi::F32, 2>;
 
 ffi::Error call_product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weight,
                         ffi::Result<Floats> y, ffi::Result<ffi::Buffer<ffi::F32>> panels,
-                        int64_t wanted_kind) {
+                        bool is_gated, int64_t wanted_kind) {
   const int kind = find_kind(wanted_kind);
   if (kind < 0) return ffi::Error::InvalidArgument("product: not for this kind of CPU");
   Product p{};
@@ -87,7 +88,11 @@ ffi::Error call_product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weight,
   else if (p.n_tokens > FEW_TOKENS) p.depth = p.n_inputs;
   const int64_t n_packed = int64_t{divided(p.n_tokens, PACKED_TOKENS)} * PACKED_TOKENS * p.depth;
   const auto shape = weight.dimensions();
-  if (shape.size() != 2 || shape[0] != p.n_outputs || shape[1] != p.n_inputs ||
+  p.is_gated = is_gated;
+  const int64_t n_rows = int64_t{p.n_outputs} * (is_gated ? 2 : 1);
+  if (is_gated && p.depth == 0)
+    return ffi::Error::InvalidArgument("product: of few tokens none is gated");
+  if (shape.size() != 2 || shape[0] != n_rows || shape[1] != p.n_inputs ||
       y->dimensions()[0] != p.n_tokens || int64_t(panels->element_count()) < n_packed)
     return ffi::Error::InvalidArgument("product: shapes do not fit together");
   multiply(p, kind, pool);
@@ -105,4 +110,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(product, call_product,
                                   .Arg<ffi::AnyBuffer>()             // weight
                                   .Ret<Floats>()                     // y
                                   .Ret<ffi::Buffer<ffi::F32>>()      // panels, of no further use
+                                  .Attr<bool>("is_gated")
                                   .Attr<int64_t>("kind"));

@@ -29,6 +29,12 @@ def is_better(n_tokens: int, dtype: str) -> bool:
     return dtype in WEIGHTS
 
 
+def can_gate(n_tokens: int, dtype: str) -> bool:
+    """Whether `gated_product` is there for such a weight, and `is_better` says so."""
+    in_tiles = (check_installed(), dtype) == ("amx", "bfloat16")
+    return is_better(n_tokens, dtype) and (in_tiles or n_tokens > FEW)
+
+
 def product(
     x: Float[Array, "T I"], weight: Float[Array, "O I"], *, kind: str | None = None
 ) -> Float[Array, "T O"]:
@@ -40,10 +46,25 @@ def product(
     Args:
         kind: of CPU, one of build.KINDS; None: the best that this one is of.
     """
+    return _call(x, weight, len(weight), is_gated=False, kind=kind)
+
+
+def gated_product(
+    x: Float[Array, "T I"], weight: Float[Array, "2*F I"], *, kind: str | None = None
+) -> Float[Array, "T F"]:
+    """silu(x G^T) * (x U^T) of the first and the second half of a weight, as `product` in all else.
+    What lies between is never written to memory. T must be more than FEW, unless `can_gate`.
+    """
+    if len(weight) % 2:
+        raise ValueError(f"a gated weight has two halves, not {len(weight)} rows")
+    return _call(x, weight, len(weight) // 2, is_gated=True, kind=kind)
+
+
+def _call(x: Array, weight: Array, n_outputs: int, *, is_gated: bool, kind: str | None) -> Array:
     if str(weight.dtype) not in WEIGHTS:
         raise ValueError(f"a weight of {weight.dtype}: the CPU's product has {', '.join(WEIGHTS)}")
-    (n_tokens, n_inputs), n_outputs = x.shape, len(weight)
-    if weight.shape != (n_outputs, n_inputs):
+    n_tokens, n_inputs = x.shape
+    if weight.shape[1:] != (n_inputs,):
         raise ValueError(f"x is {x.shape}: the weight must be (O, {n_inputs}), not {weight.shape}")
     panels = -(-n_tokens // TOKENS) * TOKENS * (-(-n_inputs // INPUTS) * INPUTS)
     results = (
@@ -52,4 +73,4 @@ def product(
     )
     call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
     kind_number = np.int64(-1 if kind is None else list(KINDS).index(kind))
-    return call(x.astype(jnp.float32), weight, kind=kind_number)[0]
+    return call(x.astype(jnp.float32), weight, is_gated=is_gated, kind=kind_number)[0]

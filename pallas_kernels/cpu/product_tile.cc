@@ -137,13 +137,21 @@ void multiply_tile(const float* __restrict rows, const float* __restrict panel, 
       store(sums, is_first ? sum[r][j] : load(sums) + sum[r][j]);
 }
 
+Vector silu(Vector x) {
+  const Vector power = x * -LOG2E;
+  return power > 127.0f ? Vector{} : x / (exp2(power) + 1.0f);
+}
+
 // Sums "rows, width" of some tokens become their outputs.
 void put(const Product& p, const float* sums, int width, int token, int n_tokens, int first_row,
          int n_rows) {
   for (int lane = 0; lane < n_tokens; lane += W)
     for (int row = 0; row < n_rows; row += W) {
       Vector x[W];
-      for (int i = 0; i < W; ++i) x[i] = load(sums + (row + i) * width + lane);
+      for (int i = 0; i < W; ++i) {
+        const float* from = sums + (row + i) * width + lane;
+        x[i] = p.is_gated ? silu(load(from)) * load(from + p.part_rows * width) : load(from);
+      }
       transpose(x);
       for (int i = 0; i < W && lane + i < n_tokens; ++i) {
         float* y = p.y + int64_t{token + lane + i} * p.n_outputs + first_row + row;
@@ -153,8 +161,18 @@ void put(const Product& p, const float* sums, int width, int token, int n_tokens
     }
 }
 
+// Of one of a product's weights: "rows, width" of each panel.
+struct Sums {
+  float* data;
+  int panel_rows;  // of all weights
+  int first_row;   // of this one
+  float* of(int panel, int row, int width) const {
+    return data + panel * panel_rows * PANEL + (first_row + row) * width;
+  }
+};
+
 // By the matrix unit, which takes rows of the weight from where they are.
-void multiply_in_tiles(const Product& p, const Part& part, float* sums) {
+void multiply_in_tiles(const Product& p, const Part& part, Sums sums) {
   const auto weight = reinterpret_cast<const Bfloat16*>(p.weight);
   const int end = part.first_row + part.n_rows, n_panels = (part.n_tokens + PANEL - 1) / PANEL;
   const int most = n_panels > 1 ? DEPTH : p.n_inputs;
@@ -173,7 +191,7 @@ void multiply_in_tiles(const Product& p, const Part& part, float* sums) {
       for (int j = 0; j < n_panels; ++j) {
         const int width = width_of(part.n_tokens - j * PANEL);
         const float* panel = panel_of(p, part.first_token + j * PANEL) + int64_t{first} / 2 * width;
-        float* to = sums + j * p.part_rows * PANEL + (row - part.first_row) * width;
+        float* to = sums.of(j, row - part.first_row, width);
         unit.multiply({strip, 2 * p.n_inputs}, n_rows, {panel, 4 * width}, n_pairs, width, first == 0,
                       to, width, ahead);
         if (n_left)
@@ -185,7 +203,7 @@ void multiply_in_tiles(const Product& p, const Part& part, float* sums) {
 }
 
 template <class T>
-void multiply_strips(const Product& p, const Part& part, float* sums, float* rows) {
+void multiply_strips(const Product& p, const Part& part, Sums sums, float* rows) {
   const T* weight = reinterpret_cast<const T*>(p.weight) + int64_t{part.first_row} * p.n_inputs;
   const int n_panels = (part.n_tokens + PANEL - 1) / PANEL;
   const int n_tiles = 2 * n_panels - (width_of(part.n_tokens - (n_panels - 1) * PANEL) == W);
@@ -200,7 +218,7 @@ void multiply_strips(const Product& p, const Part& part, float* sums, float* row
       for (int tile = 0; tile < n_tiles; ++tile) {  // two share a wide panel
         const int j = tile / 2, width = width_of(part.n_tokens - j * PANEL);
         const float* panel = panel_of(p, part.first_token + j * PANEL) + int64_t{first} * width;
-        float* out = sums + j * p.part_rows * PANEL + row * width;
+        float* out = sums.of(j, row, width);
         ahead.rows += int64_t{ahead.n} * p.n_inputs;
         ahead.n = SUMS * (tile + 1) / n_tiles - SUMS * tile / n_tiles;
         if (width == W) {
@@ -222,11 +240,18 @@ void multiply_part(const Product& p, const Part& part, float* scratch) {
       dot<4>(p, reinterpret_cast<const T*>(p.weight), row, row + W < end ? row + W : end, 0);
     return;
   }
-  if (p.in_tiles) multiply_in_tiles(p, part, scratch);
-  else multiply_strips<T>(p, part, scratch, scratch + MOST_ROWS * PART_TOKENS);
+  const int panel_rows = p.is_gated ? 2 * p.part_rows : p.part_rows;
+  for (int row = 0; row < panel_rows; row += p.part_rows) {
+    Part own = part;
+    if (row > 0) own.first_row += p.n_outputs;
+    else if (p.is_gated) own.row_after = part.first_row + p.n_outputs;
+    const Sums sums{scratch, panel_rows, row};
+    if (p.in_tiles) multiply_in_tiles(p, own, sums);
+    else multiply_strips<T>(p, own, sums, scratch + MOST_ROWS * PART_TOKENS);
+  }
   for (int token = 0; token < part.n_tokens; token += PANEL) {
     const int n_tokens = part.n_tokens - token < PANEL ? part.n_tokens - token : PANEL;
-    put(p, scratch + p.part_rows * token, width_of(n_tokens), part.first_token + token, n_tokens,
+    put(p, scratch + panel_rows * token, width_of(n_tokens), part.first_token + token, n_tokens,
         part.first_row, part.n_rows);
   }
 }

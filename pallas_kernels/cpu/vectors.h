@@ -132,6 +132,25 @@ void store_part(float* row, int column, int size, Vector x) {
   if (column < size) memcpy(row + column, &x, (size - column) * sizeof(float));
 }
 
+constexpr float LOG2E = 1.44269504f;
+
+// 2^x to 1e-7, and 0 below -127; NaN stays NaN. x <= 127.
+Vector exp2(Vector x) {
+  const Vector kept = x < -127.0f ? splat(-127.0f) : x;
+  const Vector magic = splat(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded
+  const Vector whole = (kept + magic) - magic;
+  const Vector f = kept - whole;  // -0.5 .. 0.5
+  Vector y = splat(1.54035304e-4f);
+  y = y * f + 1.33335581e-3f;
+  y = y * f + 9.61812911e-3f;
+  y = y * f + 5.55041087e-2f;
+  y = y * f + 2.40226507e-1f;
+  y = y * f + 6.93147181e-1f;
+  y = y * f + 1.0f;
+  const Integers power = (__builtin_convertvector(whole, Integers) + 127) << 23;  // 0 of -127
+  return y * (Vector)power;
+}
+
 // What a lane of both factors is: a float, or two bfloat16 whose products are summed.
 struct Floats {
   static Vector add(Vector sum, Vector a, Vector b) { return sum + a * b; }

@@ -1,6 +1,7 @@
 """The CPU's own matrix product, against NumPy in float64."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pallas_kernels
 from fastgen_jax.models import layers
 from pallas_kernels.cpu import build
 from pallas_kernels.cpu import product as product_file
-from pallas_kernels.cpu.product import WEIGHTS, product
+from pallas_kernels.cpu.product import WEIGHTS, gated_product, product
 
 if not pallas_kernels.has_cpu_library():
     pytest.skip("pallas_kernels.cpu is not built", allow_module_level=True)
@@ -20,6 +21,7 @@ SHAPES = [
     (1, 7, 5), (3, 64, 48), (7, 300, 50), (8, 33, 49), (9, 300, 50), (16, 256, 96), (17, 768, 100),
     (33, 513, 97), (40, 31, 12), (128, 257, 49), (130, 64, 24), (300, 520, 147),
 ]  # fmt: skip
+MATRIX_UNIT = "amx", "bfloat16"  # what it multiplies, and rounds x to
 REFUSAL = (jax.errors.JaxRuntimeError, ValueError)
 
 
@@ -42,7 +44,7 @@ def compiled(x, weight, kind=None):
 def test_every_kind_of_cpu_multiplies_as_numpy_does(kind, dtype, shape):
     n_tokens, n_inputs, n_outputs = shape
     x, weight = drawn(n_tokens, n_inputs), drawn(n_outputs, n_inputs, dtype=dtype, seed=1)
-    if (kind, dtype) == ("amx", "bfloat16"):
+    if (kind, dtype) == MATRIX_UNIT:
         x = x.astype("bfloat16")  # which such a CPU does by itself, see the next test
     try:
         got = compiled(x, weight, kind)
@@ -51,6 +53,42 @@ def test_every_kind_of_cpu_multiplies_as_numpy_does(kind, dtype, shape):
     # Rounding of float32 sums in any order: n u |x| |w| (Higham, 2002, 3.5), and far less is usual.
     bound = n_inputs**0.5 * 2**-23 * exact(abs(x), abs(weight))
     assert np.all(abs(np.asarray(got) - exact(x, weight)) <= bound)
+
+
+GATED = [
+    (*of, shape)
+    for of in itertools.product(build.KINDS, WEIGHTS)
+    for shape in SHAPES
+    if shape[0] > product_file.FEW or of == MATRIX_UNIT
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "shape"), GATED, ids=str)
+def test_every_kind_of_cpu_gates_as_numpy_does(kind, dtype, shape):
+    n_tokens, n_inputs, n_outputs = shape
+    x, weight = drawn(n_tokens, n_inputs), drawn(2 * n_outputs, n_inputs, dtype=dtype, seed=1)
+    if (kind, dtype) == MATRIX_UNIT:
+        x = x.astype("bfloat16")
+    try:
+        got = np.asarray(jax.jit(gated_product, static_argnames="kind")(x, weight, kind=kind))
+    except REFUSAL as error:
+        pytest.skip(f"{kind}: {error}")
+    gate, up = np.split(exact(x, weight), 2, axis=1)
+    d_gate, d_up = np.split(n_inputs**0.5 * 2**-23 * exact(abs(x), abs(weight)), 2, axis=1)
+    want = gate / (1 + np.exp(-gate)) * up
+    # silu's slope is below 1.1; its exponential is right to 3e-7 and to a rounding of its argument.
+    bound = 1.1 * d_gate * (abs(up) + d_up) + abs(gate) * d_up
+    bound += (6e-7 + 1.2e-7 * abs(gate)) * abs(want) + 1e-30
+    assert np.all(abs(got - want) <= bound)
+
+
+def test_gates_that_are_far_from_zero():
+    gates = np.array([-np.inf, -1e30, -200, -80, 0, 200, 1e19, np.nan], np.float32)
+    x = jnp.tile(jnp.asarray(gates, "bfloat16").astype("float32")[:, None], (2, 1))
+    got = np.asarray(jax.jit(gated_product)(x, jnp.ones((2, 1), "bfloat16")))[:8, 0]
+    true = np.asarray(x[:8, 0], np.float64)
+    want = [np.nan, 0, 0, true[3] ** 2 * np.exp(true[3]), 0, true[5] ** 2, true[6] ** 2, np.nan]
+    np.testing.assert_allclose(got, want, rtol=2e-5)
 
 
 @pytest.mark.parametrize("kind", build.KINDS)
@@ -105,6 +143,10 @@ def test_wrong_arguments_are_refused():
         product(drawn(2, 4), jnp.ones((3, 4), "int8"))
     with pytest.raises(ValueError, match=r"\(O, 4\), not \(3, 5\)"):
         product(drawn(2, 4), drawn(3, 5, dtype="bfloat16"))
+    with pytest.raises(ValueError, match="two halves, not 3 rows"):
+        gated_product(drawn(20, 4), drawn(3, 4, dtype="bfloat16"))
+    with pytest.raises(REFUSAL, match="of few tokens none is gated"):
+        jax.block_until_ready(gated_product(drawn(8, 4), drawn(6, 4)))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +156,9 @@ def test_native_code_writes_nothing_where_shapes_do_not_fit_together(y, n_packed
     results = jax.ShapeDtypeStruct(y, jnp.float32), jax.ShapeDtypeStruct((n_packed,), jnp.float32)
     call = jax.ffi.ffi_call(product_file.TARGET, results)
     with pytest.raises(REFUSAL, match="shapes do not fit together"):
-        jax.block_until_ready(call(drawn(4, 8), drawn(6, 8, dtype="bfloat16"), kind=np.int64(-1)))
+        jax.block_until_ready(
+            call(drawn(4, 8), drawn(6, 8, dtype="bfloat16"), is_gated=False, kind=np.int64(-1))
+        )
 
 
 def test_layers_use_it_where_the_weight_has_16_bits_and_is_whole(monkeypatch):
@@ -141,6 +185,22 @@ def test_what_xla_multiplies_faster_is_left_to_it(monkeypatch):
     assert better("any") == better("avx2") == ["++++++", "++++++", "------"]
     assert better("avx512") == better("amx") == ["++++++", "++++++", "++++--"]
     assert better("avx512bf16") == ["++----", "++++++", "++++--"]
+
+
+def test_gated_mlp_has_the_numbers_and_gradients_of_its_two_steps(monkeypatch):
+    x, weight = drawn(20, 64, dtype="bfloat16").astype("float32"), drawn(48, 64, dtype="bfloat16")
+    monkeypatch.setattr(product_file, "check_installed", lambda: "amx")
+    assert "is_gated = true" in jax.jit(layers.gated_product).lower(x, weight).as_text()
+    in_two = layers._product_then_gate
+    np.testing.assert_allclose(
+        jax.jit(layers.gated_product)(x, weight), in_two(x, weight), rtol=1e-5, atol=1e-5
+    )
+    ours, twins = (
+        jax.jit(jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2), (0, 1)))(x, weight)
+        for f in (layers.gated_product, in_two)
+    )
+    for a, b in zip(ours, twins, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_gradients_are_those_of_xlas_product():
