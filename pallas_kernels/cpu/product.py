@@ -1,5 +1,5 @@
 """x W^T on CPU in C++ (product.cc) on XLA's own threads, where XLA's own product takes longer: with
-most weights of 16 bits, and in float32 with few rows and long vectors.
+most weights of 16 bits, and in float32 where vectors are long.
 
     python -m benchmarks.models.matmul
 """
@@ -24,9 +24,7 @@ def is_better(n_tokens: int, dtype: str) -> bool:
     kind = check_installed()
     if (kind, dtype) == ("avx512bf16", "bfloat16"):  # with instructions for it, and no matrix unit
         return n_tokens < FEW
-    if dtype == "float32":
-        return kind in LONG_VECTORS and n_tokens <= TOKENS
-    return dtype in WEIGHTS
+    return dtype in WEIGHTS[:2] or (dtype == "float32" and kind in LONG_VECTORS)
 
 
 def can_gate(n_tokens: int, dtype: str) -> bool:

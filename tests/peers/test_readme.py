@@ -15,8 +15,16 @@ def test_readme_shows_what_was_measured_and_by_which_command():
     assert told["made"]["date"] in readme and told["made"]["machine"] in readme
 
 
-def test_what_it_says_of_bfloat16_was_measured():
-    told = json.loads((ROOT / "benchmarks/results/peers_bfloat16.json").read_text())
-    _, *ratios = [row["ours / it"] for row in told["rows"] if row["engine"] == "openvino"]
-    readme = (ROOT / "README.md").read_text()  # the first one is of the warm-up
-    assert " and ".join(ratio.split()[0] for ratio in ratios) + " of OpenVINO" in readme
+def beside_openvino(name: str, dtype: str) -> str:
+    """Our throughput over OpenVINO's, of both workloads; the first row is of the warm-up."""
+    told = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    kind = dtype, "openvino"
+    _, *ratios = [r["ours / it"] for r in told["rows"] if (r["dtype"], r["engine"]) == kind]
+    return " and ".join(ratio.split()[0] for ratio in ratios)
+
+
+def test_what_it_says_of_bfloat16_and_of_matrix_units_was_measured():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"at {beside_openvino('peers_bfloat16', 'bfloat16')} of OpenVINO" in readme
+    assert f"at {beside_openvino('peers_amx', 'float32')} of OpenVINO in float32" in readme
+    assert f"and at {beside_openvino('peers_amx', 'bfloat16')} in bfloat16" in readme
