@@ -135,8 +135,14 @@ def gated_product(x: Float[Array, "T I"], weight: Float[Array, "2*F I"]) -> Floa
 
 
 def _product_then_gate(x, weight) -> Array:
-    gate, up = jnp.split(product(x, weight).astype(x.dtype).astype(jnp.float32), 2, axis=1)
-    return (jax.nn.silu(gate) * up).astype(x.dtype)
+    both = product(x, weight).astype(x.dtype).reshape(len(x), 2, -1)
+    return _gate(both, jax.nn.silu).astype(x.dtype)
+
+
+def _gate(both: Float[Array, "... 2 F"], activate: Callable[[Array], Array]) -> Array:
+    """act(gate) * up in float32."""
+    both = both.astype(jnp.float32)
+    return activate(both[..., 0, :]) * both[..., 1, :]
 
 
 gated_product.defvjp(functools.partial(jax.vjp, _product_then_gate), lambda pull, d_y: pull(d_y))
@@ -316,8 +322,7 @@ class GatedMLP(nnx.Module):
         if self.activation == "silu" and self.gate_up.bias is None and self.n_shards == 1:
             return self.down(gated_product(x, self.gate_up.weight[...]))
         both = self.gate_up(x).reshape(len(x), self.n_shards, 2, -1)
-        gate = ACTIVATIONS[self.activation](both[:, :, 0].astype(jnp.float32))
-        hidden = (gate * both[:, :, 1].astype(jnp.float32)).astype(x.dtype)
+        hidden = _gate(both, ACTIVATIONS[self.activation]).astype(x.dtype)
         return self.down(hidden.reshape(len(x), -1))
 
 

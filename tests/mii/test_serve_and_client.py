@@ -297,9 +297,8 @@ class TestEnd:
             list(stream)
 
         def has_ended():
-            with contextlib.suppress(
-                FastGenError
-            ):  # a killed process has no socket before it is gone
+            # A killed process has no socket before it is gone.
+            with contextlib.suppress(FastGenError):
                 return doomed.status() == {"phase": "ended"}
 
         wait_until(has_ended)
