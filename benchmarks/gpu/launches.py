@@ -2,9 +2,12 @@
 
     pip install jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12    # of jax's version
     python -m benchmarks.gpu.launches                         # H100, A100; 8, 32 and 512 tokens
+    python -m benchmarks.gpu.launches --chips h100 --tokens 32 --whole
     python -m benchmarks.gpu.launches --chips h100 --tokens 32 --list
 
-Steps of Llama-3-8B's shape, with few layers: what a layer adds is the difference of two such steps.
+Steps of models' shapes, with few layers: what a layer adds is the difference of two such steps. XLA
+splits products of few tokens by their inputs, to keep all processors busy, and most sums of such
+parts are launches of their own; with --whole no product is split.
 
     copy ... other   launches that a layer adds, by kind; other: fusions of elementwise work, sums
                      and scatters
@@ -23,7 +26,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -36,6 +39,11 @@ KINDS = {  # by the kinds and names of thunks, the first that matches
     "attention": r"attention_",
     "other": r"",
 }
+QWEN3_8B = dataclasses.replace(
+    LLAMA_3_8B, vocab_size=151936, ffn_size=12288, qk_norm="head", max_position=40960
+)
+MODELS = {"llama-3-8b": LLAMA_3_8B, "qwen3-8b": QWEN3_8B}
+WHOLE = {"xla_gpu_experimental_force_split_k": 1}
 LINE = r"^( *)\d+: (k\w+) *\[[^\]]*\] *(\S*)"
 CONTAINERS = ("kCommandBuffer", "kWhile", "kConditional", "kSequential")
 
@@ -92,47 +100,60 @@ def read(text: str) -> Launches:
     return Launches(tuple(thunks))
 
 
-def thunks_of(config: ModelConfig, chip: str, n_tokens: int) -> str:
-    """What XLA:GPU says that a step of so many tokens will do."""
+def thunks_of(config: ModelConfig, chip: str, n_tokens: int, **options: Any) -> str:
+    """What XLA:GPU says that a step of so many tokens will do, compiled with these options."""
     with tempfile.TemporaryDirectory() as dump:
-        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        options |= {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
         compile_step(config, make_target(chip), n_tokens=n_tokens, **options)
         (path,) = Path(dump).glob("*jit_step.thunk_sequence_after_thunk_passes.txt")
         return path.read_text()
 
 
-def launches_of(config: ModelConfig, chip: str, n_tokens: int) -> Launches:
-    return read(thunks_of(config, chip, n_tokens))
+def launches_of(config: ModelConfig, chip: str, n_tokens: int, **options: Any) -> Launches:
+    return read(thunks_of(config, chip, n_tokens, **options))
 
 
-def rows(chips: list[str], sizes: list[int]) -> Iterator[tuple[str, ...]]:
-    """The table, as they are compiled."""
-    yield ("chip", "tokens", *KINDS, "a layer", "around", "graphs", "alone", "waits")
+def of_a_layer(
+    config: ModelConfig, chip: str, n_tokens: int, **options: Any
+) -> tuple[dict[str, float], Launches]:
+    """The launches that a layer adds, by kind, and all of a step of two layers."""
     n = 2
-    models = [dataclasses.replace(LLAMA_3_8B, n_layers=n_layers) for n_layers in (n, 2 * n)]
-    for chip, n_tokens in itertools.product(chips, sizes):
-        few, more = (launches_of(model, chip, n_tokens) for model in models)
-        added = {kind: (more.kinds[kind] - few.kinds[kind]) / n for kind in KINDS}
+    models = (dataclasses.replace(config, n_layers=n_layers) for n_layers in (n, 2 * n))
+    few, more = (launches_of(model, chip, n_tokens, **options) for model in models)
+    return {kind: (more.kinds[kind] - few.kinds[kind]) / n for kind in KINDS}, few
+
+
+def rows(
+    models: list[str], chips: list[str], sizes: list[int], **options: Any
+) -> Iterator[tuple[str, ...]]:
+    """The table, as they are compiled."""
+    yield ("model", "chip", "tokens", *KINDS, "a layer", "around", "graphs", "alone", "waits")
+    for model, chip, n_tokens in itertools.product(models, chips, sizes):
+        added, few = of_a_layer(MODELS[model], chip, n_tokens, **options)
         layer = sum(added.values())
-        around = few.kinds.total() - n * layer
+        around = few.kinds.total() - 2 * layer
         counts = *added.values(), layer, around, few.n_graphs, few.n_alone, few.n_waits
-        yield (chip, str(n_tokens), *(f"{count:g}" for count in counts))
+        yield (model, chip, str(n_tokens), *(f"{count:g}" for count in counts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.launches", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--models", default=",".join(MODELS), help="comma-separated")
     parser.add_argument("--chips", default="h100,a100", help="comma-separated: h100, a100")
     parser.add_argument("--tokens", default="8,32,512", help="sizes of the steps, comma-separated")
+    parser.add_argument("--whole", action="store_true", help="split no product by its inputs")
     parser.add_argument("--list", action="store_true", help="all launches of the first step")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    chips, sizes = given.chips.split(","), [int(n) for n in given.tokens.split(",")]
+    models, chips = given.models.split(","), given.chips.split(",")
+    sizes, options = [int(n) for n in given.tokens.split(",")], WHOLE if given.whole else {}
     if given.list:
-        print(thunks_of(dataclasses.replace(LLAMA_3_8B, n_layers=2), chips[0], sizes[0]))
+        config = dataclasses.replace(MODELS[models[0]], n_layers=2)
+        print(thunks_of(config, chips[0], sizes[0], **options))
         return
-    for row in rows(chips, sizes):
-        print("".join(f"{cell:>10}" for cell in row), flush=True)
+    for row in rows(models, chips, sizes, **options):
+        print("".join(f"{cell:>11}" for cell in row), flush=True)
 
 
 if __name__ == "__main__":

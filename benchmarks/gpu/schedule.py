@@ -312,7 +312,8 @@ def print_steps(chips: list[str], sizes: list[int]) -> None:
     """The table of benchmarks/gpu/launches.py."""
     from benchmarks.gpu import launches  # it imports jax
 
-    for i, row in enumerate(launches.rows(chips, sizes) if sizes else ()):
+    table = launches.rows(list(launches.MODELS), chips, sizes) if sizes else ()
+    for i, row in enumerate(table):
         print(f"\n{markdown(row)}\n{markdown(['---'] * len(row))}" if i == 0 else markdown(row))
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.gpu.launches import launches_of
+from benchmarks.gpu.launches import LLAMA_3_8B, QWEN3_8B, WHOLE, launches_of, of_a_layer
 from fastgen_jax.checkpoints.loading import abstract_model
 from fastgen_jax.engine import batch
 from fastgen_jax.engine.batch import MaskedShape, packed_size
@@ -22,7 +22,6 @@ from fastgen_jax.models.row_tiles import row_tile
 from tests import targets
 from tests.engine.whole_steps import (
     LLAMA_2_7B,
-    LLAMA_3_8B,
     N_SEQS,
     N_TOKENS,
     ROW_TABLES,
@@ -171,3 +170,13 @@ def test_gpu_launches_a_step_at_once_and_the_host_waits_for_none_of_it(chip, n_t
     config = dataclasses.replace(SMALL, n_layers=1)
     found = launches_of(config, chip, n_tokens)
     assert (found.n_graphs, found.n_alone, found.n_waits) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [pytest.param(LLAMA_3_8B, 12, id="Llama-3-8B"), pytest.param(QWEN3_8B, 13, id="Qwen3-8B")],
+)
+def test_a_layer_on_a_gpu_is_few_launches_where_no_product_is_split(config, most):
+    """Norms of queries and keys by themselves would be 15.5."""
+    added, _ = of_a_layer(config, "h100", 32, **WHOLE)
+    assert sum(added.values()) <= most
