@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fastgen_jax.models.config import ModelConfig
-from tests.engine.whole_steps import LLAMA_3_8B, compile_step, make_target
+from tests.engine.whole_steps import LLAMA_3_8B, QWEN3_8B, compile_step, make_target
 
 KINDS = {  # by the kinds and names of thunks, the first that matches
     "copy": r"Copy|Memset|Memzero",
@@ -39,10 +39,8 @@ KINDS = {  # by the kinds and names of thunks, the first that matches
     "attention": r"attention_",
     "other": r"",
 }
-QWEN3_8B = dataclasses.replace(
-    LLAMA_3_8B, vocab_size=151936, ffn_size=12288, qk_norm="head", max_position=40960
-)
 MODELS = {"llama-3-8b": LLAMA_3_8B, "qwen3-8b": QWEN3_8B}
+N_LAYERS = 2  # of the smaller step; the other has twice as many
 WHOLE = {"xla_gpu_experimental_force_split_k": 1}
 LINE = r"^( *)\d+: (k\w+) *\[[^\]]*\] *(\S*)"
 CONTAINERS = ("kCommandBuffer", "kWhile", "kConditional", "kSequential")
@@ -116,11 +114,10 @@ def launches_of(config: ModelConfig, chip: str, n_tokens: int, **options: Any) -
 def of_a_layer(
     config: ModelConfig, chip: str, n_tokens: int, **options: Any
 ) -> tuple[dict[str, float], Launches]:
-    """The launches that a layer adds, by kind, and all of a step of two layers."""
-    n = 2
-    models = (dataclasses.replace(config, n_layers=n_layers) for n_layers in (n, 2 * n))
+    """The launches that a layer adds, by kind, and all of the step of N_LAYERS."""
+    models = (dataclasses.replace(config, n_layers=n) for n in (N_LAYERS, 2 * N_LAYERS))
     few, more = (launches_of(model, chip, n_tokens, **options) for model in models)
-    return {kind: (more.kinds[kind] - few.kinds[kind]) / n for kind in KINDS}, few
+    return {kind: (more.kinds[kind] - few.kinds[kind]) / N_LAYERS for kind in KINDS}, few
 
 
 def rows(
@@ -131,7 +128,7 @@ def rows(
     for model, chip, n_tokens in itertools.product(models, chips, sizes):
         added, few = of_a_layer(MODELS[model], chip, n_tokens, **options)
         layer = sum(added.values())
-        around = few.kinds.total() - 2 * layer
+        around = few.kinds.total() - N_LAYERS * layer
         counts = *added.values(), layer, around, few.n_graphs, few.n_alone, few.n_waits
         yield (model, chip, str(n_tokens), *(f"{count:g}" for count in counts))
 
@@ -149,7 +146,7 @@ def main() -> None:
     models, chips = given.models.split(","), given.chips.split(",")
     sizes, options = [int(n) for n in given.tokens.split(",")], WHOLE if given.whole else {}
     if given.list:
-        config = dataclasses.replace(MODELS[models[0]], n_layers=2)
+        config = dataclasses.replace(MODELS[models[0]], n_layers=N_LAYERS)
         print(thunks_of(config, chips[0], sizes[0], **options))
         return
     for row in rows(models, chips, sizes, **options):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.gpu.launches import LLAMA_3_8B, QWEN3_8B, WHOLE, launches_of, of_a_layer
+from benchmarks.gpu.launches import WHOLE, launches_of, of_a_layer
 from fastgen_jax.checkpoints.loading import abstract_model
 from fastgen_jax.engine import batch
 from fastgen_jax.engine.batch import MaskedShape, packed_size
@@ -22,8 +22,10 @@ from fastgen_jax.models.row_tiles import row_tile
 from tests import targets
 from tests.engine.whole_steps import (
     LLAMA_2_7B,
+    LLAMA_3_8B,
     N_SEQS,
     N_TOKENS,
+    QWEN3_8B,
     ROW_TABLES,
     SMALL,
     compile_step,

@@ -34,6 +34,14 @@ LLAMA_3_8B = ModelConfig(
     ffn_size=14336,
     max_position=8192,
 )
+QWEN3_8B = dataclasses.replace(
+    LLAMA_3_8B,
+    vocab_size=151936,
+    n_layers=36,
+    ffn_size=12288,
+    qk_norm="head",
+    max_position=40960,
+)
 LLAMA_2_7B = dataclasses.replace(
     LLAMA_3_8B, vocab_size=32000, n_kv_heads=32, ffn_size=11008, max_position=4096
 )
