@@ -33,7 +33,6 @@ __all__ = [
     "cache_dtype",
     "cache_shape",
     "check_heads",
-    "cpu_gated_product",
     "cpu_product",
     "has_cpu_gated_product",
     "has_cpu_library",
@@ -99,19 +98,14 @@ def has_cpu_product(n_tokens: int, dtype: Any) -> bool:
 
 
 def has_cpu_gated_product(n_tokens: int, dtype: Any) -> bool:
-    """The same of its gated product."""
+    """The same of one that is gated."""
     module = importlib.import_module("pallas_kernels.cpu.product")
     return has_cpu_library() and module.can_gate(n_tokens, str(dtype))
 
 
-def cpu_product(x: Any, weight: Any) -> Any:
+def cpu_product(x: Any, weight: Any, **options: Any) -> Any:
     """A CPU's x W^T; see cpu/product.py, imported now."""
-    return importlib.import_module("pallas_kernels.cpu.product").product(x, weight)
-
-
-def cpu_gated_product(x: Any, weight: Any) -> Any:
-    """A CPU's silu(x G^T) * (x U^T); see cpu/product.py, imported now."""
-    return importlib.import_module("pallas_kernels.cpu.product").gated_product(x, weight)
+    return importlib.import_module("pallas_kernels.cpu.product").product(x, weight, **options)
 
 
 def select(name: str, device: Any = None) -> RaggedPagedAttention:

@@ -24,7 +24,7 @@ from jaxtyping import Array
 from benchmarks.engine.throughput import SHAPE
 from benchmarks.pallas_kernels.attention import Case, make_meta
 from fastgen_jax.models import create
-from fastgen_jax.models.layers import gated_product, product
+from fastgen_jax.models.product import gated_product, product
 from pallas_kernels import cache_dtype, select
 
 BLOCK_SIZE = 64

@@ -23,6 +23,7 @@ from fastgen_jax.models.layers import (
     Linear,
     Policy,
     make_norm,
+    normalised,
 )
 from fastgen_jax.models.mla import LatentAttention
 from fastgen_jax.models.moe import MoE
@@ -50,37 +51,39 @@ class Layer(nnx.Module):
         self.mlp_norm = None if config.shared_norm else norm("before")
         self.mlp = _mlp(config, index, policy, rngs)
         self.mlp_out_norm = norm("after")
+        self.adds_as_it_is = config.residual_scale == 1.0 and "after" not in config.norm_places
 
     def __call__(
         self, x: Float[Array, "T D"], rotation: Rotation | None, cache: Cache, attend: Attend
     ) -> tuple[Float[Array, "T D"], Cache]:
         if self.residual == "post":
-            attended, cache = self.attention(x, rotation, cache, attend)
-            x = _apply(self.attention_norm, x + attended)
-            return _apply(self.mlp_norm, x + self._feed_forward(x)), cache
-        normed = _apply(self.attention_norm, x)
-        attended, cache = self.attention(normed, rotation, cache, attend)
-        attended = self.scale * _apply(self.attention_out_norm, attended)
+            x, cache = self.attention(x, rotation, cache, attend, added=x)
+            x = normalised(self.attention_norm, x)
+            return normalised(self.mlp_norm, self._feed_forward(x, added=x)), cache
+        norm = self.attention_norm
+        out, cache = self.attention(
+            x, rotation, cache, attend, norm=norm, added=x if self.adds_as_it_is else None
+        )
+        attended = self._added(x, self.attention_out_norm, out)
         if self.residual == "parallel":
-            normed = normed if self.mlp_norm is None else self.mlp_norm(x)
-            return x + attended + self.scale * self._feed_forward(normed), cache
-        x = x + attended
-        out = _apply(self.mlp_out_norm, self._feed_forward(_apply(self.mlp_norm, x)))
-        return x + self.scale * out, cache
+            inputs, norm = x, self.mlp_norm or norm
+        else:
+            inputs, norm = attended, self.mlp_norm
+        out = self._feed_forward(inputs, norm=norm, added=attended if self.adds_as_it_is else None)
+        return self._added(attended, self.mlp_out_norm, out), cache
 
-    def _feed_forward(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def _feed_forward(self, x: Float[Array, "T D"], **around) -> Float[Array, "T D"]:
         with jax.named_scope("mlp"):
-            return self.mlp(x)
+            return self.mlp(x, **around)
+
+    def _added(self, x: Float[Array, "T D"], norm, out: Float[Array, "T D"]):
+        return out if self.adds_as_it_is else x + self.scale * normalised(norm, out)
 
 
 def _mlp(config: ModelConfig, index: int, policy: Policy, rngs: nnx.Rngs) -> nnx.Module:
     if config.moe is not None and index in config.moe.layers:
         return MoE(config, policy=policy, rngs=rngs)
     return (GatedMLP if config.gated_mlp else MLP)(config, policy=policy, rngs=rngs)
-
-
-def _apply(norm, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    return x if norm is None else norm(x)
 
 
 # Runs a layer: (layer, x, cache) -> (x, cache).
@@ -222,7 +225,7 @@ class Model(nnx.Module):
             x = self.project_in(x)
         if self.position_embed is not None:
             x = x + self.position_embed(positions + config.position_offset)
-        x = _apply(self.embed_norm, x)
+        x = normalised(self.embed_norm, x)
         ropes = {config.rope_of(i) for i in range(config.n_layers)}
         rotations = {rope: rope and Rotation(positions, config.head_dim, rope) for rope in ropes}
         scale = config.query_scale
@@ -238,7 +241,7 @@ class Model(nnx.Module):
             x, cache = around(run)(layer, x, cache)
             updated.append(cache)
             seen.append(x)
-        seen[-1] = x = _apply(self.norm, x)
+        seen[-1] = x = normalised(self.norm, x)
         hidden = jnp.stack([*(seen[i] for i in layers), x], axis=1) if layers else x
         return hidden, tuple(updated)
 

@@ -21,14 +21,16 @@ from jaxtyping import Array, Float, Int
 from fastgen_jax.errors import ConfigError
 from fastgen_jax.models.config import ModelConfig
 from fastgen_jax.models.layout import HeadLayout
-from fastgen_jax.models.rope import Rotation
-from pallas_kernels import (
-    AttentionSpec,
-    cpu_gated_product,
-    cpu_product,
-    has_cpu_gated_product,
-    has_cpu_product,
+from fastgen_jax.models.product import (
+    Scale,
+    along_last,
+    gate,
+    gated_product,
+    product,
+    rms_norm,
 )
+from fastgen_jax.models.rope import Rotation
+from pallas_kernels import AttentionSpec
 
 DTYPES = {"cpu": "float32", "gpu": "bfloat16", "tpu": "bfloat16"}  # of weights, by backend
 Cache = Any  # whatever the attend function reads and returns
@@ -65,91 +67,24 @@ class Policy:
         return 1 if self.mesh is None else self.mesh.size
 
 
-def product(
-    x: Float[Array, "T I"], weight: Float[Array, "O I"], n_shards: int = 1
-) -> Float[Array, "T O"]:
-    """x W^T with the weight's dtype as input and float32 as output; so are its gradients' products.
-
-    On CPU, if its library is there and better than XLA, a 16-bit weight is widened on its way and x
-    is not rounded, but for a matrix unit (pallas_kernels/cpu/product.py). XLA's product packs the
-    right-hand side anew in every call, so with few tokens the weight had better be on the left: up
-    to 1.25 times as fast (benchmarks/models/matmul.py).
-
-    n_shards: of the weight, which XLA divides; the library's product is not XLA's to divide.
-    """
-    return _with_gradient(x, weight, n_shards)
+Norm = Callable[[Array], Array]  # a module
 
 
-def _product(x, weight, n_shards: int) -> Array:
-    def dot(a, b):
-        contract = (((1,), (1,)), ((), ()))
-        return lax.dot_general(a, b, contract, preferred_element_type=jnp.float32)
-
-    def rounded(x, weight):
-        return dot(x.astype(weight.dtype), weight)
-
-    def cpu(x, weight):
-        if n_shards == 1 and has_cpu_product(len(x), weight.dtype):
-            return cpu_product(x, weight)
-        fewest = 1 if weight.dtype == jnp.float32 else 32
-        if not fewest <= len(x) < 128:
-            return rounded(x, weight)
-        return lax.optimization_barrier(dot(weight, x.astype(weight.dtype))).T  # not turned back
-
-    return lax.platform_dependent(x, weight, cpu=cpu, default=rounded)
+def normalised(norm: Norm | None, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    return x if norm is None else norm(x)
 
 
-def _product_forward(x, weight, n_shards):
-    return _product(x, weight, n_shards), (x, weight)
-
-
-def _product_backward(_, saved, d_y: Float[Array, "T O"]):
-    """By itself jax would multiply a bfloat16 weight in float32."""
-    x, weight = saved
-    d_y = d_y.astype(weight.dtype)
-    d_x = jnp.einsum("to,oi->ti", d_y, weight, preferred_element_type=jnp.float32)
-    d_weight = jnp.einsum(
-        "to,ti->oi", d_y, x.astype(weight.dtype), preferred_element_type=jnp.float32
-    )
-    return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
-
-
-_with_gradient = jax.custom_vjp(_product, nondiff_argnums=(2,))
-_with_gradient.defvjp(_product_forward, _product_backward)
-
-
-@jax.custom_vjp
-def gated_product(x: Float[Array, "T I"], weight: Float[Array, "2*F I"]) -> Float[Array, "T F"]:
-    """silu(x G^T) * (x U^T) in x's dtype, of the two halves of a weight that is on one device.
-
-    On CPU, if its library is there and better than XLA, it is one pass: what the product makes is
-    twice as much as what is left of it. Gradients are those of the two steps.
-    """
-
-    def cpu(x, weight):
-        if has_cpu_gated_product(len(x), weight.dtype):
-            return cpu_gated_product(x, weight).astype(x.dtype)
-        return _product_then_gate(x, weight)
-
-    return lax.platform_dependent(x, weight, cpu=cpu, default=_product_then_gate)
-
-
-def _product_then_gate(x, weight) -> Array:
-    both = product(x, weight).astype(x.dtype).reshape(len(x), 2, -1)
-    return _gate(both, jax.nn.silu).astype(x.dtype)
-
-
-def _gate(both: Float[Array, "... 2 F"], activate: Callable[[Array], Array]) -> Array:
-    """act(gate) * up in float32."""
-    both = both.astype(jnp.float32)
-    return activate(both[..., 0, :]) * both[..., 1, :]
-
-
-gated_product.defvjp(functools.partial(jax.vjp, _product_then_gate), lambda pull, d_y: pull(d_y))
+def before_product(
+    norm: Norm | None, x: Float[Array, "T D"]
+) -> tuple[Float[Array, "T D"], Scale | None]:
+    """x, and its norm if that is one which a product does by itself; else x has it already."""
+    if isinstance(norm, RMSNorm):
+        return x, norm.scale
+    return normalised(norm, x), None
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b, with W (out, in)."""
+    """x W^T + b, with W (out, in); of x a norm, and something added to it, cost next to nothing."""
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool, policy: Policy, rngs: nnx.Rngs):
         self.policy = policy
@@ -157,11 +92,19 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(weight.astype(policy.weights))
         self.bias = nnx.Param(jnp.zeros(out_size, policy.weights)) if bias else None
 
-    def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
-        y = product(x, self.weight[...], self.policy.n_shards)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)[None]
-        return y.astype(self.policy.activations)
+    def __call__(
+        self,
+        x: Float[Array, "T I"],
+        *,
+        norm: Norm | None = None,
+        added: Float[Array, "T O"] | None = None,
+    ) -> Float[Array, "T O"]:
+        x, own = before_product(norm, x)
+        multiply = functools.partial(product, x, self.weight[...], self.policy.n_shards, norm=own)
+        if self.bias is None:
+            return multiply(added=added).astype(self.policy.activations)
+        y = (multiply() + self.bias[...].astype(jnp.float32)[None]).astype(self.policy.activations)
+        return y if added is None else added + y
 
 
 class RMSNorm(nnx.Module):
@@ -177,11 +120,11 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.full(size, 1.0 - offset, policy.weights))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        x32 = x.astype(jnp.float32)
-        mean = jnp.sum(x32 * x32, axis=-1, keepdims=True) / self.n_summed
-        scale = lax.rsqrt(mean + self.eps)
-        weight = self.weight[...].astype(jnp.float32) + self.offset
-        return (x32 * scale * along_last(weight, x)).astype(x.dtype)
+        return rms_norm(x, *self.scale, self.n_summed)
+
+    @property
+    def scale(self) -> Scale:
+        return self.weight[...].astype(jnp.float32) + self.offset, self.eps
 
 
 class UnitNorm(nnx.Module):
@@ -224,11 +167,6 @@ class LayerNorm(nnx.Module):
         if self.bias is not None:
             y = y + along_last(self.bias[...].astype(jnp.float32), x)
         return y.astype(x.dtype)
-
-
-def along_last(weight: Array, x: Array) -> Array:
-    """The weight with as many axes as x, for its last ones."""
-    return weight.reshape((1,) * (x.ndim - weight.ndim) + weight.shape)
 
 
 def make_norm(config: ModelConfig, policy: Policy) -> nnx.Module:
@@ -295,10 +233,16 @@ class MLP(nnx.Module):
         self.up = Linear(config.hidden_size, config.ffn_size, **shape)
         self.down = Linear(config.ffn_size, config.hidden_size, **shape)
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        *,
+        norm: Norm | None = None,
+        added: Float[Array, "T D"] | None = None,
+    ) -> Float[Array, "T D"]:
         activate = ACTIVATIONS[self.activation] if self.xielu is None else self.xielu
-        hidden = activate(self.up(x).astype(jnp.float32))
-        return self.down(hidden.astype(x.dtype))
+        hidden = activate(self.up(x, norm=norm).astype(jnp.float32))
+        return self.down(hidden.astype(x.dtype), added=added)
 
 
 class GatedMLP(nnx.Module):
@@ -318,12 +262,20 @@ class GatedMLP(nnx.Module):
         self.gate_up = Linear(config.hidden_size, 2 * ffn_size, **shape)
         self.down = Linear(ffn_size, config.hidden_size, **shape)
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        *,
+        norm: Norm | None = None,
+        added: Float[Array, "T D"] | None = None,
+    ) -> Float[Array, "T D"]:
         if self.activation == "silu" and self.gate_up.bias is None and self.n_shards == 1:
-            return self.down(gated_product(x, self.gate_up.weight[...]))
-        both = self.gate_up(x).reshape(len(x), self.n_shards, 2, -1)
-        hidden = _gate(both, ACTIVATIONS[self.activation]).astype(x.dtype)
-        return self.down(hidden.reshape(len(x), -1))
+            x, own = before_product(norm, x)
+            hidden = gated_product(x, self.gate_up.weight[...], norm=own)
+        else:
+            both = self.gate_up(x, norm=norm).reshape(len(x), self.n_shards, 2, -1)
+            hidden = gate(both, ACTIVATIONS[self.activation]).astype(x.dtype)
+        return self.down(hidden.reshape(len(x), -1), added=added)
 
 
 class Attention(nnx.Module):
@@ -347,10 +299,17 @@ class Attention(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros(config.n_heads, policy.weights)) if config.sinks else None
 
     def __call__(
-        self, x: Float[Array, "T D"], rotation: Rotation | None, cache: Cache, attend: Attend
+        self,
+        x: Float[Array, "T D"],
+        rotation: Rotation | None,
+        cache: Cache,
+        attend: Attend,
+        *,
+        norm: Norm | None = None,
+        added: Float[Array, "T D"] | None = None,
     ) -> tuple[Float[Array, "T D"], Cache]:
         c, g = self.config, self.heads.group_size
-        qkv = self.qkv(x).reshape(len(x), -1, g + 2, c.head_dim)
+        qkv = self.qkv(x, norm=norm).reshape(len(x), -1, g + 2, c.head_dim)
         if c.qkv_clip is not None:
             qkv = jnp.clip(qkv, -c.qkv_clip, c.qkv_clip)
         heads, q_norm, k_norm = qkv[:, :, : g + 1], self.q_norm, self.k_norm
@@ -366,7 +325,7 @@ class Attention(nnx.Module):
         if self.sinks is not None:
             extras["sinks"] = self.sinks[...].astype(jnp.float32)
         out, cache = attend(q, k, qkv[:, :, g + 1], cache, spec=self.spec, **extras)
-        return self.out(out.reshape(len(x), -1)), cache
+        return self.out(out.reshape(len(x), -1), added=added), cache
 
     def _normalised_at_once(self, heads: Float[Array, "T K G+1 H"]) -> Float[Array, "T K G+1 H"]:
         """Queries and their key: for both together a GPU has two launches less."""

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from fastgen_jax.models.config import ModelConfig
-from fastgen_jax.models.layers import Attend, Cache, Linear, Policy, RMSNorm
+from fastgen_jax.models.layers import Attend, Cache, Linear, Norm, Policy, RMSNorm, normalised
 from fastgen_jax.models.rope import Rotation
 from pallas_kernels import AttentionSpec
 
@@ -53,8 +53,16 @@ class LatentAttention(nnx.Module):
         self.out = linear(n * latent.value_size, size, config.out_bias)
 
     def __call__(
-        self, x: Float[Array, "T D"], rotation: Rotation | None, cache: Cache, attend: Attend
+        self,
+        x: Float[Array, "T D"],
+        rotation: Rotation | None,
+        cache: Cache,
+        attend: Attend,
+        *,
+        norm: Norm | None = None,
+        added: Float[Array, "T D"] | None = None,
     ) -> tuple[Float[Array, "T D"], Cache]:
+        x = normalised(norm, x)
         nope = self.latent.nope_size
         q = self._queries(x)
         compressed = self.kv_down(x)
@@ -69,7 +77,8 @@ class LatentAttention(nnx.Module):
         n_missing = k.shape[2] - self.latent.value_size
         v = jnp.pad(kv[:, :, nope:], ((0, 0), (0, 0), (0, n_missing)))
         out, cache = attend(q, k, v, cache, spec=self.spec)
-        return self.out(out[:, :, : self.latent.value_size].reshape(len(x), -1)), cache
+        out = out[:, :, : self.latent.value_size].reshape(len(x), -1)
+        return self.out(out, added=added), cache
 
     def _queries(self, x: Float[Array, "T D"]) -> Float[Array, "T N H"]:
         if self.q is not None:

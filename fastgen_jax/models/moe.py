@@ -17,8 +17,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from fastgen_jax.models.config import ModelConfig, MoeConfig
-from fastgen_jax.models.layers import ACTIVATIONS, GatedMLP, Linear, Policy, product
+from fastgen_jax.models.layers import ACTIVATIONS, GatedMLP, Linear, Norm, Policy, normalised
 from fastgen_jax.models.layout import padded
+from fastgen_jax.models.product import product
 from pallas_kernels import tiles_product
 
 GLU_SLOPE = 1.702  # of GPT-OSS's clamped gate
@@ -58,7 +59,14 @@ class MoE(nnx.Module):
         has_gate = shared and moe.shared_gate
         self.shared_gate = Linear(size, 1, bias=False, **shape) if has_gate else None
 
-    def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    def __call__(
+        self,
+        x: Float[Array, "T D"],
+        *,
+        norm: Norm | None = None,
+        added: Float[Array, "T D"] | None = None,
+    ) -> Float[Array, "T D"]:
+        x = normalised(norm, x)
         logits = product(x.astype(jnp.float32), self.router[...].astype(jnp.float32))
         router_bias, score_bias = _float32(self.router_bias), _float32(self.score_bias)
         weights, experts = route(logits, router_bias, score_bias, self.moe)
@@ -70,7 +78,8 @@ class MoE(nnx.Module):
             if self.shared_gate is not None:
                 shared = shared * jax.nn.sigmoid(self.shared_gate(x).astype(jnp.float32))
             out = out + shared
-        return out.astype(x.dtype)
+        out = out.astype(x.dtype)
+        return out if added is None else added + out
 
     def _experts(self, x, weights, experts, arrays) -> Float[Array, "T D"]:
         mesh = self.policy.mesh

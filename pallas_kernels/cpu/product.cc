@@ -46,7 +46,7 @@ int find_part_rows(const Product& p, int n_token_parts, int64_t n_threads) {
 void multiply(Product p, int kind, ffi::ThreadPool& pool) {
   const int64_t n_others = std::max<int64_t>(pool.num_threads(), 1) - 1;
   const int64_t size = int64_t{p.n_tokens} * p.n_inputs, cost = size * p.n_outputs;
-  const int n_packed = p.depth == 0 ? 0 : divided(p.n_tokens, PACKED_TOKENS);
+  const int n_packed = p.depth || p.norm ? divided(p.n_tokens, PACKED_TOKENS) : 0;
   in_turns(pool, n_packed, std::min(n_others, size / PACKING_COST), [&](int i, int) {
     const int first = i * PACKED_TOKENS;
     PACK[kind](p, first, std::min(PACKED_TOKENS, p.n_tokens - first));
@@ -69,8 +69,9 @@ void multiply(Product p, int kind, ffi::ThreadPool& pool) {
 using Floats = ffi::Buffer<ffi::F32, 2>;
 
 ffi::Error call_product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weight,
+                        ffi::Buffer<ffi::F32> norm, ffi::Buffer<ffi::F32> added,
                         ffi::Result<Floats> y, ffi::Result<ffi::Buffer<ffi::F32>> panels,
-                        bool is_gated, int64_t wanted_kind) {
+                        float eps, bool is_gated, int64_t wanted_kind) {
   const int kind = find_kind(wanted_kind);
   if (kind < 0) return ffi::Error::InvalidArgument("product: not for this kind of CPU");
   Product p{};
@@ -81,18 +82,23 @@ ffi::Error call_product(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer weight,
     default: return ffi::Error::InvalidArgument("product: no such type of weights");
   }
   p.x = x.typed_data(), p.y = y->typed_data(), p.panels = panels->typed_data();
+  if (norm.element_count()) p.norm = norm.typed_data(), p.eps = eps;
+  if (added.element_count()) p.added = added.typed_data();
   p.weight = static_cast<const char*>(weight.untyped_data());
   p.n_tokens = x.dimensions()[0], p.n_inputs = x.dimensions()[1], p.n_outputs = y->dimensions()[1];
   p.in_tiles = kind == AMX && p.stored == Stored::kBfloat16;
   if (p.in_tiles) p.depth = divided(p.n_inputs, 2 * TILE) * TILE;
   else if (p.n_tokens > FEW_TOKENS) p.depth = p.n_inputs;
-  const int64_t n_packed = int64_t{divided(p.n_tokens, PACKED_TOKENS)} * PACKED_TOKENS * p.depth;
+  const int64_t row_size = p.depth == 0 && p.norm ? p.n_inputs : p.depth;
+  const int64_t n_packed = int64_t{divided(p.n_tokens, PACKED_TOKENS)} * PACKED_TOKENS * row_size;
   const auto shape = weight.dimensions();
   p.is_gated = is_gated;
   const int64_t n_rows = int64_t{p.n_outputs} * (is_gated ? 2 : 1);
   if (is_gated && p.depth == 0)
     return ffi::Error::InvalidArgument("product: of few tokens none is gated");
   if (shape.size() != 2 || shape[0] != n_rows || shape[1] != p.n_inputs ||
+      (p.norm && int64_t(norm.element_count()) != p.n_inputs) ||
+      (p.added && added.element_count() != y->element_count()) ||
       y->dimensions()[0] != p.n_tokens || int64_t(panels->element_count()) < n_packed)
     return ffi::Error::InvalidArgument("product: shapes do not fit together");
   multiply(p, kind, pool);
@@ -108,7 +114,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(product, call_product,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()                     // x
                                   .Arg<ffi::AnyBuffer>()             // weight
+                                  .Arg<ffi::Buffer<ffi::F32>>()      // norm, or nothing
+                                  .Arg<ffi::Buffer<ffi::F32>>()      // what is added, or nothing
                                   .Ret<Floats>()                     // y
                                   .Ret<ffi::Buffer<ffi::F32>>()      // panels, of no further use
+                                  .Attr<float>("eps")
                                   .Attr<bool>("is_gated")
                                   .Attr<int64_t>("kind"));

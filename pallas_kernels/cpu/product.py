@@ -34,7 +34,14 @@ def can_gate(n_tokens: int, dtype: str) -> bool:
 
 
 def product(
-    x: Float[Array, "T I"], weight: Float[Array, "O I"], *, kind: str | None = None
+    x: Float[Array, "T I"],
+    weight: Float[Array, "O I"],
+    *,
+    norm: Float[Array, "I"] | None = None,
+    eps: float = 0.0,
+    added: Float[Array, "T O"] | None = None,
+    is_gated: bool = False,
+    kind: str | None = None,
 ) -> Float[Array, "T O"]:
     """In float32: x is not rounded, the weight is widened on its way. It has no gradient.
 
@@ -42,33 +49,38 @@ def product(
     the weight is of it. The target must be known to XLA: calls.check_installed.
 
     Args:
+        norm: x is x / sqrt(mean(x^2) + eps) * norm.
+        added: to y.
+        is_gated: y is silu(x G^T) * (x U^T) of the first and the second half of the weight, which
+            is "2*O I". What lies between is never written to memory. See `can_gate`.
         kind: of CPU, one of build.KINDS; None: the best that this one is of.
     """
-    return _call(x, weight, len(weight), is_gated=False, kind=kind)
-
-
-def gated_product(
-    x: Float[Array, "T I"], weight: Float[Array, "2*F I"], *, kind: str | None = None
-) -> Float[Array, "T F"]:
-    """silu(x G^T) * (x U^T) of the first and the second half of a weight, as `product` in all else.
-    What lies between is never written to memory. T must be more than FEW, unless `can_gate`.
-    """
-    if len(weight) % 2:
-        raise ValueError(f"a gated weight has two halves, not {len(weight)} rows")
-    return _call(x, weight, len(weight) // 2, is_gated=True, kind=kind)
-
-
-def _call(x: Array, weight: Array, n_outputs: int, *, is_gated: bool, kind: str | None) -> Array:
     if str(weight.dtype) not in WEIGHTS:
         raise ValueError(f"a weight of {weight.dtype}: the CPU's product has {', '.join(WEIGHTS)}")
     n_tokens, n_inputs = x.shape
     if weight.shape[1:] != (n_inputs,):
         raise ValueError(f"x is {x.shape}: the weight must be (O, {n_inputs}), not {weight.shape}")
+    if is_gated and len(weight) % 2:
+        raise ValueError(f"a gated weight has two halves, not {len(weight)} rows")
+    n_outputs = len(weight) // (1 + is_gated)
     panels = -(-n_tokens // TOKENS) * TOKENS * (-(-n_inputs // INPUTS) * INPUTS)
     results = (
         jax.ShapeDtypeStruct((n_tokens, n_outputs), jnp.float32),
         jax.ShapeDtypeStruct((panels,), jnp.float32),
     )
-    call = jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")
-    kind_number = np.int64(-1 if kind is None else list(KINDS).index(kind))
-    return call(x.astype(jnp.float32), weight, is_gated=is_gated, kind=kind_number)[0]
+    call = jax.ffi.ffi_call(
+        TARGET,
+        results,
+        vmap_method="sequential",
+        input_output_aliases=None if added is None else {3: 0},
+    )
+    nothing = jnp.zeros(0)
+    arrays = (nothing if a is None else a.astype(jnp.float32) for a in (norm, added))
+    return call(
+        x.astype(jnp.float32),
+        weight,
+        *arrays,
+        eps=np.float32(eps),
+        is_gated=is_gated,
+        kind=np.int64(-1 if kind is None else list(KINDS).index(kind)),
+    )[0]

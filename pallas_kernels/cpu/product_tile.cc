@@ -29,7 +29,7 @@ void dot_rows(const Product& p, const T* weight, int row, int end, int token) {
   const T* rows[n_rows];
   for (int r = 0; r < n_rows; ++r)
     rows[r] = weight + int64_t{row + r < end ? row + r : end - 1} * p.n_inputs;
-  const float* x = p.x + int64_t{token} * p.n_inputs;
+  const float* x = (p.norm ? p.panels : p.x) + int64_t{token} * p.n_inputs;
   Vector sum[W] = {};
   const auto add = [&](int k, auto load_at) {
     Vector factors[n];
@@ -49,7 +49,10 @@ void dot_rows(const Product& p, const T* weight, int row, int end, int token) {
     add(k, [&](const auto* from, int k) { return load_part(from, k, p.n_inputs); });
   const Vector dots = sums(sum);
   for (int r = 0; r < n_rows && row + r < end; ++r)
-    for (int t = 0; t < n; ++t) p.y[int64_t{token + t} * p.n_outputs + row + r] = dots[r * n + t];
+    for (int t = 0; t < n; ++t) {
+      const int64_t place = int64_t{token + t} * p.n_outputs + row + r;
+      p.y[place] = p.added ? p.added[place] + dots[r * n + t] : dots[r * n + t];
+    }
 }
 
 // W rows at a time, so that they are near when all tokens want them.
@@ -67,26 +70,59 @@ int width_of(int n_tokens) { return n_tokens > W ? PANEL : W; }
 // the matrix unit they are pairs.
 float* panel_of(const Product& p, int token) { return p.panels + int64_t{token} * p.depth; }
 
-// The inputs of W tokens, or zeros behind the last one, as columns of a panel.
-void pack_columns(const Product& p, int token, int end, float* panel, int width) {
-  for (int column = 0; column < p.n_inputs; column += W) {
+// Those of W tokens that are before `end`, with what makes of each token's inputs its normalised ones.
+struct Tokens {
+  const Product& p;
+  int first, n;
+  float scales[W];
+
+  Tokens(const Product& p, int first, int end)
+      : p(p), first(first), n(end - first < W ? end - first : W) {
+    if (!p.norm) return;
+    Vector squares[W] = {};
+    for (int column = 0; column < p.n_inputs; column += W)
+      for (int i = 0; i < n; ++i) {
+        const Vector x = load_part(row(i), column, p.n_inputs);
+        squares[i] += x * x;
+      }
+    const Vector total = sums(squares);
+    for (int i = 0; i < W; ++i) scales[i] = 1.0f / sqrtf(total[i] / p.n_inputs + p.eps);
+  }
+
+  const float* row(int i) const { return p.x + int64_t{first + i} * p.n_inputs; }
+
+  // W inputs, or zeros behind the last one.
+  Vector inputs(int i, int column) const {
+    const Vector x = load_part(row(i), column, p.n_inputs);
+    return p.norm ? x * scales[i] * load_part(p.norm, column, p.n_inputs) : x;
+  }
+};
+
+void pack_rows(const Tokens& tokens, float* rows) {
+  const int size = tokens.p.n_inputs;
+  for (int i = 0; i < tokens.n; ++i)
+    for (int column = 0; column < size; column += W)
+      store_part(rows + int64_t{i} * size, column, size, tokens.inputs(i, column));
+}
+
+// As columns of a panel, with zeros behind the last token.
+void pack_columns(const Tokens& tokens, float* panel, int width) {
+  const int size = tokens.p.n_inputs;
+  for (int column = 0; column < size; column += W) {
     Vector x[W] = {};
-    for (int i = 0; i < W && token + i < end; ++i)
-      x[i] = load_part(p.x + int64_t{token + i} * p.n_inputs, column, p.n_inputs);
+    for (int i = 0; i < tokens.n; ++i) x[i] = tokens.inputs(i, column);
     transpose(x);
-    for (int i = 0; i < W && column + i < p.n_inputs; ++i)
+    for (int i = 0; i < W && column + i < size; ++i)
       store(panel + int64_t{column + i} * width, x[i]);
   }
 }
 
 // The same as pairs of bfloat16, with zeros behind the last one.
-void pack_pairs(const Product& p, int token, int end, float* panel, int width) {
-  for (int column = 0; column < p.n_inputs; column += 2 * W, panel += W * width) {
+void pack_pairs(const Tokens& tokens, float* panel, int width) {
+  for (int column = 0; column < tokens.p.n_inputs; column += 2 * W, panel += W * width) {
     Vector x[W] = {};
-    for (int i = 0; i < W && token + i < end; ++i) {
-      const float* row = p.x + int64_t{token + i} * p.n_inputs;
-      x[i] = Pairs::pack(load_part(row, column, p.n_inputs), load_part(row, column + W, p.n_inputs));
-    }
+    for (int i = 0; i < tokens.n; ++i)
+      x[i] = Pairs::pack(tokens.inputs(i, column), tokens.inputs(i, column + W));
     transpose(x);
     for (int i = 0; i < W; ++i) store(panel + i * width, x[i]);
   }
@@ -154,9 +190,9 @@ void put(const Product& p, const float* sums, int width, int token, int n_tokens
       }
       transpose(x);
       for (int i = 0; i < W && lane + i < n_tokens; ++i) {
-        float* y = p.y + int64_t{token + lane + i} * p.n_outputs + first_row + row;
-        if (row + W <= n_rows) store(y, x[i]);
-        else memcpy(y, &x[i], sizeof(float) * (n_rows - row));
+        const int64_t place = int64_t{token + lane + i} * p.n_outputs + first_row;
+        if (p.added) x[i] += load_part(p.added + place, row, n_rows);
+        store_part(p.y + place, row, n_rows, x[i]);
       }
     }
 }
@@ -260,10 +296,16 @@ void multiply_part(const Product& p, const Part& part, float* scratch) {
 
 void OF_KIND(pack)(const Product& p, int first_token, int n_tokens) {
   const int end = first_token + n_tokens;
-  for (int token = first_token; token < end; token += PANEL) {
-    const int width = width_of(end - token);
-    for (int i = 0; i < width; i += W)
-      (p.in_tiles ? pack_pairs : pack_columns)(p, token + i, end, panel_of(p, token) + i, width);
+  for (int token = first_token; token < end; token += W) {
+    const Tokens tokens(p, token, end);
+    if (p.depth == 0) {
+      pack_rows(tokens, p.panels + int64_t{token} * p.n_inputs);
+      continue;
+    }
+    const int panel = token / PANEL * PANEL, width = width_of(end - panel);
+    float* to = panel_of(p, panel) + token - panel;
+    if (p.in_tiles) pack_pairs(tokens, to, width);
+    else pack_columns(tokens, to, width);
   }
 }
 
