@@ -73,7 +73,7 @@ struct HastyRowPairs {
   const Bfloat16* const* ahead;
   Vector at(int m, int column) const {
     const int place = column % (2 * W);
-    __builtin_prefetch(ahead[2 * m + place / W] + column - place);
+    __builtin_prefetch(ahead[2 * m + place / W] + column - place, 0, Pairs::CACHE);
     return pairs.at(m, column);
   }
 };
@@ -147,7 +147,7 @@ void dot_rows(const float* q, int q_stride, const T* const* keys, int n_real, in
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) {
         const Vector key = load(rows[i] + column);
-        __builtin_prefetch(rows[i] + column + to_values);
+        __builtin_prefetch(rows[i] + column + to_values, 0, Lane::CACHE);
 #pragma GCC unroll 16
         for (int r = 0; r < n_rows; ++r)
           sum[r * n + i] = Lane::add(sum[r * n + i], load(q + r * q_stride + column), key);

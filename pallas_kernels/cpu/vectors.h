@@ -153,11 +153,13 @@ Vector exp2(Vector x) {
 
 // What a lane of both factors is: a float, or two bfloat16 whose products are summed.
 struct Floats {
+  static constexpr int CACHE = 3;  // that what is wanted next had better come to: the first
   static Vector add(Vector sum, Vector a, Vector b) { return sum + a * b; }
 };
 
 #if defined(__AVX512BF16__)
 struct Pairs {
+  static constexpr int CACHE = 2;  // the second: the first has too few places for lines on their way
   static Vector add(Vector sum, Vector a, Vector b) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
