@@ -109,22 +109,36 @@ def sample(
         known = known_of(params, tables, rows, n_tokens)
         asked = params.processors
         processed = process(processors, logits, asked, known, tables.arguments, rows)
-    adjusted = lax.cond(
-        jnp.any(wants_change),
-        lambda: adjust(processed, params, tables, rows, n_tokens),
-        lambda: processed,
-    )
-    is_possible = jnp.ones(len(logits), bool)
-    if processors:
-        is_possible = jnp.isfinite(jnp.max(adjusted, axis=-1))
-    if masks is not None:
-        masked = jnp.where(is_allowed(masks, logits.shape[1]), adjusted, -jnp.inf)
-        adjusted = lax.optimization_barrier(masked)  # else whatever reads it unpacks the bits again
-        is_possible &= jnp.max(adjusted, axis=-1) > -jnp.inf
-    greedy = first_best(adjusted)
     is_random = params.temperature > 0.0
-    drawn = lax.cond(jnp.any(is_random), lambda: draw(adjusted, params, n_tokens), lambda: greedy)
-    token_ids = jnp.where(is_random, drawn, greedy)
+
+    def allowed(adjusted):
+        """What the mask leaves of it, whether that is anything, and its best token."""
+        is_possible = jnp.ones(len(logits), bool)
+        if processors:
+            is_possible = jnp.isfinite(jnp.max(adjusted, axis=-1))
+        if masks is not None:
+            masked = jnp.where(is_allowed(masks, logits.shape[1]), adjusted, -jnp.inf)
+            adjusted = lax.optimization_barrier(masked)  # else all that read it unpack the bits
+            is_possible &= jnp.max(adjusted, axis=-1) > -jnp.inf
+        return adjusted, is_possible, first_best(adjusted)
+
+    as_it_is = allowed(processed)
+
+    def choose():
+        changed, is_possible, greedy = lax.cond(
+            jnp.any(wants_change),
+            lambda: allowed(adjust(processed, params, tables, rows, n_tokens)),
+            lambda: as_it_is,
+        )
+        drawn = lax.cond(
+            jnp.any(is_random), lambda: draw(changed, params, n_tokens), lambda: greedy
+        )
+        return is_possible, jnp.where(is_random, drawn, greedy)
+
+    # Conditions copy what they leave: where nobody asks for any of this, no logits.
+    is_possible, token_ids = lax.cond(
+        jnp.any(wants_change | is_random), choose, lambda: as_it_is[1:]
+    )
     return Sampled(token_ids, *score(logits, token_ids, params.n_logprobs), is_possible)
 
 
@@ -141,7 +155,8 @@ def score(
     logits: Float[Array, "S V"], token_ids: Int[Array, "S"], n_top: Int[Array, "..."]
 ) -> Scored:
     """n_top: how many of the likeliest tokens are asked for, of each row or of all."""
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    best = row_max(logits)
+    normaliser = best + jnp.log(jnp.sum(jnp.exp(logits - best), axis=-1, keepdims=True))
     chosen = jnp.take_along_axis(logits, token_ids[:, None], axis=1) - normaliser
     top_logits, top_ids = lax.cond(
         jnp.any(n_top > 0), lambda: _top(logits), lambda: _no_top(logits)
@@ -157,14 +172,47 @@ def is_allowed(masks: Int[Array, "S W"], vocab_size: int) -> Bool[Array, "S V"]:
     return bits.reshape(len(masks), -1)[:, :vocab_size] != 0
 
 
+def row_max(logits: Float[Array, "S V"]) -> Float[Array, "S 1"]:
+    """Part of what `first_best` does; of the same logits, XLA makes it once."""
+
+    def of_runs(logits):
+        return jnp.max(jnp.max(runs_of(logits), axis=2), axis=1, keepdims=True)
+
+    def plain(logits):
+        return jnp.max(logits, axis=1, keepdims=True)
+
+    return lax.platform_dependent(logits, cpu=of_runs, default=plain)
+
+
 def first_best(logits: Float[Array, "S V"]) -> Int[Array, "S"]:
-    """argmax of each row, as two plain reductions: XLA:CPU runs its own on one core, 10 times
-    slower. A row with NaN gives some id of the vocabulary.
+    """argmax of each row, as reductions of one value. A row with NaN gives some id of the
+    vocabulary.
+
+    XLA:CPU runs its own argmax on one core, and would read the logits twice here and write them
+    once: instead it finds the best run, and the place in it, 3 to 15 times as fast.
     """
-    best = jnp.max(logits, axis=-1, keepdims=True)
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    last = logits.shape[1] - 1
-    return jnp.min(jnp.where(logits == best, ids, last), axis=-1)
+    best = row_max(logits)
+
+    def of_runs(logits, best):
+        runs = runs_of(logits)
+        run = _first_equal(jnp.max(runs, axis=2), best)
+        place = _first_equal(jnp.take_along_axis(runs, run[:, None, None], axis=1)[:, 0], best)
+        return jnp.minimum(run * runs.shape[2] + place, logits.shape[1] - 1)
+
+    return lax.platform_dependent(logits, best, cpu=of_runs, default=_first_equal)
+
+
+def _first_equal(x: Float[Array, "S V"], value: Float[Array, "S 1"]) -> Int[Array, "S"]:
+    """The last place, if none is equal."""
+    places = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.min(jnp.where(x == value, places, x.shape[1] - 1), axis=1)
+
+
+def runs_of(logits: Float[Array, "S V"], width: int = 64) -> Float[Array, "S R {width}"]:
+    """Neighbours, and -inf behind the last one."""
+    short = -logits.shape[1] % width
+    padded = jnp.pad(logits, ((0, 0), (0, short)), constant_values=-jnp.inf)
+    return padded.reshape(len(logits), -1, width)
 
 
 def _top(logits):
@@ -180,9 +228,7 @@ def likeliest(logits: Float[Array, "S V"], k: int) -> tuple[Float[Array, "S k"],
     have the largest logits. An element of another run has k before it, one in each of these.
     """
     n_rows, width = len(logits), 32
-    short = -logits.shape[1] % width
-    runs = jnp.pad(logits, ((0, 0), (0, short)), constant_values=-jnp.inf)
-    runs = runs.reshape(n_rows, -1, width)
+    runs = runs_of(logits, width)
     if runs.shape[1] <= k:
         values, ids = lax.top_k(logits, k)
         return values, ids.astype(jnp.int32)

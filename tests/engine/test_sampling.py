@@ -17,6 +17,7 @@ from fastgen_jax.engine.sampling import (
     adjust,
     adjust_row,
     draw,
+    first_best,
     keep_likely,
     likeliest,
     sample,
@@ -374,3 +375,15 @@ def test_parameters_never_recompile(forbid_compile):
     with forbid_compile():
         for args in every:
             sample(logits, *args)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 64, 65, 1000])
+def test_first_of_equally_good_tokens_is_best_wherever_runs_end(vocab_size):
+    logits = np.random.default_rng(0).integers(0, 9, (40, vocab_size)).astype(np.float32)
+    logits[0] = -np.inf
+    logits[1, -1] = 100.0
+    np.testing.assert_array_equal(
+        jax.jit(first_best)(jnp.asarray(logits))[1:], logits.argmax(1)[1:]
+    )
+    strange = jnp.asarray(logits).at[2, vocab_size // 2].set(jnp.nan)
+    assert np.all(np.asarray(jax.jit(first_best)(strange)) < vocab_size)
