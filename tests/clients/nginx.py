@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import socket
+import statistics
 import subprocess
 import tempfile
 import time
@@ -74,14 +75,24 @@ def passes_answers_on(url: str) -> None:
 
 
 def passes_events_on_as_they_come(url: str) -> None:
-    """Held back, they would come in pieces of at least 4 KiB, for the buffers have that size."""
+    """Held back, they would always come in pieces of at least 4 KiB, for the buffers have that
+    size. Passed on, a client that waits for its processor may find many at once: so one of several
+    answers is enough.
+    """
+    medians: list[float] = []
     with proxy(url) as port:
-        answer = ask(port, max_tokens=400, ignore_eos=True, stream=True)
-        assert answer.status == 200
-        pieces = list(iter(lambda: answer.read1(65536), b""))
+        while min(medians, default=2048) >= 2048:
+            assert len(medians) < 5, medians
+            medians.append(statistics.median(piece_sizes(port)))
+
+
+def piece_sizes(port: int) -> list[int]:
+    """Of a long answer, as it is read."""
+    answer = ask(port, max_tokens=400, ignore_eos=True, stream=True)
+    assert answer.status == 200
+    pieces = list(iter(lambda: answer.read1(65536), b""))
     assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
-    sizes = sorted(map(len, pieces))
-    assert sizes[len(sizes) // 2] < 2048, sizes
+    return [len(piece) for piece in pieces]
 
 
 if __name__ == "__main__":
