@@ -9,6 +9,8 @@
 // but for bfloat16 where the CPU has a matrix unit, which rounds x as well.
 #include "product_tile.h"
 
+#include <type_traits>
+
 #include "matrix_unit.h"
 #include "vectors.h"
 
@@ -135,8 +137,15 @@ void unpack(const T* weight, int64_t row_size, int n_rows, int depth, float* row
       store(rows + r * STRIDE + k, load_part(weight + r * row_size, k, depth));
 }
 
-// Rows of the weight that are wanted next, n of them in one tile's time. Without, unpacking takes
-// three to four times as long.
+struct Rows {
+  const float* data;
+  int64_t stride;
+
+  Rows from(int row) const { return {data + row * stride, stride}; }
+};
+
+// Rows of the weight that are wanted next, n of them in one tile's time. Without, a product of 32
+// tokens takes half as long again.
 template <class T>
 struct Ahead {
   const T* rows;
@@ -144,23 +153,34 @@ struct Ahead {
   int n;
 };
 
-// sums "SUMS / n, n W" = or += rows "SUMS / n, STRIDE" times panel "depth n W".
-template <int n, class T>
-void multiply_tile(const float* __restrict rows, const float* __restrict panel, int depth,
-                   bool is_first, const Ahead<T>& ahead, float* __restrict sums) {
-  constexpr int STEPS = LINE / sizeof(float), ROWS = SUMS / n;
+// sums "SUMS / n, n W" = or += rows "SUMS / n, depth" times panel "depth n W". Where few tiles share
+// what is ahead, it is asked for line by line: many at once would keep what this tile loads waiting.
+template <int n, bool are_few, class T>
+void multiply_tile(Rows rows, const float* __restrict panel, int depth, bool is_first,
+                   const Ahead<T>& ahead, float* __restrict sums) {
+  constexpr int STEPS = LINE / sizeof(float), ROWS = SUMS / n, AT_ONCE = (ROWS + STEPS - 1) / STEPS;
+  static_assert(ROWS % 3 == 0);
+  if (!are_few || n == 1) rows.stride = STRIDE;  // as it is; constants are faster
+  const float* thirds[ROWS / 3];                 // the rows between are a stride or two away
+  for (int i = 0; i < ROWS / 3; ++i) thirds[i] = rows.from(3 * i).data;
   Vector sum[ROWS][n] = {};
   for (int first = 0; first < depth; first += STEPS) {
-    for (int r = 0; r < ahead.n; ++r)
-      __builtin_prefetch(ahead.rows + r * ahead.row_size + first, 0, 2);
+    const T* wanted = ahead.rows + first;
+    int n_wanted = ahead.n;
+    const auto ask = [&](int at_most) {
+      for (int i = 0; i < at_most && n_wanted > 0; ++i, --n_wanted, wanted += ahead.row_size)
+        __builtin_prefetch(wanted, 0, 2);
+    };
+    if (!are_few) ask(n_wanted);
     const int end = first + STEPS < depth ? first + STEPS : depth;
     for (int k = first; k < end; ++k) {
+      if (are_few) ask(AT_ONCE);
       Vector x[n];
 #pragma GCC unroll 2
       for (int j = 0; j < n; ++j) x[j] = load(panel + (k * n + j) * W);
 #pragma GCC unroll 24
       for (int r = 0; r < ROWS; ++r) {
-        const Vector weight = splat(rows[r * STRIDE + k]);
+        const Vector weight = splat(thirds[r / 3][k + r % 3 * rows.stride]);
 #pragma GCC unroll 2
         for (int j = 0; j < n; ++j) sum[r][j] += weight * x[j];
       }
@@ -238,8 +258,9 @@ void multiply_in_tiles(const Product& p, const Part& part, Sums sums) {
   }
 }
 
+// Floats are multiplied where they are, if two tiles want them; else copies in order are faster.
 template <class T>
-void multiply_strips(const Product& p, const Part& part, Sums sums, float* rows) {
+void multiply_strips(const Product& p, const Part& part, Sums sums, float* copies) {
   const T* weight = reinterpret_cast<const T*>(p.weight) + int64_t{part.first_row} * p.n_inputs;
   const int n_panels = (part.n_tokens + PANEL - 1) / PANEL;
   const int n_tiles = 2 * n_panels - (width_of(part.n_tokens - (n_panels - 1) * PANEL) == W);
@@ -247,22 +268,26 @@ void multiply_strips(const Product& p, const Part& part, Sums sums, float* rows)
     const int depth = p.n_inputs - first < DEPTH ? p.n_inputs - first : DEPTH;
     for (int row = 0; row < part.n_rows; row += SUMS) {
       const T* strip = weight + int64_t{row} * p.n_inputs + first;
-      unpack(strip, p.n_inputs, part.n_rows - row < SUMS ? part.n_rows - row : SUMS, depth, rows);
+      const int n_rows = part.n_rows - row < SUMS ? part.n_rows - row : SUMS;
+      Rows rows{copies, STRIDE};
+      if (std::is_same_v<T, float> && n_tiles == 2 && n_rows == SUMS)
+        rows = {reinterpret_cast<const float*>(strip), p.n_inputs};
+      else
+        unpack(strip, p.n_inputs, n_rows, depth, copies);
       const bool is_last = row + SUMS >= part.n_rows;
       Ahead<T> ahead{is_last ? weight + first + DEPTH : strip + int64_t{SUMS} * p.n_inputs,
                      p.n_inputs, 0};
       for (int tile = 0; tile < n_tiles; ++tile) {  // two share a wide panel
         const int j = tile / 2, width = width_of(part.n_tokens - j * PANEL);
+        const int half = width == W ? 0 : tile % 2 * (SUMS / 2);
         const float* panel = panel_of(p, part.first_token + j * PANEL) + int64_t{first} * width;
-        float* out = sums.of(j, row, width);
         ahead.rows += int64_t{ahead.n} * p.n_inputs;
         ahead.n = SUMS * (tile + 1) / n_tiles - SUMS * tile / n_tiles;
-        if (width == W) {
-          multiply_tile<1>(rows, panel, depth, first == 0, ahead, out);
-        } else {
-          const int half = tile % 2 * (SUMS / 2);
-          multiply_tile<2>(rows + half * STRIDE, panel, depth, first == 0, ahead, out + half * width);
-        }
+        const bool are_few = n_tiles <= 2;
+        const auto multiply =
+            width == W ? are_few ? multiply_tile<1, true, T> : multiply_tile<1, false, T>
+                       : are_few ? multiply_tile<2, true, T> : multiply_tile<2, false, T>;
+        multiply(rows.from(half), panel, depth, first == 0, ahead, sums.of(j, row + half, width));
       }
     }
   }

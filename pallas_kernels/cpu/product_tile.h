@@ -1,8 +1,8 @@
 // What a part of a product y = x W^T is, and who computes it.
 //
 // T tokens, I inputs, O outputs. A gated product has two weights, one after the other, and makes
-// y = silu(x G^T) * (x U^T). x may be normalised first, and something added to y. Nothing here may be an inline function of external linkage: see
-// attention_tile.h.
+// y = silu(x G^T) * (x U^T). x may be normalised first, and something added to y. Nothing here may be
+// an inline function of external linkage: see attention_tile.h.
 #pragma once
 
 #include <cstdint>
