@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS
+from fastgen_jax.engine.noise import gumbel
 from fastgen_jax.engine.processors import Known, Processor, process
 from fastgen_jax.engine.scoring import NO_TOKEN
 from fastgen_jax.sampling_params import MAX_LOGPROBS
@@ -316,12 +317,7 @@ def draw(
     wants_filter = (params.top_k > 0) | (params.top_p < 1.0) | (params.min_p > 0.0)
     scaled = lax.cond(jnp.any(wants_filter), lambda: keep_likely(scaled, params), lambda: scaled)
 
-    def noise(seed, position):
-        key = jax.random.fold_in(jax.random.key(seed.astype(jnp.uint32)), position)
-        return jax.random.gumbel(key, logits.shape[1:], jnp.float32)
-
-    gumbel = jax.vmap(noise)(params.seed, n_tokens)
-    return first_best(scaled + gumbel)
+    return first_best(scaled + gumbel(params.seed, n_tokens, logits.shape[1]))
 
 
 def keep_likely(logits: Float[Array, "S V"], params: RowParams) -> Float[Array, "S V"]:
