@@ -326,15 +326,21 @@ def keep_likely(logits: Float[Array, "S V"], params: RowParams) -> Float[Array, 
     """
     order = _sortable(logits)
     vocab_size = logits.shape[1]
+
+    def largest(is_asked, holds):
+        """Such a threshold; where nobody asks, one below all."""
+        nothing = jnp.full(len(logits), jnp.iinfo(jnp.int32).min, jnp.int32)
+        return lax.cond(jnp.any(is_asked), lambda: _largest(holds, len(logits)), lambda: nothing)
+
     k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab_size), vocab_size)
-    kth = _largest(lambda t: jnp.sum(order >= t, axis=-1) >= k, len(logits))
+    kth = largest(params.top_k > 0, lambda t: jnp.sum(order >= t, axis=-1) >= k)
     logits = jnp.where(order >= kth[:, None], logits, -jnp.inf)
 
     probabilities = jax.nn.softmax(logits, axis=-1)
     top_p = jnp.maximum(params.top_p, TINY)  # what float32 rounds to 0 still keeps the best
-    nucleus = _largest(
+    nucleus = largest(
+        params.top_p < 1.0,
         lambda t: jnp.sum(jnp.where(order >= t, probabilities, 0.0), axis=-1) >= top_p,
-        len(logits),
     )
     peak = jnp.max(probabilities, axis=-1, keepdims=True)
     is_kept = (probabilities >= params.min_p[:, None] * peak) & (
