@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fastgen_jax.engine.batch import FLOAT_PARAMS, INT_PARAMS, MAX_BANNED, NO_PARAMS
+from fastgen_jax.engine.batch import NO_PARAMS, HostTables
 from fastgen_jax.engine.sampling import RowParams, RowTables, sample
-from fastgen_jax.sampling_params import MAX_LOGIT_BIAS
 
 KINDS: dict[str, dict[str, float]] = {
     "greedy": {},
@@ -32,25 +31,17 @@ CONTEXT = 4096  # tokens of a row at most
 
 def row_params(n_rows: int, wanted: dict[str, float]) -> RowParams:
     """Neutral but for what is wanted."""
-    line = NO_PARAMS.copy()
-    for name, value in wanted.items():
-        if name in FLOAT_PARAMS:
-            line[FLOAT_PARAMS.index(name)] = np.float32(value).view(np.int32)
-        else:
-            line[len(FLOAT_PARAMS) + INT_PARAMS.index(name)] = value
-    return RowParams.unpack(jnp.asarray(np.tile(line, (n_rows, 1))))
+    neutral = RowParams.unpack(jnp.asarray(np.tile(NO_PARAMS, (n_rows, 1))))
+    changes = {name: jnp.full_like(getattr(neutral, name), x) for name, x in wanted.items()}
+    return neutral._replace(**changes)
 
 
 def milliseconds(n_rows: int, vocab_size: int, repeats: int = 10) -> list[float]:
     """Of each kind, by one program as in a step."""
     logits = 3 * jax.random.normal(jax.random.key(0), (n_rows, vocab_size))
     rows = jnp.arange(n_rows, dtype=jnp.int32)
-    tables = RowTables(
-        jnp.zeros((n_rows + 1, CONTEXT), jnp.int32),
-        jnp.full((n_rows, MAX_LOGIT_BIAS), -1, jnp.int32),
-        jnp.zeros((n_rows, MAX_LOGIT_BIAS)),
-        jnp.full((n_rows, MAX_BANNED), -1, jnp.int32),
-    )
+    known = jnp.zeros((n_rows + 1, CONTEXT), jnp.int32)
+    tables = RowTables(known, *jax.tree.map(jnp.asarray, HostTables(n_rows, 1, 1).of_device))
     n_tokens = jnp.full(n_rows, CONTEXT // 2, jnp.int32)
     program = jax.jit(lambda logits, params: sample(logits, params, tables, rows, n_tokens))
     every = [row_params(n_rows, wanted) for wanted in KINDS.values()]

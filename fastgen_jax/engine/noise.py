@@ -24,7 +24,7 @@ def gumbel(
 
     keys = jax.vmap(fold)(seeds, positions)
     columns = lax.broadcasted_iota(jnp.uint32, (len(seeds), n_columns), 1)
-    bits = threefry_2x32(keys[:, :1], keys[:, 1:], columns)
+    bits = threefry_2x32(keys, columns)
     one = jnp.float32(1.0)
     exponent = lax.bitcast_convert_type(one, jnp.uint32)
     fractions = lax.bitcast_convert_type((bits >> (32 - MANTISSA)) | exponent, jnp.float32) - one
@@ -32,18 +32,17 @@ def gumbel(
     return -jnp.log(-jnp.log(jnp.maximum(tiny, fractions * (one - tiny) + tiny)))
 
 
-def threefry_2x32(
-    key: UInt32[Array, "S 1"], other_key: UInt32[Array, "S 1"], counts: UInt32[Array, "S V"]
-) -> UInt32[Array, "S V"]:
+def threefry_2x32(keys: UInt32[Array, "S 2"], counts: UInt32[Array, "S V"]) -> UInt32[Array, "S V"]:
     """The words of blocks 0, count, one xor the other, after 20 rounds: Salmon et al., "Parallel
     random numbers: as easy as 1, 2, 3" (2011).
     """
-    keys = key, other_key, key ^ other_key ^ jnp.uint32(PARITY)
-    a, b = jnp.broadcast_to(keys[0], counts.shape), counts + keys[1]
+    key, other = keys[:, :1], keys[:, 1:]
+    schedule = key, other, key ^ other ^ jnp.uint32(PARITY)
+    a, b = jnp.broadcast_to(key, counts.shape), counts + other
     for i in range(5):
         for distance in ROTATIONS[i % 2]:
             a += b
             b = a ^ (b << distance | b >> (32 - distance))
-        a += keys[(i + 1) % 3]
-        b += keys[(i + 2) % 3] + jnp.uint32(i + 1)
+        a += schedule[(i + 1) % 3]
+        b += schedule[(i + 2) % 3] + jnp.uint32(i + 1)
     return a ^ b

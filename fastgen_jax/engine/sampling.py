@@ -326,19 +326,13 @@ def keep_likely(logits: Float[Array, "S V"], params: RowParams) -> Float[Array, 
     """
     order = _sortable(logits)
     vocab_size = logits.shape[1]
-
-    def largest(is_asked, holds):
-        """Such a threshold; where nobody asks, one below all."""
-        nothing = jnp.full(len(logits), jnp.iinfo(jnp.int32).min, jnp.int32)
-        return lax.cond(jnp.any(is_asked), lambda: _largest(holds, len(logits)), lambda: nothing)
-
     k = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab_size), vocab_size)
-    kth = largest(params.top_k > 0, lambda t: jnp.sum(order >= t, axis=-1) >= k)
+    kth = _largest(params.top_k > 0, lambda t: jnp.sum(order >= t, axis=-1) >= k)
     logits = jnp.where(order >= kth[:, None], logits, -jnp.inf)
 
     probabilities = jax.nn.softmax(logits, axis=-1)
     top_p = jnp.maximum(params.top_p, TINY)  # what float32 rounds to 0 still keeps the best
-    nucleus = largest(
+    nucleus = _largest(
         params.top_p < 1.0,
         lambda t: jnp.sum(jnp.where(order >= t, probabilities, 0.0), axis=-1) >= top_p,
     )
@@ -355,9 +349,9 @@ def _sortable(x: Float[Array, "S V"]) -> Int[Array, "S V"]:
     return jnp.where(bits >= 0, bits, bits ^ jnp.int32(0x7FFFFFFF))
 
 
-def _largest(holds, n_rows: int) -> Int[Array, "S"]:
+def _largest(is_asked: Bool[Array, "S"], holds) -> Int[Array, "S"]:
     """The largest int32 t per row for which `holds(t "S 1")`; holds is monotone and true at the
-    smallest int32.
+    smallest int32, which it is where nobody asks.
     """
 
     def halve(_, bounds):
@@ -366,6 +360,8 @@ def _largest(holds, n_rows: int) -> Int[Array, "S"]:
         is_true = holds(middle[:, None])
         return jnp.where(is_true, middle, low), jnp.where(is_true, high, middle - 1)
 
-    low = jnp.full(n_rows, jnp.iinfo(jnp.int32).min, jnp.int32)
-    high = jnp.full(n_rows, jnp.iinfo(jnp.int32).max, jnp.int32)
-    return lax.fori_loop(0, 32, halve, (low, high))[0]
+    low = jnp.full(len(is_asked), jnp.iinfo(jnp.int32).min, jnp.int32)
+    high = jnp.full(len(is_asked), jnp.iinfo(jnp.int32).max, jnp.int32)
+    return lax.cond(
+        jnp.any(is_asked), lambda: lax.fori_loop(0, 32, halve, (low, high))[0], lambda: low
+    )

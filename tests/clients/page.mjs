@@ -53,7 +53,10 @@ async function an_answer_streams_and_says_how_fast_it_came(url) {
     await never_ending(page);
     await page.evaluate(() => {
       window.lengths = new Set();
-      const note = () => window.lengths.add(document.querySelector(".assistant .text")?.textContent.length ?? 0);
+      const note = () => {
+        const said = document.querySelector(".assistant .text")?.textContent;
+        if (said) window.lengths.add(said.length);
+      };
       const messages = document.getElementById("messages");
       new MutationObserver(note).observe(messages, { childList: true, subtree: true, characterData: true });
     });
